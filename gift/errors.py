@@ -1,0 +1,9 @@
+"""The error a user can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: the message names the argument or file, what came and how to mend it.
+
+    The command line prints it as one line and exits with status 2; any other exception is a defect
+    of this program and keeps its stack trace.
+    """

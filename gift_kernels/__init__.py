@@ -1,0 +1,10 @@
+"""Fused kernels for guided fine-tuning: weighted linear cross-entropy, confidence, LoRA merge.
+
+Imports without a GPU and without Triton; needs torch alone. See each function's docstring.
+"""
+
+from gift_kernels.reference import TokenStats
+from gift_kernels.token_confidence import token_confidence
+from gift_kernels.weighted_ce import weighted_ce
+
+__all__ = ["TokenStats", "token_confidence", "weighted_ce"]

@@ -1,0 +1,345 @@
+"""Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
+
+Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
+they become the gradient of the logits in place. The head is upcast one block of VOCAB_BLOCK rows at
+a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)) and P = softmax(z):
+
+    G_iv = (P_iv − 1[v = y_i]) · s · (1 − (z_iv / c)²)     the last factor only with a soft-cap c
+    dH = G W     dW = Gᵀ diag(w) H     db = Gᵀ w
+
+dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
+head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
+in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gift_kernels.problem import (
+    Head,
+    LinearCE,
+    Problem,
+    VocabShard,
+    WeightTransform,
+    accumulation_dtype,
+    largest_of_ranks,
+)
+from gift_kernels.reference import transform_weight
+
+CHUNK_BYTES = 1 << 28
+VOCAB_BLOCK = 8192
+
+
+class RowStats(NamedTuple):
+    """nll, lse and entropy float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    top1: Tensor
+
+
+class Gradients(NamedTuple):
+    """dh [N, D] unscaled, dw [V, D] and db [V] with the row weights in; None if not asked for."""
+
+    dh: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+
+
+def solve(problem: Problem) -> LinearCE:
+    """Answers one call of the operator on the rows that count."""
+    head, guide, target, transform = (
+        problem.head,
+        problem.guide,
+        problem.target,
+        problem.transform,
+    )
+    chunks = {"shard": problem.shard, "chunk_size": problem.chunk_size}
+    rows = (target != problem.ignore_index).nonzero().squeeze(1)  # [n]
+    dtype = accumulation_dtype(head.hidden.dtype)
+    if guide is not None:
+        guide = guide._replace(hidden=guide.hidden[rows])
+        nll = row_stats(guide, target[rows], temperature=problem.temperature, **chunks).nll
+        weight = transform_weight(torch.exp(-nll), *transform).to(dtype)
+    elif problem.row_weight is not None:
+        weight = problem.row_weight[rows].to(dtype)
+    else:
+        weight = torch.ones(rows.shape, dtype=dtype, device=rows.device)
+    if not problem.keep_zero_rows:
+        rows, weight = rows[weight != 0], weight[weight != 0]
+    head = head._replace(hidden=head.hidden[rows])
+    if problem.want_dh or problem.want_dw or problem.want_db:
+        stats, gradients = stats_and_gradients(
+            head,
+            target[rows],
+            weight,
+            want_dh=problem.want_dh,
+            want_dw=problem.want_dw and not problem.rowwise,
+            want_db=problem.want_db and not problem.rowwise,
+            self_weight=transform if problem.self_weight else None,
+            with_entropy=problem.with_entropy,
+            **chunks,
+        )
+    else:
+        stats = row_stats(
+            head,
+            target[rows],
+            temperature=problem.temperature if guide is None else 1.0,
+            with_entropy=problem.with_entropy,
+            **chunks,
+        )
+        gradients = Gradients(None, None, None)
+    if problem.self_weight:
+        weight = transform_weight(torch.exp(-stats.nll), *transform)
+    return _scatter(problem, rows, stats, weight, gradients)
+
+
+def solve_head_gradient(
+    head: Head,
+    target: Tensor,
+    row_factor: Tensor,
+    *,
+    ignore_index: int,
+    want_dw: bool,
+    want_db: bool,
+    shard: VocabShard | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    _, gradients = stats_and_gradients(
+        head._replace(hidden=head.hidden[rows]),
+        target[rows],
+        row_factor[rows],
+        want_dh=False,
+        want_dw=want_dw,
+        want_db=want_db,
+        shard=shard,
+        chunk_size=chunk_size,
+    )
+    empty = row_factor.new_empty(0)
+    dw, db = gradients.dw, gradients.db
+    return dw if dw is not None else empty, db if db is not None else empty.clone()
+
+
+def _scatter(
+    problem: Problem, rows: Tensor, stats: RowStats, weight: Tensor, gradients: Gradients
+) -> LinearCE:
+    """Puts the results of the rows that count back in their places; other rows are 0."""
+    count = problem.target.shape[0]
+
+    def full(values: Tensor) -> Tensor:
+        return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
+
+    def or_empty(values: Tensor | None) -> Tensor:
+        return values if values is not None else weight.new_empty(0)
+
+    dh = gradients.dh
+    return LinearCE(
+        total=torch.where(weight == 0, 0, weight * stats.nll).sum(),
+        nll=full(stats.nll),
+        lse=full(stats.lse),
+        entropy=full(stats.entropy) if problem.with_entropy else or_empty(None),
+        top1=full(stats.top1),
+        weight=full(weight),
+        dh=full(dh) if dh is not None else or_empty(None),
+        dw=or_empty(gradients.dw),
+        db=or_empty(gradients.db),
+    )
+
+
+def rows_per_chunk(vocab_size: int, dtype: torch.dtype, chunk_size: int | None = None) -> int:
+    """How many rows of logits are held at once."""
+    if chunk_size is not None:
+        return chunk_size
+    return max(1, CHUNK_BYTES // (vocab_size * accumulation_dtype(dtype).itemsize))
+
+
+def row_stats(
+    head: Head,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    shard: VocabShard | None = None,
+    chunk_size: int | None = None,
+) -> RowStats:
+    """Statistics of all rows; no gradient work."""
+    parts = [
+        _chunk_stats(_logits(head, rows, temperature), target[rows], with_entropy, shard)
+        for rows in _chunks(head, shard, chunk_size)
+    ]
+    return _concatenate(parts, head, target)
+
+
+def stats_and_gradients(
+    head: Head,
+    target: Tensor,
+    row_weight: Tensor | None,
+    *,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    self_weight: WeightTransform | None = None,
+    with_entropy: bool = False,
+    shard: VocabShard | None = None,
+    chunk_size: int | None = None,
+) -> tuple[RowStats, Gradients]:
+    """Statistics and gradients in one pass over the rows.
+
+    `row_weight` [N] enters dw and db only; with `self_weight` it is made from each chunk's own nll.
+    """
+    hidden, weight = head.hidden, head.weight
+    dtype = accumulation_dtype(hidden.dtype)
+    dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_dh else None
+    dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_dw else None
+    db = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if want_db else None
+    parts = []
+    for rows in _chunks(head, shard, chunk_size):
+        logits = _logits(head, rows)
+        stats = _chunk_stats(logits, target[rows], with_entropy, shard)
+        parts.append(stats)
+        _logits_to_gradient_(logits, head, stats.lse, target[rows], shard)
+        if self_weight is not None:
+            chunk_weight = transform_weight(torch.exp(-stats.nll), *self_weight)
+        else:
+            chunk_weight = row_weight[rows] if row_weight is not None else None
+        for block in _vocab_blocks(weight.shape[0]):
+            gradient = logits[:, block]
+            if dh is not None:
+                dh[rows].addmm_(gradient, weight[block].to(dtype))
+            if dw is None and db is None:
+                continue
+            if chunk_weight is not None:
+                gradient = scale_rows(gradient, chunk_weight)
+            if dw is not None:
+                dw[block].addmm_(gradient.T, hidden[rows].to(dtype))
+            if db is not None:
+                db[block] += gradient.sum(0)
+    if dh is not None and shard is not None:
+        dist.all_reduce(dh, group=shard.group)
+    return _concatenate(parts, head, target), Gradients(dh, dw, db)
+
+
+def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows [N, X] times factor [N]; a factor of 0 gives exactly 0, also for infinity and NaN."""
+    factor = factor.to(rows.dtype).unsqueeze(1)
+    return torch.where(factor == 0, 0, rows * factor)
+
+
+def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Iterator[slice]:
+    vocab_size = head.weight.shape[0]
+    if shard is not None:
+        # Ranks with slices of different sizes must still meet in the same collectives.
+        vocab_size = largest_of_ranks(vocab_size, shard)
+    step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size)
+    for start in range(0, head.hidden.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
+    for start in range(0, vocab_size, VOCAB_BLOCK):
+        yield slice(start, start + VOCAB_BLOCK)
+
+
+def _logits(head: Head, rows: slice, temperature: float = 1.0) -> Tensor:
+    dtype = accumulation_dtype(head.hidden.dtype)
+    hidden = head.hidden[rows].to(dtype)  # [C, D]
+    vocab_size = head.weight.shape[0]
+    logits = torch.empty(hidden.shape[0], vocab_size, dtype=dtype, device=hidden.device)
+    for block in _vocab_blocks(vocab_size):
+        torch.mm(hidden, head.weight[block].to(dtype).T, out=logits[:, block])
+    if head.bias is not None:
+        logits += head.bias.to(dtype)
+    if head.logit_scale != 1.0:
+        logits *= head.logit_scale
+    if head.logit_softcap is not None:
+        logits.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
+    if temperature != 1.0:
+        logits /= temperature
+    return logits
+
+
+def _chunk_stats(
+    logits: Tensor, target: Tensor, with_entropy: bool, shard: VocabShard | None
+) -> RowStats:
+    column, found = _local_target(target, logits.shape[1], shard)
+    target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    largest = logits.amax(1)
+    lse = torch.logsumexp(logits, 1)
+    if shard is None:
+        # Out-of-range targets reach this point only on devices where checking would wait.
+        target_logit = torch.where(found, target_logit, torch.nan)
+    else:
+        target_logit = torch.where(found, target_logit, 0)
+        largest, lse = _combine_shards(largest, lse, target_logit, found, shard)
+    entropy = logits.new_empty(0)
+    if with_entropy:
+        expected = torch.zeros_like(lse)
+        for block in _vocab_blocks(logits.shape[1]):
+            z = logits[:, block]
+            p = torch.exp(z - lse.unsqueeze(1))
+            expected += torch.where(p > 0, p * z, 0).sum(1)
+        if shard is not None:
+            dist.all_reduce(expected, group=shard.group)
+        entropy = lse - expected
+    return RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
+
+
+def _combine_shards(
+    largest: Tensor, lse: Tensor, target_logit: Tensor, found: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Global maximum and log-sum-exp; `target_logit` is completed in place."""
+    local_lse = lse
+    largest = largest.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
+    # A row whose logits are all −inf keeps −inf; subtracting −inf from itself would give NaN.
+    anchor = torch.where(torch.isinf(largest), 0, largest)
+    owners = found.to(lse.dtype)
+    sums = torch.stack([torch.exp(local_lse - anchor), target_logit, owners])
+    dist.all_reduce(sums, group=shard.group)
+    target_logit.copy_(torch.where(sums[2] > 0, sums[1], torch.nan))
+    return largest, anchor + torch.log(sums[0])
+
+
+def _logits_to_gradient_(
+    logits: Tensor, head: Head, lse: Tensor, target: Tensor, shard: VocabShard | None
+) -> None:
+    """Overwrites logits z [C, V] by G, the gradient of each row's nll before scale and bias."""
+    softcap = head.logit_softcap
+    column, found = _local_target(target, logits.shape[1], shard)
+    column = column.unsqueeze(1)
+    target_logit = logits.gather(1, column)
+    for block in _vocab_blocks(logits.shape[1]):
+        z = logits[:, block]
+        gradient = torch.exp(z - lse.unsqueeze(1))
+        if softcap is not None:
+            gradient *= 1 - (z / softcap) ** 2
+        z.copy_(gradient)
+    one = found.to(logits.dtype).unsqueeze(1)
+    if softcap is not None:
+        one = one * (1 - (target_logit / softcap) ** 2)
+    logits.scatter_add_(1, column, -one)
+    if head.logit_scale != 1.0:
+        logits *= head.logit_scale
+
+
+def _local_target(
+    target: Tensor, vocab_size: int, shard: VocabShard | None
+) -> tuple[Tensor, Tensor]:
+    """Column of each target in this slice of the head (0 where it lies elsewhere), and whether."""
+    column = target - shard.start if shard is not None else target
+    found = (column >= 0) & (column < vocab_size)
+    return torch.where(found, column, 0), found
+
+
+def _concatenate(parts: list[RowStats], head: Head, target: Tensor) -> RowStats:
+    if parts:
+        return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)
+    return RowStats(empty, empty, empty, empty.bool())

@@ -1,0 +1,178 @@
+"""Specification of every operation: the obvious formulas in plain PyTorch, logits held in full.
+
+    z = softcap(s · (H Wᵀ + b))            softcap(x) = c · tanh(x / c), identity when c is None
+    lse_i = log Σ_v exp z_iv               nll_i = lse_i − z_i,y_i          q_i = exp(−nll_i)
+    loss = Σ_i w_i · nll_i / normalizer
+
+Letters: N tokens, D hidden, V vocabulary, R LoRA rank, K in, M out. Every function computes in the
+dtype of its inputs, so float64 inputs give the truth that implementations are measured against.
+
+Source of the weighted loss: GIFT, ACL 2026 (arXiv 2605.01256); of `token_weight="self"`: DFT
+(arXiv 2508.05629); of the merge: LoRA (arXiv 2106.09685).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "sum", "mean", "weighted_mean"]
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, float32 [*B] (`top1` is bool), without gradient; 0 on ignored rows.
+
+    `nll` is −log softmax of the target (natural log), `confidence` exp(−nll), `lse` the
+    log-sum-exp of the logits, `entropy` the entropy of the softmax in nats, `top1` whether no
+    logit is larger than the target's, `weight` the factor the loss gave to the row.
+    """
+
+    nll: Tensor
+    confidence: Tensor
+    lse: Tensor
+    entropy: Tensor
+    top1: Tensor
+    weight: Tensor
+
+
+def head_logits(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """Logits [*B, V] of hidden states [*B, D] under a head [V, D]."""
+    logits = hidden @ lm_head_weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits
+
+
+def token_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> TokenStats:
+    """Statistics of logits [*B, V] for targets [*B]; differentiable in the logits."""
+    kept = target != ignore_index
+    safe_target = torch.where(kept, target, 0)
+    lse = torch.logsumexp(logits, dim=-1)
+    target_logit = logits.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
+    nll = lse - target_logit
+    probability = torch.exp(logits - lse.unsqueeze(-1))
+    entropy = lse - torch.where(probability > 0, probability * logits, 0).sum(-1)
+    top1 = target_logit >= logits.amax(-1)
+    zero = torch.zeros_like(nll)
+    return TokenStats(
+        nll=torch.where(kept, nll, zero),
+        confidence=torch.where(kept, torch.exp(-nll), zero),
+        lse=torch.where(kept, lse, zero),
+        entropy=torch.where(kept, entropy, zero),
+        top1=kept & top1,
+        weight=kept.to(nll.dtype),
+    )
+
+
+def token_confidence(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Statistics of softmax(z / temperature); see `gift_kernels.token_confidence`."""
+    logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    return token_stats(logits / temperature, target, ignore_index)
+
+
+def transform_weight(weight: Tensor, power: float, floor: float, threshold: float) -> Tensor:
+    """max(w, floor) ** power, and 0 where w < threshold."""
+    transformed = weight.clamp(min=floor) if floor > 0 else weight
+    if power != 1.0:
+        transformed = transformed**power
+    return torch.where(weight < threshold, 0, transformed) if threshold > 0 else transformed
+
+
+def reduce_loss(
+    nll: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    reduction: Reduction,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Weighted sum of nll [*B] over kept rows, divided as `reduction` says.
+
+    A row of weight exactly 0 contributes exactly 0, whatever its nll; an empty sum divided by an
+    empty count is 0.
+    """
+    rows = torch.where(kept & (weight != 0), weight * nll, 0)
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    if normalizer is None:
+        normalizer = kept.sum() if reduction == "mean" else torch.where(kept, weight, 0).sum()
+        return total / torch.where(normalizer == 0, 1, normalizer)
+    return total / normalizer
+
+
+def weighted_ce(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor | Literal["self"] | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    guide_hidden: Tensor | None = None,
+    guide_lm_head_weight: Tensor | None = None,
+    guide_bias: Tensor | None = None,
+    guide_logit_scale: float = 1.0,
+    guide_logit_softcap: float | None = None,
+    guide_temperature: float = 1.0,
+    weight_power: float = 1.0,
+    weight_floor: float = 0.0,
+    weight_threshold: float = 0.0,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, TokenStats]:
+    """Loss and statistics; see `gift_kernels.weighted_ce`."""
+    kept = target != ignore_index
+    stats = token_stats(
+        head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap), target, ignore_index
+    )
+    if guide_hidden is not None:
+        assert guide_lm_head_weight is not None
+        weight = token_confidence(
+            guide_hidden,
+            guide_lm_head_weight,
+            target,
+            bias=guide_bias,
+            logit_scale=guide_logit_scale,
+            logit_softcap=guide_logit_softcap,
+            temperature=guide_temperature,
+            ignore_index=ignore_index,
+        ).confidence.detach()
+    elif isinstance(token_weight, str):
+        weight = stats.confidence.detach()
+    elif token_weight is not None:
+        weight = token_weight.to(stats.nll.dtype)
+    else:
+        weight = torch.ones_like(stats.nll)
+    weight = transform_weight(weight, weight_power, weight_floor, weight_threshold)
+    weight = torch.where(kept, weight, 0)
+    loss = reduce_loss(stats.nll, weight, kept, reduction, normalizer)
+    detached = TokenStats(*(value.detach() for value in stats))
+    return loss, detached._replace(weight=weight.detach())
+
+
+def lora_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """W [M, K] + scale · B [M, R] @ A [R, K], in the dtype of the inputs."""
+    return weight + scale * (lora_b @ lora_a)
