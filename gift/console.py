@@ -34,8 +34,8 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A progress bar with its remaining time, on standard error; silent where that is no terminal."""
+def progress(description: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar with its remaining time, on standard error where that is a terminal."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -44,7 +44,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=error_console,
-        disable=not error_console.is_terminal,
+        disable=not (shown and error_console.is_terminal),
     ) as bars:
         yield Bar(bars, bars.add_task(description, total=total, completed=done, note=""))
 

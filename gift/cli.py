@@ -1,0 +1,129 @@
+"""The `gift` command: one subcommand per stage, its flags made from the stage's options.
+
+Errors a user can mend are printed as one line; exit status 2 is bad input, 1 a failing disk or
+device, 130 an interruption.
+"""
+
+import importlib
+import inspect
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gift.config import (
+    AnnotateConfig,
+    ImportScoresConfig,
+    Options,
+    TrainConfig,
+    build_config,
+)
+from gift.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Guided fine-tuning: annotate data with an instruct model, train an adapter on its base "
+    "model, merge it into the instruct model, evaluate. Every option can also come from "
+    "--config recipe.yaml; flags win.",
+)
+
+
+def _add_command(name: str, config: type[Options], function: str, help_text: str) -> None:
+    """Registers a subcommand that builds `config` and calls `module:function` with it."""
+
+    def command(**values: Any) -> None:
+        recipe = values.pop("config")
+        flags = {key: value for key, value in values.items() if value not in (None, [])}
+        module, attribute = function.split(":")
+        options = build_config(config, recipe, flags)
+        getattr(importlib.import_module(module), attribute)(options)
+
+    recipe_option = typer.Option(
+        None, "--config", metavar="FILE", help="YAML recipe with any of the options below."
+    )
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=recipe_option,
+            annotation=Path | None,
+        )
+    ]
+    for key, field in config.model_fields.items():
+        kind, option = _flag(key, field)
+        parameters.append(
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+        )
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
+    app.command(name, help=help_text)(command)
+
+
+def _flag(key: str, field: FieldInfo) -> tuple[Any, Any]:
+    """Type and typer option of one field; the default is shown, but left to the config."""
+    flag = f"--{key.replace('_', '-')}"
+    help_text = field.description or ""
+    if field.default is PydanticUndefined:
+        help_text += " [required]"
+    elif field.default is not None and field.default != []:
+        help_text += f" [default: {field.default}]"
+    options: dict[str, Any] = {"help": help_text, "show_default": False}
+    kinds = [kind for kind in _union(field.annotation) if kind is not type(None)]
+    kind = kinds[0]
+    if bool in kinds:
+        return bool | None, typer.Option(None, f"{flag}/--no-{flag[2:]}", **options)
+    return kind | None, typer.Option(None, flag, **options)
+
+
+def _union(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+_add_command(
+    "annotate",
+    AnnotateConfig,
+    "gift.annotate:annotate",
+    "Stage 1: write the instruct model's confidence in every target token of the data. Costs one "
+    "forward pass of the model over the data and holds no logits; a killed run goes on where it "
+    "was.",
+)
+_add_command(
+    "import-scores",
+    ImportScoresConfig,
+    "gift.annotate:import_scores",
+    "Turn a scores file of the authors' code into a confidence store. Costs no model.",
+)
+_add_command(
+    "train",
+    TrainConfig,
+    "gift.train:train",
+    "Stage 2: train a LoRA adapter on the base model with the loss weighted by confidence. Costs "
+    "about three forward passes per epoch and memory for the frozen model, the adapter and one "
+    "micro-batch. Under torchrun each process takes a share of every batch.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; nothing was published", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"gift: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,198 @@
+"""Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import gift
+from gift.console import error_console
+from gift.errors import InputError
+from gift.files import hash_bytes, hash_file, hash_json
+from gift_kernels import weighted_ce
+
+WEIGHT_FILES = "*.safetensors"
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def resolve_model(name: str) -> Path:
+    """A local folder as it is, or the snapshot of a hub id, downloaded if need be."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder}: no config.json, so this is not a Transformers model folder"
+            )
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"{name}: expected a model folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except Exception as error:
+        raise InputError(
+            f"{name}: no such folder, and not available from the hub ({type(error).__name__})"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; InputError where it or its chat template is missing."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{folder}: no tokenizer can be loaded ({first_line})") from error
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{folder}: the tokenizer has no chat template; use the instruct model's tokenizer"
+        )
+    return tokenizer
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(
+            f"--device: {device!r} is no device; use auto, cpu, cuda or cuda:1"
+        ) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: cuda is asked for, but this machine has no CUDA device")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on CUDA devices that have it, else float32."""
+    if dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The causal language model of a folder, in evaluation mode."""
+    if not error_console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last layer of a causal language model: weight [V, D], bias [V] and logit options."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """Keyword arguments of `weighted_ce` and `token_confidence`."""
+        return {
+            f"{prefix}bias": self.bias,
+            f"{prefix}logit_scale": self.logit_scale,
+            f"{prefix}logit_softcap": self.logit_softcap,
+        }
+
+
+def lm_head(model: Any) -> LMHead:
+    """Reads the head and its options from a Transformers model and its config."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise InputError(f"{type(model).__name__} has no language-model head")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return LMHead(
+        weight=layer.weight.detach(),
+        bias=layer.bias.detach() if getattr(layer, "bias", None) is not None else None,
+        logit_scale=scale / scaling,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def last_hidden_state(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states [B, T, D] after the final norm, as the head receives them."""
+    body = model.get_decoder()
+    return body(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: Any, input_ids: Tensor) -> None:
+    """Raises InputError unless our head gives the loss of the model's own forward on ids [T].
+
+    Catches every option of a head that `lm_head` does not know of.
+    """
+    batch = input_ids.unsqueeze(0)
+    mask = torch.ones_like(batch)
+    head = lm_head(model)
+    hidden = last_hidden_state(model, batch, mask)[0, :-1].to(head.weight.dtype)
+    ours = float(weighted_ce(hidden, head.weight, input_ids[1:], **head.options()))
+    logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[0, :-1].float()
+    own = float(torch.nn.functional.cross_entropy(logits, input_ids[1:]))
+    if not abs(ours - own) <= HEAD_TOLERANCE[head.weight.dtype] * max(1.0, abs(own)):
+        raise InputError(
+            f"{type(model).__name__}: the loss of the model's own forward ({own:.6f}) differs from "
+            f"that of its hidden states under its head ({ours:.6f}); its head does something that "
+            "is not a bias, a logit scale or a soft-cap, and is not supported"
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides token ids; padding and truncation settings do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    return hash_json([content, tokenizer.eos_token, tokenizer.bos_token])
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the chat template's text."""
+    return hash_bytes(tokenizer.get_chat_template().encode())
+
+
+def model_hash(folder: Path) -> str:
+    """Hash of a model folder's config and weights, remembered while the files stay as they are."""
+    files = sorted([*folder.glob(WEIGHT_FILES), *folder.glob("config.json")])
+    if len(files) < 2:
+        raise InputError(f"{folder}: no {WEIGHT_FILES} weights beside config.json")
+    return hash_json({path.name: _hash_unchanged(path, path.stat().st_mtime_ns) for path in files})
+
+
+@functools.lru_cache
+def _hash_unchanged(path: Path, modified: int) -> str:
+    return hash_file(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    return {
+        "gift": gift.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,135 @@
+"""The confidence store: one float32 per target token, and what it was made from.
+
+`confidence.safetensors` holds `confidence` float32 [all target tokens, row after row] and `offsets`
+int64 [rows + 1]; a dropped row has length 0. `manifest.json` names model, tokenizer and template by
+hash and every row by a digest of its tokens; `tokenizer/` is the tokenizer that made them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from gift.data import EncodedData
+from gift.errors import InputError
+from gift.files import read_json, write_json
+from gift.models import load_tokenizer, template_hash, tokenizer_hash
+
+CONFIDENCE_FILE = "confidence.safetensors"
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class ConfidenceStore:
+    """Confidences of all rows: `confidence` float32 [targets], `offsets` int64 [rows + 1]."""
+
+    confidence: np.ndarray
+    offsets: np.ndarray
+    manifest: dict[str, Any]
+    folder: Path
+
+    def row(self, row: int) -> np.ndarray:
+        """Confidences of one row's target tokens, float32."""
+        return self.confidence[self.offsets[row] : self.offsets[row + 1]]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer the store was made with."""
+        return load_tokenizer(self.folder / TOKENIZER_FOLDER)
+
+
+def write_store(
+    folder: Path,
+    data: EncodedData,
+    confidence: list[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: dict[str, Any],
+) -> None:
+    """Writes the store's files into an existing folder; `confidence` has one array per row."""
+    lengths = [example.targets if example else 0 for example in data.examples]
+    assert lengths == [len(values) for values in confidence]
+    save_file(
+        {
+            "confidence": np.concatenate([np.zeros(0, np.float32), *confidence]).astype(np.float32),
+            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        },
+        folder / CONFIDENCE_FILE,
+    )
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    hashes = {
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "template_hash": template_hash(tokenizer),
+    }
+    write_json(folder / MANIFEST_FILE, {**manifest, **hashes, "data": data.manifest()})
+
+
+def load_store(folder: Path) -> ConfidenceStore:
+    """Reads a store; InputError where a file is missing or does not fit the others."""
+    manifest_path = folder / MANIFEST_FILE
+    if not manifest_path.is_file():
+        raise InputError(
+            f"--confidence: {folder} is no confidence store (no {MANIFEST_FILE}); "
+            "make one with gift annotate"
+        )
+    manifest = read_json(manifest_path)
+    try:
+        tensors = load_file(folder / CONFIDENCE_FILE)
+        confidence, offsets = tensors["confidence"], tensors["offsets"]
+        rows = len(manifest["data"]["row_digests"])
+    except Exception as error:
+        raise InputError(f"--confidence: {folder}: damaged store ({error!r})") from error
+    if len(offsets) != rows + 1 or offsets[-1] != len(confidence):
+        raise InputError(f"--confidence: {folder}: damaged store (offsets do not fit the values)")
+    return ConfidenceStore(confidence, offsets, manifest, folder)
+
+
+def require_same_rows(
+    store: ConfidenceStore, data: EncodedData, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """InputError unless the store was made from these rows, tokens and template."""
+    manifest = store.manifest
+    for name, ours in (
+        ("tokenizer", tokenizer_hash(tokenizer)),
+        ("template", template_hash(tokenizer)),
+    ):
+        if manifest[f"{name}_hash"] != ours:
+            raise InputError(
+                f"--confidence: {store.folder} was annotated with another {name} "
+                f"({manifest[f'{name}_hash'][:12]}, here {ours[:12]}); annotate again with this one"
+            )
+    theirs = manifest["data"]["row_digests"]
+    digests = [example.digest if example else "" for example in data.examples]
+    if len(theirs) != len(digests):
+        raise InputError(
+            f"--confidence: {store.folder} has {len(theirs)} rows, --data has {len(digests)}; "
+            "annotate this data"
+        )
+    for row, (expected, got) in enumerate(zip(theirs, digests, strict=True)):
+        if expected != got:
+            raise InputError(
+                f"--confidence: row {row} of the data is not the row that was annotated; annotate "
+                "again with the same data, --max-length and --overlong"
+            )
+
+
+def read_author_scores(path: Path) -> list[list[float]]:
+    """Scores of the authors' JSONL format: rows with `scores`, a pair [q, q] per response token."""
+    if not path.is_file():
+        raise InputError(f"--scores: {path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            scores = json.loads(line)["scores"]
+            rows.append([float(pair[0]) for pair in scores])
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise InputError(
+                f"{path}, line {number}: expected an object with scores, a list of pairs [q, q] "
+                f"({error!r})"
+            ) from None
+    return rows

@@ -1,0 +1,356 @@
+"""Stage 2: a LoRA adapter on the base model, its loss weighted token by token.
+
+    L = Σ_t w_t · (−log p_base,adapter(y_t | x, y_<t)) / normalizer      over one global batch
+
+w is the guide's confidence (GIFT, ACL 2026, arXiv 2605.01256), 1 (Shadow-FT, arXiv 2505.12716;
+plain SFT where the model is the instruct model) or the model's own confidence (DFT, 2508.05629).
+Gradients of the plain sums are accumulated over micro-batches and ranks and divided once, by the
+tokens or the weights of the whole global batch: any split of it gives the same update.
+
+Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import get_scheduler
+
+from gift import checkpoint, figures, ranks
+from gift.batches import pad_batch, target_ids
+from gift.config import TrainConfig
+from gift.console import print_summary, progress
+from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
+from gift.errors import InputError
+from gift.files import (
+    hash_file,
+    hash_json,
+    output_folder,
+    partial_path,
+    refuse_existing,
+    write_json,
+)
+from gift.models import (
+    check_head,
+    last_hidden_state,
+    lm_head,
+    load_causal_lm,
+    load_tokenizer,
+    model_hash,
+    pick_device,
+    pick_dtype,
+    resolve_model,
+    template_hash,
+    tokenizer_hash,
+    versions,
+)
+from gift.store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
+from gift.weights import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift_kernels import weighted_ce
+
+MANIFEST_FILE = "gift_train.json"
+METRICS_FILE = "metrics.jsonl"
+BAND_EDGES = (0.1, 0.5, 0.9)
+BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
+# What a micro-batch adds up, then one entry per confidence band.
+SUMS = ("loss", "nll", "weight", "tokens", "hits")
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains and writes the PEFT adapter; returns the summary."""
+    refuse_existing(config.output, config.overwrite)
+    store, tokenizer = _store_and_tokenizer(config)
+    data = encode_file(config.data, tokenizer, config)
+    if store is not None:
+        require_same_rows(store, data, tokenizer)
+    rows = weighted_rows(config, data, store)
+    with ranks.process_group() as group:
+        fingerprint = hash_json([train_fingerprint(config), group.size])
+        device = group.device or pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        model = _adapted_model(config, data, dtype, device)
+        with _output(config, group) as partial:
+            history, signal = _fit(config, model, rows, group, partial, fingerprint)
+            summary = {**data_summary(data), **_run_summary(history)}
+            if store is not None:
+                summary |= {
+                    f"signal from {name}": share
+                    for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
+                }
+            if group.is_main:
+                _write_adapter(config, model, tokenizer, partial, summary, fingerprint, store)
+        if group.is_main:
+            print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
+    return summary
+
+
+@contextmanager
+def _output(config: TrainConfig, group: ranks.Group) -> Iterator[Path]:
+    """The partial folder; the main rank opens and publishes it."""
+    if not group.is_main:
+        group.barrier()
+        yield partial_path(config.output)
+        return
+    with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
+        group.barrier()
+        yield partial
+
+
+def train_fingerprint(config: TrainConfig) -> str:
+    """Hash of all that decides the adapter: model, tokenizer, data, confidences and settings."""
+    folder = resolve_model(config.model)
+    store, tokenizer = _store_and_tokenizer(config)
+    skipped = {
+        "output",
+        "overwrite",
+        "checkpoint_steps",
+        "model",
+        "data",
+        "confidence",
+        "tokenizer",
+    }
+    return hash_json(
+        {
+            "settings": config.model_dump(mode="json", exclude=skipped),
+            "model": model_hash(folder),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "template": template_hash(tokenizer),
+            "data": hash_json(read_rows(config.data, config.limit)),
+            "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
+        }
+    )
+
+
+def _fit(
+    config: TrainConfig,
+    model: Any,
+    rows: Sequence[WeightedRow],
+    group: ranks.Group,
+    partial: Path,
+    fingerprint: str,
+) -> tuple[list[dict[str, float]], Tensor]:
+    """The training loop; returns the metrics of every step and the learning signal per band."""
+    steps_per_epoch = -(-len(rows) // config.global_batch_size)
+    steps = steps_per_epoch * config.epochs
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
+    state = checkpoint.TrainingState(model, optimizer, scheduler, group)
+    first_step, history, signal = state.load(partial, fingerprint)
+    if first_step == 0:
+        # Every rank draws its own dropout masks.
+        torch.manual_seed(config.seed + 1 + group.rank)
+        signal = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
+    model.train()
+    with progress("train", steps, first_step, shown=group.is_main) as bar:
+        for step in range(first_step, steps):
+            started = time.perf_counter()
+            batch = _global_batch(config, rows, step, steps_per_epoch)
+            sums = _accumulate(config, model, group.share(batch))
+            group.sum_(sums)
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                group.sum_(parameter.grad)
+            totals = dict(zip(SUMS, sums.tolist(), strict=False))
+            divisor = totals["tokens" if config.normalization == "tokens" else "weight"]
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.div_(divisor or 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            signal += sums[len(SUMS) :].cpu()
+            history.append(
+                {
+                    "step": step + 1,
+                    "epoch": (step + 1) / steps_per_epoch,
+                    "loss": totals["loss"] / (divisor or 1.0),
+                    "nll": totals["nll"] / totals["tokens"],
+                    "mean_weight": totals["weight"] / totals["tokens"],
+                    "token_accuracy": totals["hits"] / totals["tokens"],
+                    "learning_rate": rate,
+                    "gradient_norm": float(norm),
+                    "tokens": totals["tokens"],
+                    "tokens_per_second": totals["tokens"] / (time.perf_counter() - started),
+                    "peak_memory_gb": group.peak_memory_gb(),
+                }
+            )
+            bar.advance()
+            bar.note(f"loss {history[-1]['loss']:.4f}")
+            if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
+                state.save(partial, fingerprint, step + 1, history, signal)
+    return history, signal
+
+
+def _accumulate(config: TrainConfig, model: Any, rows: Sequence[WeightedRow]) -> Tensor:
+    """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
+
+    Returns SUMS and the learning signal Σ w·nll of each confidence band, float64.
+    """
+    base = model.get_base_model()
+    head = lm_head(base)
+    device = head.weight.device
+    sums = torch.zeros(len(SUMS) + len(BAND_NAMES), dtype=torch.float64, device=device)
+    # Rows of like length together: less padding, and the sum does not mind.
+    ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
+    bad_rows = []
+    for start in range(0, len(ordered), config.micro_batch_size):
+        micro = ordered[start : start + config.micro_batch_size]
+        examples = [row.example for row in micro]
+        ids, attention, predicts = pad_batch(examples, device)
+        hidden = last_hidden_state(base, ids, attention)[predicts].to(head.weight.dtype)
+        loss, stats = weighted_ce(
+            hidden,
+            head.weight,
+            target_ids(examples, device),
+            token_weight(config, micro, device),
+            reduction="sum",
+            return_stats=True,
+            **own_weight_options(config),
+            **head.options(),
+        )
+        if not bool(torch.isfinite(loss)):
+            bad_rows += [example.row for example in examples]
+            continue
+        loss.backward()
+        signal = (stats.weight * stats.nll).double()
+        kept = torch.stack(
+            [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]
+        )
+        sums[:3] += kept
+        sums[3] += len(stats.nll)
+        sums[4] += stats.top1.sum()
+        if micro[0].confidence is not None:
+            confidence = torch.cat([row.confidence for row in micro if row.confidence is not None])
+            edges = torch.tensor(BAND_EDGES, device=device)
+            band = torch.bucketize(confidence.to(device), edges, right=True)
+            sums[len(SUMS) :].index_add_(0, band, signal)
+    _refuse_not_finite(bad_rows)
+    return sums
+
+
+def _refuse_not_finite(bad_rows: list[int]) -> None:
+    rows = ranks.gather_lists(bad_rows)
+    if rows:
+        raise InputError(
+            f"the loss is not finite in a micro-batch with rows {sorted(rows)}; look at these "
+            "rows, lower --learning-rate, or use --dtype float32"
+        )
+
+
+def _global_batch(
+    config: TrainConfig, rows: Sequence[WeightedRow], step: int, steps_per_epoch: int
+) -> list[WeightedRow]:
+    """The rows of one optimizer step, from the epoch's own seeded permutation."""
+    epoch, position = divmod(step, steps_per_epoch)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    first = position * config.global_batch_size
+    return [rows[number] for number in order[first : first + config.global_batch_size]]
+
+
+def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, Any]:
+    store = load_store(config.confidence) if config.confidence else None
+    if config.weighting == "guide" and store is None:
+        raise InputError(
+            "--confidence: --weighting guide needs the folder that gift annotate made; "
+            "or choose --weighting uniform or self"
+        )
+    if config.tokenizer is not None:
+        return store, load_tokenizer(resolve_model(config.tokenizer))
+    if store is None:
+        raise InputError(
+            "--tokenizer: without --confidence, name the instruct model whose chat template to use"
+        )
+    return store, store.tokenizer()
+
+
+def _adapted_model(
+    config: TrainConfig, data: EncodedData, dtype: torch.dtype, device: torch.device
+) -> Any:
+    model = load_causal_lm(resolve_model(config.model), dtype, device)
+    require_vocabulary(model, data, config.model)
+    shortest = min(data.kept, key=lambda example: len(example.input_ids))
+    check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
+    targets = config.lora_targets
+    torch.manual_seed(config.seed)
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
+                lora_dropout=config.lora_dropout,
+                target_modules=targets if targets == "all-linear" else targets.split(","),
+                use_rslora=config.rslora,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise InputError(f"--lora-targets: {error}") from error
+    adapted.peft_config["default"].base_model_name_or_path = config.model
+    checkpointing = config.gradient_checkpointing
+    if checkpointing if checkpointing is not None else device.type == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapted
+
+
+def _write_adapter(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    partial: Path,
+    summary: dict[str, Any],
+    fingerprint: str,
+    store: ConfidenceStore | None,
+) -> None:
+    model.save_pretrained(partial, save_embedding_layers=False)
+    tokenizer.save_pretrained(partial)
+    write_json(
+        partial / MANIFEST_FILE,
+        {
+            "kind": "gift adapter",
+            "fingerprint": fingerprint,
+            "base_model": config.model,
+            "base_model_hash": model_hash(resolve_model(config.model)),
+            "guide_model": store.manifest["model"] if store else None,
+            "guide_model_hash": store.manifest.get("model_hash") if store else None,
+            "data_hash": hash_file(config.data),
+            "confidence_hash": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "template_hash": template_hash(tokenizer),
+            "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
+            "summary": summary,
+            "versions": versions(),
+        },
+    )
+    figures.plot_training(partial / METRICS_FILE, partial / "loss.png")
+    checkpoint.remove(partial)
+
+
+def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    first, last = history[0], history[-1]
+    return {
+        "steps": len(history),
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "last_nll": last["nll"],
+        "last_token_accuracy": last["token_accuracy"],
+        "tokens_per_second": sum(entry["tokens"] for entry in history)
+        / sum(entry["tokens"] / entry["tokens_per_second"] for entry in history),
+        "peak_memory_gb": max(entry["peak_memory_gb"] for entry in history),
+    }
+
+
+def _shares(signal: Tensor) -> list[float]:
+    return (signal / signal.sum().clamp(min=1e-300)).tolist()
