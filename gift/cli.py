@@ -127,3 +127,7 @@ def main() -> None:
 def _fail(message: str, status: int) -> None:
     print(f"gift: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

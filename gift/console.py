@@ -51,11 +51,12 @@ def progress(description: str, total: int, done: int = 0, shown: bool = True) ->
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
+    console.print(title, style="bold")
     console.print(table)
 
 

@@ -291,7 +291,9 @@ def _adapted_model(
                 r=config.lora_rank,
                 lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
                 lora_dropout=config.lora_dropout,
-                target_modules=targets if targets == "all-linear" else targets.split(","),
+                target_modules=_linear_layers(model)
+                if targets == "all-linear"
+                else targets.split(","),
                 use_rslora=config.rslora,
                 task_type="CAUSAL_LM",
             ),
@@ -303,6 +305,17 @@ def _adapted_model(
     if checkpointing if checkpointing is not None else device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Names, within their block, of all linear layers below the head."""
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+    )
 
 
 def _write_adapter(

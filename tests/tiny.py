@@ -1,5 +1,6 @@
 """Tiny real models and tokenizers, made on the spot from Transformers configs."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ ARCHITECTURES: dict[str, Any] = {
 
 def make_tokenizer(template: str = CHATML, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on a few sentences, with ChatML's special tokens."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_train_tokenizer()),
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>" if pad_is_eos else "<|pad|>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})  # pyright: ignore
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@functools.cache
+def _train_tokenizer() -> str:
+    """Trained once: equal counts are merged in an order that differs from call to call."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -66,19 +80,10 @@ def make_tokenizer(template: str = CHATML, pad_is_eos: bool = False) -> PreTrain
         show_progress=False,
     )
     backend.train_from_iterator(SENTENCES, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>" if pad_is_eos else "<|pad|>",
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})  # pyright: ignore
-    tokenizer.chat_template = template
-    return tokenizer
+    return backend.to_str()
 
 
-def make_model(
-    folder: Path, architecture: str = "llama", seed: int = 0, **overrides: Any
-) -> Path:
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random model with its tokenizer; weights are large enough that q varies."""
     tokenizer = make_tokenizer()
     config_class, options = ARCHITECTURES[architecture]

@@ -1,0 +1,227 @@
+"""The confidence store: its values, its resumption, its importer."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import gift.annotate as annotate_module
+from gift.annotate import annotate, import_scores
+from gift.batches import pad_batch, plan_batches
+from gift.config import AnnotateConfig, ImportScoresConfig
+from gift.data import encode, read_rows
+from gift.errors import InputError
+from gift.files import partial_path
+from gift.models import check_head, lm_head, load_tokenizer
+from gift.store import load_store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("annotate")
+    tiny.make_model(folder / "instruct", "qwen2")
+    tiny.write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def config(folder: Path, output: Path, **options) -> AnnotateConfig:
+    settings = {"model": str(folder / "instruct"), "data": folder / "rows.jsonl", **options}
+    return AnnotateConfig(output=output, **settings)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_confidence_is_softmax_of_the_models_own_float32_logits(architecture, tmp_path):
+    tiny.make_model(tmp_path / "instruct", architecture)
+    tiny.write_rows(tmp_path / "rows.jsonl", 5)
+    annotate(config(tmp_path, tmp_path / "store", batch_tokens=100))
+    store = load_store(tmp_path / "store")
+    tokenizer = store.tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "instruct", dtype=torch.float32).eval()
+    data = encode(read_rows(tmp_path / "rows.jsonl"), tokenizer, max_length=2048)
+    for example in data.kept:
+        ids = torch.from_numpy(example.input_ids).long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1].float()
+        probability = torch.softmax(logits, -1).gather(1, ids[1:, None]).squeeze(1)
+        expected = probability[torch.from_numpy(example.is_target[1:])].numpy()
+        np.testing.assert_allclose(store.row(example.row), expected, rtol=2e-4, atol=1e-9)
+        # A store of one constant would pass a loose bound.
+        assert expected.std() > 1e-5
+    assert store.confidence.dtype == np.float32 and store.offsets.dtype == np.int64
+
+
+def test_a_head_that_does_something_else_is_refused(tmp_path):
+    tiny.make_model(tmp_path / "instruct", "gemma2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "instruct").eval()
+    ids = torch.arange(5, 25)
+    check_head(model, ids)
+    assert lm_head(model).logit_softcap == 2.0
+    forward = type(model).forward
+
+    def shifted(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = shifted.__get__(model)
+    with pytest.raises(InputError, match="its head does something that is not a bias"):
+        check_head(model, ids)
+
+
+def test_batch_size_does_not_change_the_confidence(folder, tmp_path):
+    annotate(config(folder, tmp_path / "one", batch_tokens=1))
+    annotate(config(folder, tmp_path / "many", batch_tokens=10_000))
+    one, many = load_store(tmp_path / "one"), load_store(tmp_path / "many")
+    np.testing.assert_allclose(one.confidence, many.confidence, rtol=1e-4)
+    assert one.offsets.tolist() == many.offsets.tolist()
+
+
+def test_batches_hold_every_row_within_the_budget(folder):
+    batches = plan_batches(encode_rows(folder), 120)
+    assert sorted(row.row for batch in batches for row in batch) == list(range(12))
+    assert all(len(batch) == 1 or len(batch) * len(batch[0].input_ids) <= 120 for batch in batches)
+    _, attention, predicts = pad_batch(batches[-1], torch.device("cpu"))
+    for number, example in enumerate(batches[-1]):
+        positions = predicts[number].nonzero().squeeze(1) + 1
+        assert positions.tolist() == np.flatnonzero(example.is_target).tolist()
+        assert attention[number].sum() == len(example.input_ids)
+
+
+def test_interrupted_annotation_gives_the_same_bytes(folder, tmp_path, monkeypatch):
+    options = {"batch_tokens": 60, "part_batches": 2}
+    annotate(config(folder, tmp_path / "whole", **options))
+    calls = []
+    real = annotate_module.annotate_batch
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(annotate_module, "annotate_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(config(folder, tmp_path / "cut", **options))
+    assert not (tmp_path / "cut").exists() and partial_path(tmp_path / "cut").exists()
+    before = len(calls)
+    annotate(config(folder, tmp_path / "cut", **options))
+    total = len(plan_batches(encode_rows(folder), 60))
+    assert len(calls) - before == total - 2, "the finished part must not be computed again"
+    for name in ("confidence.safetensors", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    whole, cut = (
+        json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("whole", "cut")
+    )
+    assert whole == cut
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def encode_rows(folder: Path):
+    tokenizer = load_tokenizer(folder / "instruct")
+    return encode(read_rows(folder / "rows.jsonl"), tokenizer, max_length=2048).kept
+
+
+def test_parts_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch):
+    options = {"batch_tokens": 60, "part_batches": 1}
+    real = annotate_module.annotate_batch
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(annotate_module, "annotate_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(config(folder, tmp_path / "store", **options))
+    monkeypatch.undo()
+    annotate(config(folder, tmp_path / "store", guide_temperature=3.0, **options))
+    annotate(config(folder, tmp_path / "fresh", guide_temperature=3.0, **options))
+    assert (tmp_path / "store/confidence.safetensors").read_bytes() == (
+        tmp_path / "fresh/confidence.safetensors"
+    ).read_bytes()
+
+
+def test_dropped_rows_have_length_zero_and_a_reason(folder, tmp_path):
+    rows = (folder / "rows.jsonl").read_text() + json.dumps({"instruction": "a", "response": ""})
+    (tmp_path / "rows.jsonl").write_text(rows + "\n")
+    summary = annotate(
+        config(folder, tmp_path / "store", data=tmp_path / "rows.jsonl", max_dropped=0.1)
+    )
+    store = load_store(tmp_path / "store")
+    assert summary["rows_dropped"] == 1 and len(store.row(12)) == 0
+    assert store.manifest["data"]["lost"] == [
+        {"row": 12, "action": "dropped", "reason": "no assistant text"}
+    ]
+
+
+def test_existing_output_is_refused_and_kept(folder, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine").write_text("keep")
+    with pytest.raises(InputError, match=r"--output: .*store already exists; .* --overwrite"):
+        annotate(config(folder, tmp_path / "store"))
+    assert (tmp_path / "store" / "mine").read_text() == "keep"
+    annotate(config(folder, tmp_path / "store", overwrite=True))
+    assert not (tmp_path / "store" / "mine").exists()
+
+
+def test_model_smaller_than_the_tokenizer_is_refused(folder, tmp_path):
+    tiny.make_model(tmp_path / "small", "llama", vocab_size=40, eos_token_id=2, pad_token_id=3)
+    with pytest.raises(InputError, match="40 token embeddings, but the tokenizer gives id"):
+        annotate(config(folder, tmp_path / "store", model=str(tmp_path / "small")))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("missing/model", "no such folder, and not available from the hub"),
+        ("/no/such/folder", "expected a model folder or a hub id"),
+    ],
+)
+def test_missing_models_are_one_clear_error(folder, tmp_path, monkeypatch, model, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=message):
+        annotate(config(folder, tmp_path / "store", model=model))
+
+
+def test_authors_scores_become_a_store(folder, tmp_path):
+    """One pair per response token, the end of turn left out."""
+    conversations, examples = read_rows(folder / "rows.jsonl"), encode_rows(folder)
+    rows, values = [], []
+    for conversation, example in zip(conversations, examples, strict=True):
+        scores = [round(math.exp(-number / 7), 6) for number in range(example.targets - 1)]
+        values.append([*scores, 0.25])
+        question, reply = (turn["content"] for turn in conversation)
+        pairs = [[score, score] for score in scores]
+        rows.append({"instruction": question, "response": reply, "scores": pairs})
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"scores": path, "tokenizer": str(folder / "instruct"), "end_confidence": 0.25}
+    import_scores(ImportScoresConfig(output=tmp_path / "store", **options))
+    store = load_store(tmp_path / "store")
+    for row, expected in enumerate(values):
+        np.testing.assert_allclose(store.row(row), expected, rtol=1e-6)
+    rows[4]["scores"] = rows[4]["scores"][:-2]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="row 4 has .* scores, its response has .* tokens"):
+        import_scores(ImportScoresConfig(output=tmp_path / "other", **options))
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_stores_are_named(folder, tmp_path):
+    annotate(config(folder, tmp_path / "store"))
+    tensors = (tmp_path / "store/confidence.safetensors").read_bytes()
+    (tmp_path / "store/confidence.safetensors").write_bytes(tensors[:50])
+    with pytest.raises(InputError, match="damaged store"):
+        load_store(tmp_path / "store")
+    with pytest.raises(InputError, match="is no confidence store"):
+        load_store(tmp_path)

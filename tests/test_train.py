@@ -1,0 +1,317 @@
+"""Training: its gradients, its weights, its resumption, its refusals."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import gift.train as train_module
+from gift.annotate import annotate
+from gift.config import AnnotateConfig, TrainConfig
+from gift.data import encode, read_rows
+from gift.errors import InputError
+from gift.files import partial_path
+from gift.store import CONFIDENCE_FILE, load_store
+from gift.train import train
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    tiny.make_model(folder / "instruct", "llama", seed=1)
+    tiny.make_model(folder / "base", "llama", seed=2)
+    tiny.write_rows(folder / "rows.jsonl", 10)
+    annotate(
+        AnnotateConfig(
+            model=str(folder / "instruct"),
+            data=folder / "rows.jsonl",
+            output=folder / "store",
+        )
+    )
+    # An untrained guide is sure of nothing; spread its confidences over [0, 1].
+    tensors = load_file(folder / "store" / CONFIDENCE_FILE)
+    noise = torch.rand(len(tensors["confidence"]), generator=torch.Generator().manual_seed(0))
+    save_file({**tensors, "confidence": noise**2}, folder / "store" / CONFIDENCE_FILE)
+    return folder
+
+
+def config(folder: Path, output: Path, **options) -> TrainConfig:
+    settings = {
+        "model": str(folder / "base"),
+        "data": folder / "rows.jsonl",
+        "confidence": folder / "store",
+        "global_batch_size": 5,
+        "micro_batch_size": 2,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        **options,
+    }
+    return TrainConfig(output=output, **settings)
+
+
+@pytest.fixture
+def gradients(monkeypatch) -> list[list[Tensor]]:
+    """The gradients of every optimizer step, as they are before clipping."""
+    steps = []
+    real = torch.nn.utils.clip_grad_norm_
+
+    def recording(parameters, max_norm):
+        steps.append([parameter.grad.clone() for parameter in parameters])
+        return real(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
+    return steps
+
+
+def reference_gradient(folder: Path, weighting: str, normalization: str) -> list[Tensor]:
+    """Gradient of the first global batch from full logits of a fresh adapter."""
+    # The same seeded initialisation; a huge batch so that all rows form one step.
+    adapted = train_module._adapted_model(
+        config(folder, Path("unused")),
+        encode(read_rows(folder / "rows.jsonl"), tiny.make_tokenizer(), max_length=2048),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    store = load_store(folder / "store")
+    total, tokens, weights = torch.zeros(()), 0, 0.0
+    rows = encode(read_rows(folder / "rows.jsonl"), store.tokenizer(), max_length=2048)
+    for example in rows.kept:
+        ids = torch.from_numpy(example.input_ids).long()
+        logits = adapted(ids[None]).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        nll = nll[torch.from_numpy(example.is_target[1:])]
+        weight = {
+            "guide": torch.from_numpy(store.row(example.row)),
+            "uniform": torch.ones_like(nll),
+            "self": torch.exp(-nll.detach()),
+        }[weighting]
+        total = total + (weight * nll).sum()
+        tokens += len(nll)
+        weights += float(weight.sum())
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return list(
+        torch.autograd.grad(total / (tokens if normalization == "tokens" else weights), parameters)
+    )
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "weights"])
+@pytest.mark.parametrize("weighting", ["guide", "uniform", "self"])
+def test_gradient_is_that_of_the_weighted_loss_on_full_logits(
+    folder, tmp_path, gradients, weighting, normalization
+):
+    options = {"weighting": weighting, "normalization": normalization, "global_batch_size": 10}
+    train(config(folder, tmp_path / "adapter", **options))
+    expected = reference_gradient(folder, weighting, normalization)
+    assert max(float(value.abs().max()) for value in expected) > 1e-3
+    for ours, truth in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=2e-6)
+
+
+def test_the_weights_matter(folder, gradients, tmp_path):
+    """The guide's gradient is far from every other weighting's: the test above can tell them."""
+    guide = torch.cat([g.flatten() for g in reference_gradient(folder, "guide", "weights")])
+    for weighting in ("uniform", "self"):
+        other = torch.cat([g.flatten() for g in reference_gradient(folder, weighting, "weights")])
+        assert float((guide - other).norm() / guide.norm()) > 0.05
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "weights"])
+def test_any_split_into_micro_batches_gives_the_same_gradients(
+    folder, tmp_path, gradients, normalization
+):
+    splits = {}
+    for size in (1, 2, 5):
+        gradients.clear()
+        options = {"micro_batch_size": size, "normalization": normalization}
+        train(config(folder, tmp_path / f"adapter-{size}", **options))
+        splits[size] = [torch.cat([g.flatten() for g in step]) for step in gradients]
+    assert len(splits[1]) == 2
+    for size in (2, 5):
+        for ours, other in zip(splits[1], splits[size], strict=True):
+            assert float((ours - other).norm() / ours.norm()) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
+    train(config(folder, tmp_path / "plain"))
+    train(config(folder, tmp_path / "saving", gradient_checkpointing=True))
+    plain, saving = (load_file(tmp_path / name / ADAPTER) for name in ("plain", "saving"))
+    for name, value in plain.items():
+        torch.testing.assert_close(saving[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 9])
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
+    folder, tmp_path, monkeypatch, interrupted_at
+):
+    options = {"lora_dropout": 0.2, "epochs": 3, "global_batch_size": 3, "checkpoint_steps": 2}
+    train(config(folder, tmp_path / "whole", **options))
+    real, calls = train_module._accumulate, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == interrupted_at:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "_accumulate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(folder, tmp_path / "cut", **options))
+    assert not (tmp_path / "cut").exists()
+    train(config(folder, tmp_path / "cut", **options))
+    assert len(calls) < 12 + interrupted_at, "the run must go on from its checkpoint"
+    assert (tmp_path / "whole" / ADAPTER).read_bytes() == (tmp_path / "cut" / ADAPTER).read_bytes()
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        histories = [metrics(tmp_path / run, name) for run in ("whole", "cut")]
+        assert histories[0] == histories[1] and len(histories[0]) == 12
+    assert not partial_path(tmp_path / "cut").exists()
+    assert not list((tmp_path / "cut").glob("checkpoint*"))
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_checkpoint_of_other_settings_is_not_used(folder, tmp_path, monkeypatch):
+    real, calls = train_module._accumulate, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "_accumulate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(folder, tmp_path / "adapter", checkpoint_steps=1))
+    monkeypatch.undo()
+    train(config(folder, tmp_path / "adapter", checkpoint_steps=1, seed=5))
+    train(config(folder, tmp_path / "fresh", checkpoint_steps=1, seed=5))
+    adapters = [(tmp_path / name / ADAPTER).read_bytes() for name in ("adapter", "fresh")]
+    assert adapters[0] == adapters[1]
+
+
+def test_ranks_share_every_batch_and_may_have_none(folder, tmp_path):
+    """Two processes, batches of three, two and one rows: the result is that of one process."""
+    options = {"global_batch_size": 3, "micro_batch_size": 2}
+    train(config(folder, tmp_path / "one", **options))
+    arguments = ["--output", str(tmp_path / "two")]
+    for key, value in config(folder, tmp_path / "two", **options).model_dump(mode="json").items():
+        if key not in ("output", "overwrite", "gradient_checkpointing") and value is not None:
+            if isinstance(value, bool):
+                continue
+            arguments += [f"--{key.replace('_', '-')}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc-per-node", "2", "-m", "gift.cli", "train", *arguments],
+        check=True,
+        env=environment,
+        timeout=240,
+        capture_output=True,
+    )
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(
+            metrics(tmp_path / "two", name), metrics(tmp_path / "one", name), rtol=1e-4
+        )
+    one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_adapter_loads_in_peft_and_changes_the_model(folder, tmp_path):
+    train(config(folder, tmp_path / "adapter"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids).logits
+    assert float((after - before).abs().max()) > 1e-3
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and set(settings["target_modules"]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_learning_signal_is_shared_out_by_confidence(folder, tmp_path):
+    options = {"epochs": 1, "global_batch_size": 10}
+    guide = train(config(folder, tmp_path / "guide", **options))
+    uniform = train(config(folder, tmp_path / "uniform", weighting="uniform", **options))
+    for summary in (guide, uniform):
+        shares = [value for key, value in summary.items() if key.startswith("signal from")]
+        assert len(shares) == 4 and abs(sum(shares) - 1) < 1e-9
+    low = "signal from q < 0.1"
+    assert guide[low] < uniform[low], "weighting by confidence must take signal from low bands"
+
+
+def test_end_of_turn_weight_is_set_for_the_last_target_only(folder, tmp_path):
+    settings = config(folder, tmp_path / "adapter", end_weight=0.0, confidence_floor=0.3)
+    store = load_store(folder / "store")
+    data = encode(read_rows(folder / "rows.jsonl"), store.tokenizer(), max_length=2048)
+    for row in train_module.weighted_rows(settings, data, store):
+        weight = row.weight
+        assert weight is not None and float(weight[-1]) == 0 and float(weight[:-1].min()) >= 0.3
+
+
+def test_divergence_stops_with_the_row_ids(folder, tmp_path):
+    with pytest.raises(InputError, match=r"not finite in a micro-batch with rows \[\d"):
+        train(config(folder, tmp_path / "adapter", learning_rate=1e30, max_grad_norm=1e30))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_store_of_other_rows_is_refused_naming_the_first(folder, tmp_path):
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    lines[6] = lines[5]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="--confidence: row 6 of the data is not the row"):
+        train(config(folder, tmp_path / "adapter", data=tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    with pytest.raises(InputError, match="has 10 rows, --data has 5"):
+        train(config(folder, tmp_path / "adapter", data=tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "template"])
+def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, changed):
+    shutil.copytree(folder / "instruct", tmp_path / "other")
+    tokenizer = tiny.make_tokenizer(
+        tiny.CHATML.replace("<|im_start|>", "<|im_start|> ")
+        if changed == "template"
+        else tiny.CHATML
+    )
+    if changed == "tokenizer":
+        tokenizer.add_tokens(["apples"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=f"was annotated with another {changed}"):
+        train(config(folder, tmp_path / "adapter", tokenizer=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confidence": None}, "--weighting guide needs the folder"),
+        ({"confidence": None, "weighting": "uniform"}, "--tokenizer: without --confidence"),
+        ({"weighting": "self", "end_weight": 1.0}, "--end-weight: not available"),
+        ({"lora_targets": "nothing_proj"}, "--lora-targets: .*nothing_proj"),
+        ({"confidence": Path("/no/store")}, "is no confidence store"),
+    ],
+    ids=["no-store", "no-tokenizer", "self-end", "targets", "missing-store"],
+)
+def test_impossible_options_are_one_clear_error(folder, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        train(config(folder, tmp_path / "adapter", **options))
+    assert not (tmp_path / "adapter").exists()
