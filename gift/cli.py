@@ -15,24 +15,33 @@ from typing import Any
 import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from safetensors import SafetensorError
 
 from gift.config import (
     AnnotateConfig,
+    DemoConfig,
+    EvaluateConfig,
     ImportScoresConfig,
+    MergeConfig,
     Options,
+    RunConfig,
     TrainConfig,
-    build_config,
 )
 from gift.errors import InputError
+from gift.recipe import build_config
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Guided fine-tuning: annotate data with an instruct model, train an adapter on its base "
     "model, merge it into the instruct model, evaluate. Every option can also come from "
     "--config recipe.yaml; flags win.",
 )
+
+
+CONFIGS: dict[str, type[Options]] = {}
 
 
 def _add_command(name: str, config: type[Options], function: str, help_text: str) -> None:
@@ -61,6 +70,7 @@ def _add_command(name: str, config: type[Options], function: str, help_text: str
         parameters.append(
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
         )
+    CONFIGS[name] = config
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
     app.command(name, help=help_text)(command)
 
@@ -111,6 +121,36 @@ _add_command(
 )
 
 
+_add_command(
+    "merge",
+    MergeConfig,
+    "gift.merge:merge",
+    "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
+    "few tensors; reads and writes its weights once; a killed merge goes on where it was.",
+)
+_add_command(
+    "evaluate",
+    EvaluateConfig,
+    "gift.evaluate:evaluate",
+    "Stage 4: sample replies to questions, check their answers, report avg@k and pass@k. Costs the "
+    "generation of samples x questions replies; finished batches are kept.",
+)
+_add_command(
+    "run",
+    RunConfig,
+    "gift.run:run",
+    "All stages in one folder. Finished stages are skipped while their settings and inputs stay "
+    "the same; a killed run goes on where it was. Options of the evaluation begin with eval-.",
+)
+_add_command(
+    "demo",
+    DemoConfig,
+    "gift.demo.main:demo",
+    "Make tiny base/instruct pairs on this machine, adapt them in four ways with the real stages "
+    "and compare. Costs a few minutes of two CPU cores; needs no network.",
+)
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:
@@ -120,6 +160,8 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; nothing was published", 1)
+    except SafetensorError as error:
+        _fail(f"{error}; nothing was published", 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", 130)
 

@@ -49,6 +49,17 @@ def progress(description: str, total: int, done: int = 0, shown: bool = True) ->
         yield Bar(bars, bars.add_task(description, total=total, completed=done, note=""))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Prints nothing inside: for stages that are steps of something larger."""
+    before = console.quiet, error_console.quiet
+    console.quiet = error_console.quiet = True
+    try:
+        yield
+    finally:
+        console.quiet, error_console.quiet = before
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; the first column is text, the others are numbers."""
     table = Table()

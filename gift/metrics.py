@@ -1,0 +1,81 @@
+"""Figures of an evaluation: avg@k and pass@n, with standard errors over the questions.
+
+Figures, all with questions as the independent units (the samples of one question are not):
+- avg@k: the mean share of right samples, with its standard error over questions (Miller 2024,
+  "Adding Error Bars to Evals", arXiv 2411.00640: with as many samples for every question, its
+  clustered standard error is that of the question means);
+- pass@n for n = 1…k: the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, equation 1).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+
+def pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
+    """The unbiased pass@k of every question: 1 − C(n − c, k) / C(n, k).
+
+    Chen et al. 2021 (arXiv 2107.03374), equation 1. Their mean is the data set's pass@k.
+
+    Args:
+        correct: right samples of each question (c).
+        samples: samples of every question (n), at least `k`.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k: got {k}, expected 1 to the number of samples, {samples}")
+    if any(not 0 <= count <= samples for count in correct):
+        raise ValueError(f"correct: got {list(correct)}, expected counts from 0 to {samples}")
+    return [1 - math.comb(samples - count, k) / math.comb(samples, k) for count in correct]
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of one value per question; None for a single question.
+
+    sqrt(Σ (v − mean)² / (n (n − 1))), the central limit theorem's (Miller 2024, arXiv 2411.00640).
+    """
+    if len(values) < 2:
+        return None
+    mean = fmean(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) * (len(values) - 1)))
+
+
+def summarize(
+    samples: Sequence[dict[str, Any]], groups: Sequence[str | None] | None = None
+) -> dict[str, Any]:
+    """Metrics of rows of samples.jsonl, as many for each question; `groups` by question."""
+    by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        by_question[sample["row"]].append(sample)
+    correct = [sum(s["correct"] for s in by_question[row]) for row in sorted(by_question)]
+    count = len(samples) // len(correct)
+    accuracies = [right / count for right in correct]
+    metrics: dict[str, Any] = {
+        "questions": len(correct),
+        "samples": count,
+        **_mean(accuracies, "accuracy"),
+        "pass": {
+            str(k): _mean(pass_at_k(correct, count, k), "estimate") for k in range(1, count + 1)
+        },
+        "unfinished": fmean(not s["finished"] for s in samples),
+        "unfinished_correct": fmean(s["matches"] and not s["finished"] for s in samples),
+        "no_answer_found": fmean(s["extracted"] is None for s in samples),
+        "mean_reply_tokens": fmean(s["tokens"] for s in samples),
+        "check_timeouts": sum(s["problem"] == "timeout" for s in samples),
+        "check_crashes": sum(s["problem"] == "crash" for s in samples),
+    }
+    members: dict[str, list[float]] = defaultdict(list)
+    for group, accuracy in zip(groups or [None] * len(correct), accuracies, strict=True):
+        if group is not None:
+            members[group].append(accuracy)
+    metrics["groups"] = {
+        group: {"questions": len(values), **_mean(values, "accuracy")}
+        for group, values in sorted(members.items())
+    }
+    return metrics
+
+
+def _mean(values: Sequence[float], name: str) -> dict[str, float | None]:
+    return {name: fmean(values), "standard_error": standard_error(values)}

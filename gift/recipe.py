@@ -1,0 +1,58 @@
+"""A command's options from a YAML recipe and flags."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gift.errors import InputError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def build_config(
+    model: type[Config], recipe: Path | None, flags: dict[str, Any], command: str = ""
+) -> Config:
+    """A config from a YAML recipe and flags; flags win, and every mistake is named.
+
+    `flags` holds only what the user gave.
+    """
+    values = _read_recipe(recipe) if recipe is not None else {}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(values) - set(model.model_fields))
+    if unknown:
+        known = ", ".join(sorted(model.model_fields))
+        raise InputError(f"{recipe}: unknown key {', '.join(unknown)}; the keys are {known}")
+    try:
+        return model.model_validate({**values, **flags})
+    except ValidationError as error:
+        problems = [
+            f"{_place(problem, recipe, flags)}: {_reason(problem)}" for problem in error.errors()
+        ]
+        raise InputError("; ".join(problems)) from None
+
+
+def _read_recipe(recipe: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config: {recipe}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"--config: {recipe}: not valid YAML ({detail})") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"--config: {recipe}: expected a mapping of option names to values")
+    return content
+
+
+def _place(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else "options"
+    flag = f"--{name.replace('_', '-')}"
+    return flag if name in flags or recipe is None else f"{recipe}: {name}"
+
+
+def _reason(problem: Any) -> str:
+    if problem["type"] == "missing":
+        return "is required"
+    return f"{problem['msg'].lower()}, got {problem['input']!r}"

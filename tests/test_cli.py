@@ -1,0 +1,106 @@
+"""The command line: help, recipes, one-line errors, full disks."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from gift import cli
+from gift.config import TrainConfig
+from gift.errors import InputError
+from gift.recipe import build_config
+
+COMMANDS = {command.name: command for command in cli.app.registered_commands}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.make_model(folder / "instruct", "llama")
+    tiny.write_rows(folder / "rows.jsonl", 40)
+    return folder
+
+
+def gift(*arguments: str, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the installed command in a process of its own, with a largest file size if given."""
+
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-m", "gift.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        preexec_fn=limit,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_the_stage_and_every_option(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    config = cli.CONFIGS[command]
+    for name, field in config.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in result.output, name
+        assert field.description, f"{command} --{name} has no description"
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, gift.cli; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recipe_fills_options_and_flags_win(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: base\ndata: rows.jsonl\noutput: out\nlora-rank: 8\nepochs: 3\n")
+    config = build_config(TrainConfig, recipe, {"epochs": 5})
+    assert (config.model, config.lora_rank, config.epochs) == ("base", 8, 5)
+    assert config.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rnak: 8\n", "unknown key lora_rnak; the keys are .*lora_rank"),
+        ("lora_rank: eight\n", r"recipe.yaml: lora_rank: .* got 'eight'"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("epochs: 0\n", "recipe.yaml: epochs: .*greater than or equal to 1, got 0"),
+    ],
+    ids=["typo", "type", "list", "syntax", "range"],
+)
+def test_bad_recipes_are_one_clear_error(tmp_path, text, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    flags = {"model": "base", "data": "rows.jsonl", "output": "out"}
+    with pytest.raises(InputError, match=message):
+        build_config(TrainConfig, recipe, flags)
+
+
+def test_bad_input_is_one_line_without_a_stack_trace(folder, tmp_path):
+    result = gift(
+        *("annotate", "--model", str(folder / "instruct"), "--data", str(tmp_path / "none.jsonl")),
+        *("--output", str(tmp_path / "store")),
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"gift: --data: {tmp_path / 'none.jsonl'}: no such file\n"
+
+
+def test_full_disk_is_one_line_and_leaves_no_finished_folder(folder, tmp_path):
+    """A largest file size stands in for a full disk; the store itself is larger than it."""
+    result = gift(
+        *("annotate", "--model", str(folder / "instruct"), "--data", str(folder / "rows.jsonl")),
+        *("--output", str(tmp_path / "store")),
+        limit_bytes=2000,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr and "nothing was published" in result.stderr
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,169 @@
+"""`gift run`: all stages, skipped when finished, continued when killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import gift.annotate as annotate_module
+import gift.train as train_module
+from gift.config import RunConfig
+from gift.errors import InputError
+from gift.run import run
+
+STAGES = {
+    "confidence": "confidence.safetensors",
+    "adapter": "adapter_model.safetensors",
+    "merged": "model.safetensors",
+    "evaluation": "samples.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    tiny.make_model(folder / "instruct", "qwen2", seed=1)
+    tiny.make_model(folder / "base", "qwen2", seed=2)
+    tiny.write_rows(folder / "rows.jsonl", 12)
+    questions = [{"question": f"What is {n} plus 2?", "answer": str(n + 2)} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return folder
+
+
+def config(folder: Path, output: Path, **options) -> RunConfig:
+    settings = {
+        "base": str(folder / "base"),
+        "instruct": str(folder / "instruct"),
+        "data": folder / "rows.jsonl",
+        "eval_data": folder / "questions.jsonl",
+        "eval_check": "exact",
+        "eval_samples": 2,
+        "eval_max_new_tokens": 5,
+        "batch_tokens": 60,
+        "part_batches": 1,
+        "global_batch_size": 4,
+        "checkpoint_steps": 1,
+        "epochs": 2,
+        "lora_rank": 4,
+        **options,
+    }
+    return RunConfig(output=output, **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    run(config(folder, folder / "finished"))
+    return folder / "finished"
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {name: (output / stage / name).read_bytes() for stage, name in STAGES.items()}
+
+
+def test_every_stage_leaves_its_output(folder, finished):
+    assert all(contents(finished).values())
+    assert (
+        contents(finished)["model.safetensors"]
+        != (folder / "instruct" / "model.safetensors").read_bytes()
+    )
+
+
+def test_finished_stages_are_skipped(folder, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    run(config(folder, finished))
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == after
+    assert capsys.readouterr().out.count("already there") == 4
+
+
+def test_changed_settings_are_refused_then_redo_only_what_they_touch(folder, tmp_path):
+    output = tmp_path / "out"
+    run(config(folder, output))
+    before = contents(output)
+    with pytest.raises(InputError, match=r"adapter was made with other settings .* --overwrite"):
+        run(config(folder, output, seed=7))
+    assert contents(output) == before
+    stamp = (output / "confidence" / "confidence.safetensors").stat().st_mtime_ns
+    run(config(folder, output, seed=7, overwrite=True))
+    after = contents(output)
+    assert (output / "confidence" / "confidence.safetensors").stat().st_mtime_ns == stamp
+    assert all(after[name] != before[name] for name in ("adapter_model.safetensors",))
+    assert after["model.safetensors"] != before["model.safetensors"]
+
+
+def test_changed_input_content_is_noticed(folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text((folder / "rows.jsonl").read_text())
+    run(config(folder, tmp_path / "out", data=data, eval_data=None))
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(InputError, match="confidence was made with other settings or inputs"):
+        run(config(folder, tmp_path / "out", data=data, eval_data=None))
+
+
+def _run_slowly(settings: RunConfig) -> None:
+    torch.set_num_threads(1)
+    for module, name in ((annotate_module, "annotate_batch"), (train_module, "_accumulate")):
+        _slow_down(module, name)
+    run(settings)
+
+
+def _slow_down(module, name: str) -> None:
+    real = getattr(module, name)
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return real(*args, **kwargs)
+
+    setattr(module, name, slow)
+
+
+def _kill_when(settings: RunConfig, path: Path) -> None:
+    """Starts the run in a process of its own and kills it as soon as `path` exists."""
+    child = multiprocessing.get_context("fork").Process(target=_run_slowly, args=(settings,))
+    child.start()
+    assert child.pid is not None
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline and child.is_alive(), f"{path} never appeared"
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
+def test_killed_at_every_stage_and_run_again_gives_the_same_bytes(folder, finished, tmp_path):
+    torch.set_num_threads(1)
+    settings = config(folder, tmp_path / "out")
+    for place in (
+        "confidence.partial/parts/part-00002.safetensors",
+        "confidence",
+        "adapter.partial/checkpoint.pt",
+        "adapter",
+        "merged.partial",
+        "merged",
+        "evaluation.partial",
+    ):
+        _kill_when(settings, settings.output / place)
+        stage = settings.output / place.split("/")[0].removesuffix(".partial")
+        assert place == stage.name or not stage.exists(), "an unfinished stage looks finished"
+    run(settings)
+    assert contents(settings.output) == contents(finished)
+
+
+def test_a_folder_that_is_no_run_is_refused(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(InputError, match="exists and is not a run"):
+        run(config(folder, tmp_path / "out"))
+
+
+def test_uniform_weighting_needs_no_annotation(folder, tmp_path):
+    run(config(folder, tmp_path / "out", weighting="uniform", eval_data=None))
+    assert not (tmp_path / "out" / "confidence").exists()
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
