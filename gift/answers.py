@@ -186,8 +186,7 @@ class _Worker:
         except (TimeoutError, EOFError) as error:
             self.kill()
             raise RuntimeError(
-                "the process that runs math-verify did not start "
-                f"(exit status {self._process.returncode}); its message is above"
+                "the process that runs math-verify did not start; its message is above"
             ) from error
         except BaseException:
             self.kill()
@@ -231,14 +230,12 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 def _parse(text: str, is_answer: bool) -> list[Any]:
     """math-verify's reading of a text: [expression, its text], [text], or [] for nothing found.
 
-    A bare answer such as `6 - 5i` is read as one expression, as if it were boxed: in running text
-    math-verify would take the last number of it. Sentences and marked-up mathematics stay as they
-    are.
+    An answer such as `6 - 5i` is read as one expression, as if it were boxed: in running text
+    math-verify would take the last number of it. What makes no expression so is read as text.
     """
     from math_verify import parse
 
-    marked_up = re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text) is not None
-    if is_answer and not marked_up:
+    if is_answer:
         parsed = parse("\\boxed{" + text + "}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
         if len(parsed) > 1:
             return parsed
@@ -264,15 +261,15 @@ def _judge(question: dict[str, Any]) -> dict[str, Any]:
 def _serve(timeout_seconds: float) -> None:
     """Answers questions from standard input until it closes."""
     logging.disable(logging.CRITICAL)
-    # Imports and compiled patterns are not to be on the first answer's time.
-    _judge({"answer": r"\frac{1}{2}", "reply": r"so $\boxed{0.5}$ or 1", "is_answer": False})
     _limit_memory()
     # What SymPy or the LaTeX parser print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    # Imports and compiled patterns are not to be on the first answer's time.
+    _judge({"answer": r"\frac{1}{2}", "reply": r"so $\boxed{0.5}$ or 1", "is_answer": False})
     print("ready", file=answers, flush=True)
+    os.dup2(nowhere, 2)  # not earlier: the message of a failed start goes there
     for line in sys.stdin:
         # Should the parent die, the system's own handler ends a hanging process.
         signal.alarm(int(timeout_seconds) + 2)

@@ -44,17 +44,21 @@ class DiffConfig(Options):
     model_a: str = Field(description="The model before: a folder or a hub id.")
     model_b: str = Field(description="The model after: a folder or a hub id.")
     adapter: str | None = Field(
-        None, description="The adapter whose change bf16 had to hold, for the rounding loss."
+        default=None,
+        description="The adapter whose change bf16 had to hold, for the rounding loss.",
     )
     output: Path | None = Field(
-        None, description="Folder for diff.json and, with matplotlib, diff.png; default none."
+        default=None,
+        description="Folder for diff.json and, with matplotlib, diff.png; default none.",
     )
-    overwrite: bool = Field(False, description="Replace the output folder if it exists.")
+    overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
     sketch: int = Field(
-        512, ge=1, description="Largest side on which ranks are computed exactly; 0 < sketch."
+        default=512,
+        ge=1,
+        description="Largest side on which ranks are computed exactly; 0 < sketch.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the sketches.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sketches.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
 
 
 @dataclass(frozen=True)

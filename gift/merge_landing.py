@@ -364,11 +364,14 @@ def _land_full_tensors(
 
 
 def _check_coverage(landing: Landing, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """An adapter that misses some layers of the modules it names was made for another model."""
+    """An adapter that misses some layers of the modules it names was made for another model.
+
+    Where its config may mean that (it names layers, or is a pattern) it is a note, else a problem.
+    """
     targets = adapter.config.get("target_modules")
-    limited = adapter.config.get("layers_to_transform") is not None
-    limited = limited or bool(adapter.config.get("exclude_modules"))
-    if limited or not isinstance(targets, list) or any(re.search(r"\d", name) for name in targets):
+    if adapter.config.get("layers_to_transform") is not None or adapter.config.get(
+        "exclude_modules"
+    ):
         return
     patterns = {_without_numbers(name) for name in landing.changes}
     missing = [
@@ -376,11 +379,14 @@ def _check_coverage(landing: Landing, checkpoint: Checkpoint, adapter: Adapter) 
         for name in checkpoint.tensors
         if _without_numbers(name) in patterns and name not in landing.changes
     ]
-    if missing and not landing.problems:
-        landing.problems.append(
-            f"made for a model with fewer layers? nothing for {len(missing)} weights like those it "
-            f"adapts: {', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"
-        )
+    if not missing or landing.problems:
+        return
+    listed = f"{', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"
+    text = f"nothing for {len(missing)} weights like those it adapts: {listed}"
+    if isinstance(targets, list) and not any(re.search(r"\d", name) for name in targets):
+        landing.problems.append(f"made for a model with fewer layers? {text}")
+    else:
+        landing.notes.append(text)
 
 
 def _without_numbers(name: str) -> str:

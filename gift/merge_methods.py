@@ -106,8 +106,9 @@ def ties_block(
     program (as mergekit does) over each tensor, because a model is never held in memory.
     """
     stacked = torch.stack(list(vectors))
-    limits = torch.tensor(thresholds, dtype=stacked.dtype, device=stacked.device)
-    trimmed = torch.where(stacked.abs() >= limits.view(-1, *[1] * origin.ndim), stacked, 0)
+    limits = torch.tensor(thresholds, dtype=torch.float32, device=stacked.device)
+    large = stacked.abs().float() >= limits.view(-1, *[1] * origin.ndim)
+    trimmed = torch.where(large, stacked, 0)
     elected = trimmed.sum(0).sign()
     agreeing = (trimmed.sign() == elected) & (trimmed != 0)
     total = torch.where(agreeing, trimmed, 0).sum(0)

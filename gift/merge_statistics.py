@@ -46,7 +46,7 @@ class StatisticsConfig(DataOptions, DeviceOptions, OutputOptions):
     )
     kind: Literal["fisher", "regmean"] = Field(description="The merge method that will use them.")
     tokenizer: str | None = Field(
-        None,
+        default=None,
         description="Model whose tokenizer and chat template to use; default the model's own. Give "
         "the instruct model here for a task model made from a base model.",
     )

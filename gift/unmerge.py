@@ -39,11 +39,11 @@ class UnmergeConfig(OutputOptions):
 
     model: str = Field(description="The folder that gift merge wrote.")
     adapter: list[str] = Field(
-        [],
+        default=[],
         description="The merged adapters, in the order of the merge; needed where the merge was "
         "made without --save-residual.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
 
 
 def unmerge(config: UnmergeConfig) -> dict[str, Any]:

@@ -12,12 +12,13 @@ CHECK_TARGETS_VARIABLE = "GIFT_KERNELS_CHECK_TARGETS"
 
 
 def resolve_impl(impl: Impl, tensor: Tensor) -> Literal["triton", "eager"]:
-    """`auto` is Triton for CUDA tensors where Triton is installed, else eager.
+    """`auto` is Triton for CUDA tensors where Triton is installed, else eager; eager for float64.
 
     An explicit request is obeyed or refused with ValueError, never replaced.
     """
     if impl == "auto":
-        return "triton" if tensor.is_cuda and _triton_installed() else "eager"
+        usable = tensor.is_cuda and tensor.dtype != torch.float64
+        return "triton" if usable and _triton_installed() else "eager"
     if impl == "eager":
         return "eager"
     if impl != "triton":
@@ -69,20 +70,22 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def check_target_dtype(target: Tensor) -> None:
-    """Raises TypeError unless targets are int64 or int32."""
+def check_target(target: Tensor, hidden: Tensor) -> None:
+    """Raises TypeError unless targets are int64 or int32, ValueError on another device."""
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: expected int64 or int32, got {target.dtype}")
+    if target.device != hidden.device:
+        raise ValueError(f"target: expected device {hidden.device}, got {target.device}")
 
 
-def check_target_values(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raises ValueError on the first value [N] that is neither a token nor ignore_index."""
+def check_target_values(target: Tensor, vocab_size: int, ignore_index: int, head: str) -> None:
+    """Raises ValueError on the first value [N] that is neither a row of `head` nor ignore_index."""
     wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"target: value {int(target[row])} at row {row} is outside [0, {vocab_size}) and is "
-            f"not ignore_index ({ignore_index})"
+            f"target: value {int(target[row])} at row {row} is outside [0, {vocab_size}), the rows "
+            f"of {head}, and is not ignore_index ({ignore_index})"
         )
 
 
@@ -99,7 +102,9 @@ def autocast_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as `torch.nn.functional.linear` would under torch.autocast; else returns the inputs."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    # Some devices, such as meta, know no autocast.
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not enabled or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None

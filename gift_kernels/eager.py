@@ -180,7 +180,7 @@ def row_stats(
 def stats_and_gradients(
     head: Head,
     target: Tensor,
-    row_weight: Tensor | None,
+    row_weight: Tensor,
     *,
     want_dh: bool,
     want_dw: bool,
@@ -192,7 +192,7 @@ def stats_and_gradients(
 ) -> tuple[RowStats, Gradients]:
     """Statistics and gradients in one pass over the rows.
 
-    `row_weight` [N] enters dw and db only; with `self_weight` it is made from each chunk's own nll.
+    `row_weight` [N] enters dw and db only; with `self_weight` each chunk's own nll replaces it.
     """
     hidden, weight = head.hidden, head.weight
     dtype = accumulation_dtype(hidden.dtype)
@@ -208,17 +208,18 @@ def stats_and_gradients(
         if self_weight is not None:
             chunk_weight = transform_weight(torch.exp(-stats.nll), *self_weight)
         else:
-            chunk_weight = row_weight[rows] if row_weight is not None else None
+            chunk_weight = row_weight[rows]
+        # 0 · NaN is NaN: hidden states of rows that do not count must not reach dW.
+        counted = scale_rows(hidden[rows].to(dtype), chunk_weight != 0) if dw is not None else None
         for block in _vocab_blocks(weight.shape[0]):
             gradient = logits[:, block]
             if dh is not None:
                 dh[rows].addmm_(gradient, weight[block].to(dtype))
             if dw is None and db is None:
                 continue
-            if chunk_weight is not None:
-                gradient = scale_rows(gradient, chunk_weight)
-            if dw is not None:
-                dw[block].addmm_(gradient.T, hidden[rows].to(dtype))
+            gradient = scale_rows(gradient, chunk_weight)
+            if dw is not None and counted is not None:
+                dw[block].addmm_(gradient.T, counted)
             if db is not None:
                 db[block] += gradient.sum(0)
     if dh is not None and shard is not None:
@@ -271,13 +272,19 @@ def _chunk_stats(
     column, found = _local_target(target, logits.shape[1], shard)
     target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
     largest = logits.amax(1)
-    lse = torch.logsumexp(logits, 1)
-    if shard is None:
-        # Out-of-range targets reach this point only on devices where checking would wait.
-        target_logit = torch.where(found, target_logit, torch.nan)
-    else:
-        target_logit = torch.where(found, target_logit, 0)
-        largest, lse = _combine_shards(largest, lse, target_logit, found, shard)
+    if shard is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
+    total = torch.zeros_like(largest)
+    for block in _vocab_blocks(logits.shape[1]):
+        total += torch.exp(logits[:, block] - largest.unsqueeze(1)).sum(1)
+    owners = found.to(logits.dtype)
+    if shard is not None:
+        sums = torch.stack([total, torch.where(found, target_logit, 0), owners])
+        dist.all_reduce(sums, group=shard.group)
+        total, target_logit, owners = sums.unbind()
+    # Out-of-range targets reach this point only on devices where checking would wait.
+    target_logit = torch.where(owners > 0, target_logit, torch.nan)
+    lse = largest + torch.log(total)
     entropy = logits.new_empty(0)
     if with_entropy:
         expected = torch.zeros_like(lse)
@@ -289,22 +296,6 @@ def _chunk_stats(
             dist.all_reduce(expected, group=shard.group)
         entropy = lse - expected
     return RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
-
-
-def _combine_shards(
-    largest: Tensor, lse: Tensor, target_logit: Tensor, found: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """Global maximum and log-sum-exp; `target_logit` is completed in place."""
-    local_lse = lse
-    largest = largest.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-    # A row whose logits are all −inf keeps −inf; subtracting −inf from itself would give NaN.
-    anchor = torch.where(torch.isinf(largest), 0, largest)
-    owners = found.to(lse.dtype)
-    sums = torch.stack([torch.exp(local_lse - anchor), target_logit, owners])
-    dist.all_reduce(sums, group=shard.group)
-    target_logit.copy_(torch.where(sums[2] > 0, sums[1], torch.nan))
-    return largest, anchor + torch.log(sums[0])
 
 
 def _logits_to_gradient_(

@@ -61,8 +61,11 @@ def linear_ce(
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
     shard = _shard(group_name, vocab_start)
     if dispatch.reads_targets(target):
-        vocab_size = whole_vocabulary(lm_head_weight.shape[0], shard)
-        dispatch.check_target_values(target, vocab_size, ignore_index)
+        heads = {"lm_head_weight": lm_head_weight, "guide_lm_head_weight": guide_lm_head_weight}
+        for name, head in heads.items():
+            if head is not None:
+                vocab_size = whole_vocabulary(head.shape[0], shard)
+                dispatch.check_target_values(target, vocab_size, ignore_index, name)
     guide = None
     if guide_hidden is not None:
         assert guide_lm_head_weight is not None
@@ -92,8 +95,13 @@ def linear_ce(
 
 
 def _backend(impl: str) -> Any:
-    assert impl == "eager", impl
-    return eager
+    if impl == "eager":
+        return eager
+    assert impl == "triton", impl
+    # Only here: Triton need not be installed for anything else.
+    from gift_kernels import triton_ce
+
+    return triton_ce
 
 
 def _shard(group_name: str | None, vocab_start: int) -> VocabShard | None:
@@ -176,6 +184,19 @@ def _(hidden, lm_head_weight, bias, target, row_factor, *arguments):  # pyright:
     )
 
 
+@torch.library.custom_op("gift_kernels::linear_ce_scaled_rows", mutates_args=())
+def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows float32 [N, D] times factor [N] in `dtype`, by Triton; N · D is too much for a copy."""
+    from gift_kernels import triton_ce
+
+    return triton_ce.scaled_rows(rows, factor, dtype)
+
+
+@scaled_rows.register_fake
+def _(rows, factor, dtype):  # pyright: ignore
+    return rows.new_empty(rows.shape, dtype=dtype)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     options = dict(zip(_ARGUMENT_NAMES, inputs, strict=True))
     result = LinearCE(*output)
@@ -214,7 +235,11 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if factor is None:
         return tuple(gradient.values())
     if options["want_dh"]:
-        gradient["hidden"] = eager.scale_rows(dh, factor).to(ctx.dtypes["hidden"])
+        dtype = ctx.dtypes["hidden"]
+        if options["impl"] == "triton":
+            gradient["hidden"] = scaled_rows(dh, factor, dtype)
+        else:
+            gradient["hidden"] = eager.scale_rows(dh, factor).to(dtype)
     if ctx.recompute:
         hidden, lm_head_weight, bias, target = inputs
         names = ("logit_scale", "logit_softcap", "ignore_index", "want_dw", "want_db")
@@ -223,14 +248,19 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             hidden, lm_head_weight, bias, target, factor, *(options[name] for name in names)
         )
     elif g_total is not None:
-        dw = dw * g_total
+        if options["want_dw"] and options["impl"] == "triton":
+            dw = scaled_rows(dw, g_total.expand(dw.shape[0]), ctx.dtypes["lm_head_weight"])
+        else:
+            dw = dw * g_total
         db = db * g_total
     if options["want_dw"]:
         gradient["lm_head_weight"] = dw.to(ctx.dtypes["lm_head_weight"])
     if options["want_db"]:
         gradient["bias"] = db.to(ctx.dtypes["bias"])
     if nll is not None and g_total is not None and not options["rowwise"]:
-        gradient["row_weight"] = (g_total * nll).to(ctx.dtypes["row_weight"])
+        # A weight of 0 shuts out an nll that is infinite or NaN, and so does its gradient.
+        counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
+        gradient["row_weight"] = (g_total * counted).to(ctx.dtypes["row_weight"])
     return tuple(gradient.values())
 
 

@@ -57,6 +57,8 @@ def token_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tok
     kept = target != ignore_index
     safe_target = torch.where(kept, target, 0)
     lse = torch.logsumexp(logits, dim=-1)
+    # A logit of +inf leaves the softmax undefined; a confidence of 0 would hide it.
+    lse = torch.where(lse == torch.inf, torch.nan, lse)
     target_logit = logits.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
     nll = lse - target_logit
     probability = torch.exp(logits - lse.unsqueeze(-1))
@@ -106,10 +108,11 @@ def reduce_loss(
 ) -> Tensor:
     """Weighted sum of nll [*B] over kept rows, divided as `reduction` says.
 
-    A row of weight exactly 0 contributes exactly 0, whatever its nll; an empty sum divided by an
-    empty count is 0.
+    A row of weight exactly 0 contributes exactly 0, even where its nll is infinite or NaN; an empty
+    sum divided by an empty count is 0.
     """
-    rows = torch.where(kept & (weight != 0), weight * nll, 0)
+    counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
+    rows = torch.where(kept, weight * counted, 0)
     if reduction == "none":
         return rows
     total = rows.sum()

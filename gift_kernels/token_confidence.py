@@ -62,7 +62,7 @@ def token_confidence(
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     hidden, lm_head_weight, bias = dispatch.autocast_head(hidden, lm_head_weight, bias)
     dispatch.check_head("", hidden, lm_head_weight, bias, tuple(target.shape))
-    dispatch.check_target_dtype(target)
+    dispatch.check_target(target, hidden)
     dispatch.check_shard(process_group, vocab_start)
     flat_target = target.reshape(-1).long()
     result = LinearCE(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gift_kernels import dispatch
 from gift_kernels.linear_ce import linear_ce
-from gift_kernels.problem import LinearCE
+from gift_kernels.problem import LinearCE, accumulation_dtype
 from gift_kernels.reference import Reduction, TokenStats, reduce_loss, transform_weight
 
 if TYPE_CHECKING:
@@ -113,14 +113,17 @@ def weighted_ce(
         dispatch.check_head(
             "guide_", guide_hidden, guide_lm_head_weight, guide_bias, tuple(target.shape)
         )
-    dispatch.check_target_dtype(target)
+    dispatch.check_target(target, hidden)
     dispatch.check_shard(process_group, vocab_start)
     given_weight = token_weight if isinstance(token_weight, Tensor) else None
     row_weight = None
     if given_weight is not None:
         dispatch.check_tensor("token_weight", given_weight, tuple(target.shape), target)
         row_weight = transform_weight(
-            given_weight.reshape(-1), weight_power, weight_floor, weight_threshold
+            given_weight.reshape(-1).to(accumulation_dtype(hidden.dtype)),
+            weight_power,
+            weight_floor,
+            weight_threshold,
         )
     grad = torch.is_grad_enabled()
     weight_grad = grad and row_weight is not None and row_weight.requires_grad
@@ -139,7 +142,7 @@ def weighted_ce(
             logit_softcap,
             guide_logit_scale,
             guide_logit_softcap,
-            guide_temperature,
+            guide_temperature if has_guide else 1.0,
             isinstance(token_weight, str),
             weight_power,
             weight_floor,
@@ -183,6 +186,8 @@ def _normalize(
     if normalizer is None:
         normalizer = kept.sum() if reduction == "mean" else weight.sum()
         return total / torch.where(normalizer == 0, 1, normalizer)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(total.dtype).reshape(())
     return total / normalizer
 
 
@@ -230,6 +235,10 @@ def _check_options(
     if normalizer is not None and reduction not in ("mean", "weighted_mean"):
         raise ValueError(
             f"normalizer: only divides the reductions mean and weighted_mean, not {reduction}"
+        )
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(
+            f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}"
         )
     if power < 0 or floor < 0:
         raise ValueError(

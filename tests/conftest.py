@@ -15,6 +15,8 @@ if not HAS_CUDA:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton was imported before tests/conftest.py: set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
+# Kernels take their first configuration: on a GPU every new shape would be autotuned.
+os.environ["GIFT_KERNELS_AUTOTUNE"] = "0"
 
 
 @pytest.fixture(scope="session")

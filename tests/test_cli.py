@@ -1,13 +1,15 @@
 """The command line: help, recipes, one-line errors, full disks."""
 
-import os
+import multiprocessing
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from gift import cli
@@ -26,21 +28,28 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def gift(*arguments: str, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the installed command in a process of its own, with a largest file size if given."""
+class Result(NamedTuple):
+    status: int | None
+    stdout: str
+    stderr: str
 
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-    return subprocess.run(
-        [sys.executable, "-m", "gift.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        preexec_fn=limit,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+def gift(folder: Path, *arguments: str, limit_bytes: int | None = None) -> Result:
+    """The command in a process of its own (forked: imports are slow), with a largest file size."""
+    torch.set_num_threads(1)
+    output, errors = folder / "stdout", folder / "stderr"
+
+    def target() -> None:
+        with output.open("w") as sys.stdout, errors.open("w") as sys.stderr:
+            sys.argv = ["gift", *arguments]
+            if limit_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+            cli.main()
+
+    child = multiprocessing.get_context("fork").Process(target=target)
+    child.start()
+    child.join(timeout=120)
+    return Result(child.exitcode, output.read_text(), errors.read_text())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,20 +96,23 @@ def test_bad_recipes_are_one_clear_error(tmp_path, text, message):
 
 def test_bad_input_is_one_line_without_a_stack_trace(folder, tmp_path):
     result = gift(
+        tmp_path,
         *("annotate", "--model", str(folder / "instruct"), "--data", str(tmp_path / "none.jsonl")),
         *("--output", str(tmp_path / "store")),
     )
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.status == 2 and result.stdout == ""
     assert result.stderr == f"gift: --data: {tmp_path / 'none.jsonl'}: no such file\n"
 
 
-def test_full_disk_is_one_line_and_leaves_no_finished_folder(folder, tmp_path):
-    """A largest file size stands in for a full disk; the store itself is larger than it."""
+@pytest.mark.parametrize("limit_bytes", [1000, 5000], ids=["first-part", "tokenizer"])
+def test_full_disk_is_one_line_and_leaves_no_finished_folder(folder, tmp_path, limit_bytes):
+    """A largest file size stands in for a full disk; parts and store are larger."""
     result = gift(
+        tmp_path,
         *("annotate", "--model", str(folder / "instruct"), "--data", str(folder / "rows.jsonl")),
         *("--output", str(tmp_path / "store")),
-        limit_bytes=2000,
+        limit_bytes=limit_bytes,
     )
-    assert result.returncode == 1, result.stderr
+    assert result.status == 1, result.stderr
     assert "Traceback" not in result.stderr and "nothing was published" in result.stderr
     assert not (tmp_path / "store").exists()

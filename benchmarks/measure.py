@@ -1,0 +1,385 @@
+"""How a case is measured: correct first, then time and memory.
+
+1. Gate. Every provider runs on inputs of the case's shape (at most GATE_TOKENS rows) and is
+   compared with the specification in float64 on the same inputs: the loss or confidences, and the
+   gradients under a random upstream factor. The budget is twice the error of the full-logits way
+   in the same dtype, and at least what the dtype's rounding allows. Who exceeds it is shown as
+   wrong, untimed.
+2. Time. All providers live in one process and take turns in an order that rotates and reverses, so
+   that drift of the machine hits all alike. Inputs rotate so that no cache keeps them. Median, 20th
+   and 80th percentile.
+3. Memory. Largest allocation beyond the inputs in one more call: the allocator's on CUDA, resident
+   memory that the kernel counted on Linux.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, CECase, MergeCase
+from benchmarks.data import CEInputs, MergeInputs, describe_inputs, make_inputs
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.providers import Provider, eager_nll, from_nll, providers_of
+from gift_kernels import reference
+
+GATE_TOKENS = 1024
+GATE_ROWS_AT_ONCE = 256
+UPSTREAM = 0.7
+# Relative errors that rounding alone explains.
+ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+MERGE_ROUNDING = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-6}
+CACHE_BYTES = 256 << 20  # larger than any L2 of today's devices
+MOST_INPUT_SETS = 8
+
+
+@dataclass
+class Settings:
+    """`seconds` of timing a case; `rounds` at least and at most."""
+
+    device: torch.device
+    seconds: float = 8.0
+    rounds: tuple[int, int] = (5, 60)
+    seed: int = 0
+
+
+@dataclass
+class Contender:
+    """A provider that passed the gate, with one call for each set of inputs."""
+
+    provider: Provider
+    calls: list["Call"]
+    samples: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """`before` runs outside the clock and its result is handed to `timed`."""
+
+    before: Callable[[], Any]
+    timed: Callable[[Any], Any]
+    after: Callable[[], None]
+
+
+def measure_case(
+    case: Case, settings: Settings, providers: Sequence[Provider] | None = None
+) -> list[dict[str, Any]]:
+    """One result row for each provider, whatever became of it."""
+    providers = providers if providers is not None else providers_of(case)
+    gate_inputs, truth, yardstick = _gate_truth(case, settings)
+    rows: dict[str, dict[str, Any]] = {}
+    passed: list[Provider] = []
+    for provider in providers:
+        row = _empty_row(case, provider)
+        rows[provider.name] = row
+        reason = provider.missing() or provider.skip(case, settings.device)
+        if reason:
+            row["status"] = reason if reason == "not installed" else f"not run: {reason}"
+            continue
+        if provider.kind != "floor":
+            status, errors = check(provider, case, gate_inputs, truth, yardstick)
+            row["status"] = status
+            row |= {f"error_{name}": error for name, error in errors.items()}
+            if status != "ok":
+                continue
+        passed.append(provider)
+    del gate_inputs, truth
+    _free(settings.device)
+    contenders = _contenders(case, passed, settings, rows)
+    _take_turns(contenders, settings)
+    for contender in contenders:
+        row = rows[contender.provider.name]
+        row |= time_columns(case, contender.samples)
+        row["peak_mb"] = _peak_memory(contender, settings.device)
+    add_ratios(list(rows.values()))
+    return list(rows.values())
+
+
+def describe_data(case: Case, settings: Settings) -> dict[str, float]:
+    """Entropy and confidences of a case's inputs; nothing for merges."""
+    if not isinstance(case, CECase):
+        return {}
+    return describe_inputs(case, make_inputs(case, settings.device, settings.seed))
+
+
+def check(
+    provider: Provider,
+    case: Case,
+    inputs: Any,
+    truth: dict[str, Tensor],
+    yardstick: dict[str, float],
+) -> tuple[str, dict[str, float]]:
+    """`ok`, `wrong: ...` or `failed: ...`, and the relative errors of what was computed."""
+    try:
+        found = outputs_of(provider, case, inputs)
+    except Exception as error:  # other people's code may raise anything
+        return _failure(error), {}
+    errors = {name: relative_error(found.get(name), value) for name, value in truth.items()}
+    rounding = MERGE_ROUNDING if isinstance(case, MergeCase) else ROUNDING
+    for name, error in errors.items():
+        budget = max(2 * yardstick[name], rounding[case.torch_dtype])
+        if provider.budget is not None and name.startswith("d_"):
+            budget = max(budget, provider.budget)
+        if not error <= budget:
+            return f"wrong: {name} off by {error:.1e}, budget {budget:.1e}", errors
+    return "ok", errors
+
+
+def outputs_of(provider: Provider, case: Case, inputs: Any) -> dict[str, Tensor]:
+    """What a provider computes: q, or loss and gradients, or the merged weight."""
+    if isinstance(case, MergeCase):
+        fresh = MergeInputs(*(t.clone() for t in inputs.tensors()), scale=inputs.scale)
+        return {"merged": provider.prepare(case, fresh)().detach()}
+    for leaf in (inputs.hidden, inputs.weight):
+        leaf.grad = None
+    if case.direction == "forward":
+        with torch.no_grad():
+            result = provider.prepare(case, inputs)()
+        return {"q" if case.op == "token_confidence" else "loss": result}
+    loss = provider.prepare(case, inputs)()
+    loss.backward(torch.full_like(loss, UPSTREAM))
+    found = {"loss": loss.detach()}
+    for name, leaf in (("d_hidden", inputs.hidden), ("d_weight", inputs.weight)):
+        if leaf.grad is not None:
+            found[name] = leaf.grad
+            leaf.grad = None
+    return found
+
+
+def relative_error(found: Tensor | None, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖ in float64; infinity where nothing was found."""
+    if found is None or found.shape != truth.shape:
+        return math.inf
+    distance = float((found.detach().double() - truth).norm() / truth.norm())
+    return distance if math.isfinite(distance) else math.inf
+
+
+def true_outputs(case: Case, inputs: Any) -> dict[str, Tensor]:
+    """The specification in float64, some rows at a time."""
+    if isinstance(case, MergeCase):
+        a, b = inputs.lora_a.double(), inputs.lora_b.double()
+        return {"merged": reference.lora_merge(inputs.weight.double(), a, b, inputs.scale)}
+    total = torch.zeros((), dtype=torch.float64, device=inputs.hidden.device)
+    q, d_hidden = [], []
+    learns = case.direction != "forward"
+    weight = inputs.weight.detach().double().requires_grad_(learns and case.trainable)
+    for start in range(0, len(inputs.target), GATE_ROWS_AT_ONCE):
+        rows = slice(start, start + GATE_ROWS_AT_ONCE)
+        hidden = inputs.hidden[rows].detach().double().requires_grad_(learns)
+        softcap = case.shape.softcap
+        if case.op == "token_confidence":
+            stats = reference.token_confidence(
+                hidden, weight, inputs.target[rows], logit_softcap=softcap
+            )
+            q.append(stats.confidence)
+            continue
+        loss, _ = reference.weighted_ce(
+            hidden,
+            weight,
+            inputs.target[rows],
+            _true_weight(case, inputs, rows),
+            logit_softcap=softcap,
+            reduction="sum",
+        )
+        loss = loss / len(inputs.target)
+        total += loss.detach()
+        if learns:
+            (UPSTREAM * loss).backward()
+            d_hidden.append(hidden.grad)
+    if q:
+        return {"q": torch.cat(q)}
+    truth = {"loss": total}
+    if learns:
+        truth["d_hidden"] = torch.cat(d_hidden)
+        if case.trainable:
+            assert weight.grad is not None
+            truth["d_weight"] = weight.grad
+    return truth
+
+
+def _true_weight(case: CECase, inputs: CEInputs, rows: slice) -> Any:
+    if case.weighting == "guide":
+        assert inputs.guide_hidden is not None and inputs.guide_weight is not None
+        return reference.token_confidence(
+            inputs.guide_hidden[rows].double(),
+            inputs.guide_weight.double(),
+            inputs.target[rows],
+            logit_softcap=case.shape.softcap,
+        ).confidence
+    if case.weighting == "offline":
+        return inputs.token_weight[rows].double()
+    return "self" if case.weighting == "self" else None
+
+
+def _gate_truth(case: Case, settings: Settings) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
+    """Inputs of the gate, the truth, and the errors of the full-logits way in the same dtype."""
+    gate_case = case
+    if isinstance(case, CECase) and case.tokens > GATE_TOKENS:
+        gate_case = CECase(**{**vars(case), "tokens": GATE_TOKENS})
+    inputs = make_inputs(gate_case, settings.device, settings.seed + 1000)
+    truth = true_outputs(gate_case, inputs)
+    if isinstance(case, MergeCase):
+        return inputs, truth, dict.fromkeys(truth, 0.0)
+    yardstick = Provider("full logits", "baseline", (case.op,), from_nll(eager_nll))
+    found = outputs_of(yardstick, case, inputs)
+    return inputs, truth, {name: relative_error(found[name], truth[name]) for name in truth}
+
+
+def _contenders(
+    case: Case, providers: Sequence[Provider], settings: Settings, rows: dict[str, dict[str, Any]]
+) -> list[Contender]:
+    """Prepares and warms up; who fails here (out of memory) is noted and left out."""
+    first = make_inputs(case, settings.device, settings.seed)
+    size = sum(value.numel() * value.element_size() for value in first.tensors())
+    count = min(MOST_INPUT_SETS, max(1, math.ceil(CACHE_BYTES / max(size, 1))))
+    if settings.device.type != "cuda":
+        count = min(count, 2)
+    sets = [first] + [
+        make_inputs(case, settings.device, settings.seed + number) for number in range(1, count)
+    ]
+    contenders = []
+    for provider in providers:
+        try:
+            calls = [make_call(provider, case, inputs) for inputs in sets]
+            for call in (*calls, calls[0]):
+                _once(call, settings.device)
+        except Exception as error:  # as in `check`
+            rows[provider.name]["status"] = _failure(error)
+            _free(settings.device)
+            continue
+        rows[provider.name]["status"] = "ok"
+        contenders.append(Contender(provider, calls))
+    return contenders
+
+
+def make_call(provider: Provider, case: Case, inputs: Any) -> Call:
+    """What one turn of a provider does, split at the clock."""
+    run = provider.prepare(case, inputs)
+
+    def nothing() -> None:
+        return None
+
+    if not isinstance(case, CECase) or provider.kind == "floor" or case.direction == "forward":
+
+        def without_gradients(_: Any) -> Tensor:
+            with torch.no_grad():
+                return run()
+
+        return Call(nothing, without_gradients, nothing)
+
+    def clear() -> None:
+        inputs.hidden.grad = inputs.weight.grad = None
+
+    if case.direction == "backward":
+        return Call(run, lambda loss: loss.backward(), clear)
+    return Call(nothing, lambda _: run().backward(), clear)
+
+
+def _once(call: Call, device: torch.device) -> float:
+    """Seconds of one call."""
+    state = call.before()
+    if device.type == "cuda":
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        started.record()
+        result = call.timed(state)
+        ended.record()
+        torch.cuda.synchronize(device)
+        seconds = started.elapsed_time(ended) / 1e3
+    else:
+        begun = time.perf_counter()
+        result = call.timed(state)
+        seconds = time.perf_counter() - begun
+    del result, state
+    call.after()
+    return seconds
+
+
+def _take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
+    started = time.monotonic()
+    least, most = settings.rounds
+    for number in range(most):
+        if number >= least and time.monotonic() - started > settings.seconds:
+            break
+        for contender in turn_order(contenders, number):
+            call = contender.calls[number % len(contender.calls)]
+            contender.samples.append(_once(call, settings.device))
+
+
+def turn_order(items: Sequence[Any], number: int) -> list[Any]:
+    """The items rotated by the round, reversed every other time, so that nobody has a fixed place.
+
+    Over 2·len(items) rounds each item stands in each place twice.
+    """
+    if not items:
+        return []
+    shift = (number // 2) % len(items)
+    order = [*items[shift:], *items[:shift]]
+    return order[::-1] if number % 2 else order
+
+
+def _peak_memory(contender: Contender, device: torch.device) -> float:
+    call = contender.calls[0]
+    state_free = peak_extra_bytes(lambda: _once(call, device), device)
+    return state_free / 1e6
+
+
+def time_columns(case: Case, samples: Sequence[float]) -> dict[str, Any]:
+    """Median, spread and rates of the samples in seconds."""
+    ordered = sorted(samples)
+    median = statistics.median(ordered)
+    return {
+        "time_ms": 1e3 * median,
+        "p20_ms": 1e3 * percentile(ordered, 0.2),
+        "p80_ms": 1e3 * percentile(ordered, 0.8),
+        "samples": len(ordered),
+        "tflops": case.flops / median / 1e12,
+        "gb_per_s": case.bytes / median / 1e9,
+    }
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Linear interpolation in a sorted sequence."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Time over the floor's and over the best other provider's, where these were measured."""
+    timed = [row for row in rows if row.get("time_ms")]
+    floors = [row["time_ms"] for row in timed if row["kind"] == "floor"]
+    others = [row["time_ms"] for row in timed if row["kind"] in ("peer", "baseline")]
+    for row in timed:
+        row["ratio_floor"] = row["time_ms"] / floors[0] if floors else None
+        row["ratio_best_peer"] = row["time_ms"] / min(others) if others else None
+
+
+def _empty_row(case: Case, provider: Provider) -> dict[str, Any]:
+    return {
+        **case.describe(),
+        "provider": provider.name,
+        "kind": provider.kind,
+        "status": "ok",
+        "note": provider.note(case),
+    }
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    text = " ".join(str(error).split())
+    return f"failed: {type(error).__name__}: {text[:120]}"
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

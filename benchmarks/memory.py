@@ -1,0 +1,76 @@
+"""Largest memory of one call beyond what was held before it."""
+
+import ctypes
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> float:
+    """Bytes the call held at its peak beyond those held before; NaN where nothing can count them.
+
+    CUDA: PyTorch's allocator. Elsewhere: resident memory, as Linux counts it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not _STATUS.exists():
+        return float("nan")
+    _return_freed_memory()
+    before = resident_bytes("VmRSS")
+    try:
+        _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
+    except OSError:
+        return _sampled_peak(call) - before
+    call()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(entry: str) -> int:
+    """VmRSS (now) or VmHWM (most so far) of this process."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(entry + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {entry}")
+
+
+def _return_freed_memory() -> None:
+    """So that a buffer freed earlier is not taken for memory that is still held."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def _sampled_peak(call: Callable[[], Any]) -> int:
+    """Where the high-water mark cannot be set back: the largest of samples every millisecond."""
+    done = threading.Event()
+    largest = [resident_bytes("VmRSS")]
+
+    def watch() -> None:
+        while not done.wait(1e-3):
+            largest[0] = max(largest[0], resident_bytes("VmRSS"))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return largest[0]

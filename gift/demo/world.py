@@ -1,0 +1,376 @@
+"""A world small enough for a laptop: running-digit programs, puzzles, and noisy references.
+
+A program starts from one digit and adds to it, `calc a 7 b -1 c -8`; the worked answer is
+`b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8`. A result outside 0…9 has two conventions: wrap around
+(modulo 10) or stop at the border. The task wants wrap-around. Documents use it in fewer programs
+than post-training conversations do, so the instruct model knows more of the task than the base.
+Beside programs there are list puzzles and key-value look-up, both with format constraints after
+`|`; they measure whether instructions are still followed.
+
+Everything is drawn from the `random.Random` that the caller passes in.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, get_args
+
+from gift.files import replacing
+
+Convention = Literal["wrap", "stop"]
+Constraint = Literal["brackets", "upper", "twice", "end with done", "begin with sure"]
+PuzzleKind = Literal["copy", "reverse", "first", "last", "find"]
+PROGRAM = "program"
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
+# A worked program has digits and steps: the constraints that apply to it whole, in its own words.
+PROGRAM_CONSTRAINTS: tuple[Constraint, ...] = ("brackets", "end with done", "begin with sure")
+PUZZLES: tuple[PuzzleKind, ...] = get_args(PuzzleKind)
+NO_CONSTRAINT = "none"
+
+NAMES = ("a", "b", "c", "d", "e")
+DIGITS = tuple(str(digit) for digit in range(10))
+NEGATIVES = tuple(str(-digit) for digit in range(1, 10))
+FILLERS = ("well", "so", "ok", "now", "hmm", "right", "let", "see")
+ITEMS = (
+    *("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"),
+    *("ibis", "jay", "koi", "lark", "mole", "newt", "owl", "pig"),
+)
+# What the constraint `upper` makes of the words that puzzles answer with.
+UPPER_WORDS = tuple(word.upper() for word in (*NAMES, *ITEMS))
+SEPARATOR = ":"
+VOCABULARY = (
+    *("user", "assistant", "calc", "answer", "=", ";", SEPARATOR, "|", "in"),
+    *(*NAMES, *DIGITS, *NEGATIVES, *PUZZLES),
+    *("brackets", "upper", "twice", "end", "begin", "with", "done", "sure", "[", "]"),
+    *(*FILLERS, *ITEMS, *UPPER_WORDS),
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far references are from clean worked steps; every field is a probability.
+
+    `full_steps` and `some_steps` are shares of replies, the rest are answers only. `filler` is per
+    piece (a step or the answer), `wrong_convention` per step that leaves 0…9, `slip` per step.
+    """
+
+    full_steps: float = 1.0
+    some_steps: float = 0.0
+    filler: float = 0.0
+    wrong_convention: float = 0.0
+    slip: float = 0.0
+
+
+CLEAN = Noise()
+DOCUMENT_NOISE = Noise(full_steps=0.70, some_steps=0.15, filler=0.20, slip=0.03)
+TASK_NOISE = Noise(
+    full_steps=1 / 3, some_steps=1 / 3, filler=0.50, wrong_convention=0.25, slip=0.10
+)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What documents and conversations are made of; every field is a probability or a noise."""
+
+    document_programs: float = 0.55
+    document_wrap: float = 0.30
+    document_chat: float = 0.30
+    document_constraints: float = 0.30
+    document_noise: Noise = DOCUMENT_NOISE
+    conversation_programs: float = 0.40
+    conversation_wrap: float = 0.60
+    puzzle_constraints: float = 0.60
+    program_constraints: float = 0.25
+    replay: float = 0.10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its reply; `chat` says whether it is written as a conversation."""
+
+    prompt: str
+    reply: str
+    chat: bool = True
+
+    def messages(self) -> list[dict[str, str]]:
+        """The sample as chat messages."""
+        return [
+            {"role": "user", "content": self.prompt},
+            {"role": "assistant", "content": self.reply},
+        ]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A starting digit and the changes made to it, each in -9…9."""
+
+    start: int
+    changes: tuple[int, ...]
+
+    def prompt(self) -> str:
+        """The program as its reader sees it."""
+        values = (self.start, *self.changes)
+        return " ".join(
+            ["calc", *(f"{name} {value}" for name, value in zip(NAMES, values, strict=False))]
+        )
+
+    def result(self, convention: Convention = "wrap") -> int:
+        """The last digit under one convention throughout."""
+        digit = self.start
+        for change in self.changes:
+            digit = _within(digit + change, convention)
+        return digit
+
+
+def _within(value: int, convention: Convention) -> int:
+    return value % 10 if convention == "wrap" else min(max(value, 0), 9)
+
+
+def draw_program(rng: Random, values: tuple[int, int]) -> Program:
+    """A program with a number of values between the two given, both included."""
+    length = rng.randint(*values)
+    return Program(rng.randint(0, 9), tuple(rng.randint(-9, 9) for _ in range(length - 1)))
+
+
+def write_steps(
+    program: Program, convention: Convention, rng: Random, noise: Noise = CLEAN
+) -> tuple[str, ...]:
+    """The pieces of a reply, steps then answer, as a person with these habits would write them.
+
+    A wrong step is carried on, so that the answer follows from the steps.
+    """
+    other: Convention = "stop" if convention == "wrap" else "wrap"
+    digit, pieces = program.start, []
+    for name, change in zip(NAMES[1:], program.changes, strict=False):
+        total = digit + change
+        wrong = not 0 <= total <= 9 and rng.random() < noise.wrong_convention
+        result = _within(total, other if wrong else convention)
+        if rng.random() < noise.slip:
+            result = (result + rng.randint(1, 9)) % 10
+        pieces.append(f"{name} {digit} {change} = {result}")
+        digit = result
+    style = rng.random()
+    if style >= noise.full_steps + noise.some_steps:
+        pieces = []
+    elif style >= noise.full_steps:
+        kept = sorted(rng.sample(range(len(pieces)), rng.randint(0, len(pieces) - 1)))
+        pieces = [pieces[index] for index in kept]
+    pieces.append(f"answer {digit}")
+    return tuple(
+        f"{rng.choice(FILLERS)} {piece}" if rng.random() < noise.filler else piece
+        for piece in pieces
+    )
+
+
+def apply_constraint(reply: str, constraint: Constraint | None) -> str:
+    """The reply in the wanted format."""
+    if constraint == "brackets":
+        return f"[ {reply} ]"
+    if constraint == "upper":
+        return reply.upper()
+    if constraint == "twice":
+        return f"{reply} {reply}"
+    if constraint == "end with done":
+        return f"{reply} done"
+    if constraint == "begin with sure":
+        return f"sure {reply}"
+    return reply
+
+
+def _with_constraint(prompt: str, constraint: Constraint | None) -> str:
+    return prompt if constraint is None else f"{prompt} | {constraint}"
+
+
+def draw_puzzle(rng: Random, constraint: Constraint | None) -> tuple[PuzzleKind, Sample]:
+    """A list puzzle or look-up with its exact answer in the wanted format."""
+    kind = rng.choice(PUZZLES)
+    if kind == "find":
+        count = rng.randint(2, 3)
+        keys, values = rng.sample(NAMES, count), rng.sample(ITEMS, count)
+        wanted = rng.randrange(count)
+        pairs = " ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+        prompt, reply = f"find {keys[wanted]} in {pairs}", f"{keys[wanted]} = {values[wanted]}"
+    else:
+        items = rng.sample(ITEMS, rng.randint(2, 3))
+        answers = {"copy": items, "reverse": items[::-1], "first": items[:1], "last": items[-1:]}
+        prompt, reply = f"{kind} {' '.join(items)}", " ".join(answers[kind])
+    return kind, Sample(_with_constraint(prompt, constraint), apply_constraint(reply, constraint))
+
+
+def _draw_constraint(
+    rng: Random, share: float, choices: tuple[Constraint, ...] = CONSTRAINTS
+) -> Constraint | None:
+    return rng.choice(choices) if rng.random() < share else None
+
+
+def draw_copy_drill(rng: Random) -> Sample:
+    """A list of any words, repeated: what look-up heads are learned from."""
+    words = rng.sample((*ITEMS, *DIGITS, *NEGATIVES, *NAMES), rng.randint(4, 10))
+    return Sample(" ".join(words), " ".join(words), chat=False)
+
+
+def draw_primer(rng: Random, mixture: Mixture) -> Sample:
+    """A copying drill or a clean program: the opening lessons of the base model."""
+    if rng.random() < 0.5:
+        return draw_copy_drill(rng)
+    program, convention = draw_program(rng, (2, 5)), _draw_convention(rng, mixture.document_wrap)
+    reply = " ; ".join(write_steps(program, convention, rng))
+    return Sample(program.prompt(), reply, chat=rng.random() < mixture.document_chat)
+
+
+def _draw_convention(rng: Random, wrap: float) -> Convention:
+    return "wrap" if rng.random() < wrap else "stop"
+
+
+def draw_document(rng: Random, mixture: Mixture) -> Sample:
+    """A document: a program as people write them, or a puzzle."""
+    chat = rng.random() < mixture.document_chat
+    if rng.random() < mixture.document_programs:
+        program = draw_program(rng, (2, 5))
+        convention = _draw_convention(rng, mixture.document_wrap)
+        steps = write_steps(program, convention, rng, mixture.document_noise)
+        return Sample(program.prompt(), " ; ".join(steps), chat)
+    _, puzzle = draw_puzzle(rng, _draw_constraint(rng, mixture.document_constraints))
+    return replace(puzzle, chat=chat)
+
+
+def draw_conversation(rng: Random, mixture: Mixture) -> Sample:
+    """A post-training sample: a clean program or a puzzle, now and then an old document."""
+    if rng.random() < mixture.replay:
+        return draw_document(rng, mixture)
+    if rng.random() < mixture.conversation_programs:
+        program = draw_program(rng, (2, 5))
+        convention = _draw_convention(rng, mixture.conversation_wrap)
+        constraint = _draw_constraint(rng, mixture.program_constraints, PROGRAM_CONSTRAINTS)
+        reply = " ; ".join(write_steps(program, convention, rng))
+        return Sample(
+            _with_constraint(program.prompt(), constraint), apply_constraint(reply, constraint)
+        )
+    return draw_puzzle(rng, _draw_constraint(rng, mixture.puzzle_constraints))[1]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt; `answer` is a program's last digit or a puzzle's exact reply."""
+
+    instruction: str
+    answer: str
+    kind: str
+    constraint: str = NO_CONSTRAINT
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one reply got right.
+
+    `correct` is the right last digit of a program, or a puzzle's exact reply; `format_kept` that
+    the reply has the wanted format and no other, whatever it says; `worked` that a program is
+    answered in worked steps, one for each value in order and nothing else, right or wrong.
+    """
+
+    correct: bool
+    format_kept: bool
+    worked: bool
+
+
+def judge(question: Mapping[str, Any], reply: str, *, ended: bool = True) -> Verdict:
+    """The verdict on a reply to a row of a held-out set; one that never ends has nothing right."""
+    words = reply.split()
+    if not ended or not words:
+        return Verdict(False, False, False)
+    constraint, program = question["constraint"], question["kind"] == PROGRAM
+    format_kept = keeps_format(words, constraint)
+    if not program:
+        return Verdict(" ".join(words) == question["answer"], format_kept, False)
+    decoration = {"[", "]", "sure", "done"}
+    plain = [word for word in words if word not in decoration]
+    correct = plain[-2:] == ["answer", question["answer"]]
+    return Verdict(correct, format_kept, _is_worked(question["instruction"], plain))
+
+
+def keeps_format(words: list[str], constraint: str) -> bool:
+    """Whether words show the marks of this constraint and of no other."""
+    half, odd = divmod(len(words), 2)
+    marks = {
+        "brackets": words[0] == "[" and words[-1] == "]" and len(words) > 2,
+        "end with done": words[-1] == "done" and len(words) > 1,
+        "begin with sure": words[0] == "sure" and len(words) > 1,
+        "upper": all(word in (*UPPER_WORDS, "=") for word in words),
+        "twice": not odd and half > 0 and words[:half] == words[half:],
+    }
+    shown = {
+        "brackets": "[" in words or "]" in words,
+        "end with done": "done" in words,
+        "begin with sure": "sure" in words,
+        "upper": any(word in UPPER_WORDS for word in words),
+        "twice": marks["twice"],
+    }
+    return (constraint == NO_CONSTRAINT or marks[constraint]) and not any(
+        shown[other] for other in shown if other != constraint
+    )
+
+
+def _is_worked(instruction: str, words: list[str]) -> bool:
+    values = [word for word in instruction.split(" | ")[0].split() if word in (*DIGITS, *NEGATIVES)]
+    pattern = " ; ".join(
+        [*(rf"{name} \d -?\d = \d" for name in NAMES[1 : len(values)]), r"answer \d"]
+    )
+    return re.fullmatch(pattern, " ".join(words)) is not None
+
+
+def task_rows(rng: Random, count: int, noise: Noise = TASK_NOISE) -> list[dict[str, str]]:
+    """The task set: programs of four or five values with the references people left for them."""
+    rows = []
+    for program in _distinct_programs(rng, count, set()):
+        reply = " ; ".join(write_steps(program, "wrap", rng, noise))
+        rows.append({"instruction": program.prompt(), "response": reply})
+    return rows
+
+
+def _distinct_programs(rng: Random, count: int, taken: set[str]) -> Iterator[Program]:
+    taken = set(taken)
+    while count:
+        program = draw_program(rng, (4, 5))
+        if program.prompt() not in taken:
+            taken.add(program.prompt())
+            count -= 1
+            yield program
+
+
+def task_questions(
+    rng: Random, count: int, taken: set[str], *, constrained: bool = False
+) -> list[Question]:
+    """Held-out programs, none of whose prompts is in `taken`."""
+    questions = []
+    for program in _distinct_programs(rng, count, taken):
+        constraint = rng.choice(PROGRAM_CONSTRAINTS) if constrained else None
+        questions.append(
+            Question(
+                _with_constraint(program.prompt(), constraint),
+                str(program.result()),
+                PROGRAM,
+                constraint or NO_CONSTRAINT,
+            )
+        )
+    return questions
+
+
+def puzzle_questions(rng: Random, count: int, constrained: float = 0.6) -> list[Question]:
+    """The other tasks, with a constraint in a share of them."""
+    questions = []
+    for _ in range(count):
+        constraint = _draw_constraint(rng, constrained)
+        kind, puzzle = draw_puzzle(rng, constraint)
+        questions.append(Question(puzzle.prompt, puzzle.reply, kind, constraint or NO_CONSTRAINT))
+    return questions
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, str] | Question]) -> None:
+    """Writes a task set or a held-out set as JSON lines, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            content = asdict(row) if isinstance(row, Question) else dict(row)
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")

@@ -1,0 +1,135 @@
+"""Linear cross-entropy in Triton: `solve` and `solve_head_gradient` as in `eager`.
+
+Statistics and dH, one pass (one unit of 2 N V D flops for each of its two products):
+
+    for a chunk of rows that count, gathered side by side:
+        for a chunk of C columns of the vocabulary:
+            E = exp(x − ref) in the dtype of the head, and the partial sums of every row
+            sums join the state of their rows; dH += E W
+    dH = factor · dH + target_factor · W_y              once the log-sum-exp is known
+
+Statistics alone are the same without E. dW and db need the probabilities of all rows for one chunk
+of the vocabulary, hence the log-sum-exp beforehand: they come from a second pass, which starts from
+P = exp(x − lse) and makes dH too. So a trainable head costs four products; three where only dW is
+asked for.
+
+Nothing waits for the device: the number of rows that count is computed and read there, and the
+launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E (ROWS ×
+COLUMNS in 16 bits), the gathered rows [ROWS, D], the partial sums; none grows with N V.
+"""
+
+import torch
+from torch import Tensor
+
+from gift_kernels.problem import Head, LinearCE, Problem, VocabShard
+from gift_kernels.reference import transform_weight
+from gift_kernels.triton_chunk import Plan, default_plan
+from gift_kernels.triton_head import head_gradients
+from gift_kernels.triton_passes import RowResult, row_pass, rows_that_count, scaled_rows
+
+__all__ = ["scaled_rows", "solve", "solve_head_gradient"]
+
+
+def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
+    """Answers one call of the operator on the rows that count."""
+    head, target, transform = problem.head, problem.target, problem.transform
+    check_dtype(head.hidden)
+    plan = plan or default_plan(head)
+    grad = problem.want_dh or problem.want_dw or problem.want_db
+    want_dw = problem.want_dw and not problem.rowwise
+    want_db = problem.want_db and not problem.rowwise
+    kept = target != problem.ignore_index
+    rows = rows_that_count(target, problem.ignore_index)
+    weight = torch.where(kept, 1.0, 0.0)
+    if problem.guide is not None:
+        found, _ = row_pass(
+            problem.guide,
+            target,
+            rows,
+            default_plan(problem.guide),
+            problem.shard,
+            temperature=problem.temperature,
+        )
+        weight = torch.where(kept, transform_weight(torch.exp(-found.nll), *transform), 0)
+    elif problem.row_weight is not None:
+        weight = torch.where(kept, problem.row_weight.float(), 0)
+    weighted = problem.guide is not None or problem.row_weight is not None
+    if weighted and not problem.keep_zero_rows:
+        rows = rows_that_count(target, problem.ignore_index, weight)
+
+    def weigh(found: RowResult) -> Tensor:
+        if not problem.self_weight:
+            return weight
+        return torch.where(kept, transform_weight(torch.exp(-found.nll), *transform), 0)
+
+    dw = db = None
+    if want_dw or want_db:
+        found, weight, dh, dw, db = head_gradients(
+            head,
+            target,
+            rows,
+            plan,
+            problem.shard,
+            weigh,
+            with_entropy=problem.with_entropy,
+            want_dh=problem.want_dh,
+            want_dw=want_dw,
+            want_db=want_db,
+        )
+    else:
+        found, dh = row_pass(
+            head,
+            target,
+            rows,
+            plan,
+            problem.shard,
+            temperature=1.0 if grad or problem.guide is not None else problem.temperature,
+            with_entropy=problem.with_entropy,
+            want_dh=problem.want_dh,
+        )
+        weight = weigh(found)
+    empty = weight.new_empty(0)
+    return LinearCE(
+        total=torch.where(weight == 0, 0, weight * found.nll).sum(),
+        nll=found.nll,
+        lse=found.lse,
+        entropy=found.entropy,
+        top1=found.top1,
+        weight=weight,
+        dh=dh if dh is not None else empty,
+        dw=dw if dw is not None else empty.clone(),
+        db=db if db is not None else empty.clone(),
+    )
+
+
+def solve_head_gradient(
+    head: Head,
+    target: Tensor,
+    row_factor: Tensor,
+    *,
+    ignore_index: int,
+    want_dw: bool,
+    want_db: bool,
+    shard: VocabShard | None,
+    chunk_size: int | None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
+    check_dtype(head.hidden)
+    plan = plan or default_plan(head)
+    weight = row_factor.float()
+    rows = rows_that_count(target, ignore_index, weight)
+    _, _, _, dw, db = head_gradients(
+        head, target, rows, plan, shard, lambda found: weight, want_dw=want_dw, want_db=want_db
+    )
+    empty = weight.new_empty(0)
+    return dw if dw is not None else empty, db if db is not None else empty.clone()
+
+
+def check_dtype(hidden: Tensor) -> None:
+    """Raises ValueError for dtypes whose products these kernels cannot accumulate."""
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f'impl="triton": expected bfloat16, float16 or float32, got {hidden.dtype}; '
+            'use impl="eager"'
+        )

@@ -1,0 +1,435 @@
+"""One chunk of logits, [rows, columns]: its buffers, and the launches that fill and use it.
+
+N rows of the caller, D hidden, V vocabulary. A chunk is at most Plan.rows × Plan.columns; only
+`Plan.logits` and `Plan.products` say who multiplies. Token counts are run-time arguments of every
+kernel, sizes of the model decide on code.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gift_kernels import triton_logits, triton_products, triton_rows
+from gift_kernels.problem import Head, VocabShard
+from gift_kernels.triton_tiles import (
+    LOGIT_TILES,
+    PRODUCT_TILES,
+    Machine,
+    Tiles,
+    can_use_tma,
+    machine_of,
+    operand,
+    tile_options,
+    tiles_for,
+)
+
+if TYPE_CHECKING:
+    from gift_kernels.triton_passes import Rows
+
+# E in 16 bits: 96 MiB. Rows: the output [2048, D] of E W is two waves of tiles at D 4096, and the
+# head is read from memory N / 2048 times; columns: dH is read and written V / 24576 times.
+ROWS, COLUMNS = 2048, 24576
+# Where dW is made: many rows at once, for dW is read and written once for each chunk of rows.
+HEAD_ROWS, HEAD_COLUMNS = 8192, 6144
+INTERPRETER_ROWS, INTERPRETER_COLUMNS = 64, 256
+STATISTICS_ROWS = 4096
+ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
+INTERPRETER_ROW_BLOCK = (16, 64)
+# How far logits may exceed the reference of their exponentials, and how far below its guess that is
+# put. float16 reaches from e^−17 to e^11; bfloat16 and float32 from e^−87 to e^88.
+MARGIN = {torch.float16: (9.5, 7.0), torch.bfloat16: (44.0, 0.0), torch.float32: (44.0, 0.0)}
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Plan(NamedTuple):
+    """Sizes of a chunk, who multiplies (Triton or PyTorch's library), and with which tiles."""
+
+    machine: Machine
+    rows: int
+    columns: int
+    logits: Literal["triton", "library"]
+    products: Literal["triton", "library"]
+    head_rows: int
+    head_columns: int
+    logit_tiles: Tiles
+    product_tiles: Tiles
+    row_block: tuple[int, int]
+
+
+def default_plan(head: Head) -> Plan:
+    """What `impl="triton"` uses on the device of this head."""
+    machine = machine_of(head.hidden.device)
+    dtype = head.hidden.dtype
+    interpreted = machine.arch == 0
+    share = 2 / dtype.itemsize
+    return Plan(
+        machine,
+        INTERPRETER_ROWS if interpreted else ROWS,
+        INTERPRETER_COLUMNS if interpreted else int(COLUMNS * share),
+        "triton",
+        "triton",
+        INTERPRETER_ROWS if interpreted else HEAD_ROWS,
+        INTERPRETER_COLUMNS if interpreted else int(HEAD_COLUMNS * share),
+        tiles_for(LOGIT_TILES, machine, dtype)[0],
+        tiles_for(PRODUCT_TILES, machine, dtype)[0],
+        INTERPRETER_ROW_BLOCK if interpreted else ROW_BLOCK,
+    )
+
+
+class Chunk:
+    """Buffers of one head's chunk; a call uses them for all its chunks in turn."""
+
+    def __init__(
+        self,
+        head: Head,
+        plan: Plan,
+        count: int,
+        most: tuple[int, int],
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        exponentials: bool = True,
+        normalised: bool = False,
+    ) -> None:
+        """`count` is N, `most` the largest number of rows and of columns.
+
+        Without `exponentials` there is no E; `normalised`: E is P, and there are no partial sums.
+        """
+        self.head, self.plan = head, plan
+        self.with_entropy, self.exponentials = with_entropy, exponentials
+        self.normalised = normalised
+        self.dtype = head.hidden.dtype
+        self.vocab_size, self.hidden_size = head.weight.shape
+        tiles, device = plan.logit_tiles, head.hidden.device
+        self.width = tiles.block_n // tiles.parts
+        all_columns = triton.cdiv(self.vocab_size, tiles.block_n) * tiles.block_n
+        self.columns = min(most[1], all_columns)
+        self.slices = self.columns // self.width
+        # A tile over rows in dW = Eᵀ H reads no further than tiles of E have been written.
+        assert tiles.block_m % plan.product_tiles.block_k == 0, plan
+        # Rows up to a multiple of this are zeros, so that every tile is whole.
+        self.pad = max(tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
+        self.rows = min(most[0], triton.cdiv(max(count, 1), self.pad) * self.pad)
+        assert self.rows % self.pad == 0 and self.columns % tiles.block_n == 0, (most, plan)
+        self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
+        self.inner, self.outer = logit_factors(head, temperature)
+        self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
+        self.tma = can_use_tma(plan.machine, self.hidden, head.weight)
+        self.partial = torch.empty(
+            (2 + with_entropy) * self.slices * self.rows if not normalised else 0, device=device
+        )
+        size = (self.rows, self.columns) if exponentials else (0, 0)
+        self.exp = torch.empty(size, dtype=self.dtype, device=device)
+        self.product = None
+        if plan.logits == "library":
+            self.product = torch.empty(self.rows, self.columns, device=device)
+        self.dh_rows: Tensor | None = None
+
+    def gather(
+        self,
+        target: Tensor,
+        rows: "Rows",
+        local_target: Tensor,
+        state: Tensor,
+        first_row: int,
+        shard: VocabShard | None,
+        *,
+        guess: bool = False,
+    ) -> None:
+        """Copies the rows of this chunk and their targets; may guess their references."""
+        hidden, weight = self.head.hidden, self.head.weight
+        block_n, block_d = self.plan.row_block
+        triton_rows._gather_kernel[(triton.cdiv(self.rows, block_n),)](
+            hidden,
+            weight,
+            self.head.bias,
+            target,
+            rows.index,
+            rows.count,
+            self.hidden,
+            local_target,
+            state,
+            first_row,
+            self.vocab_size,
+            self.hidden_size,
+            shard.start if shard is not None else 0,
+            *hidden.stride(),
+            *weight.stride(),
+            self.inner,
+            self.outer,
+            self.rows,
+            self.rows if self.plan.products == "library" else self.pad,
+            GUESS=guess,
+            BELOW=self.below,
+            HAS_BIAS=self.head.bias is not None,
+            HAS_CAP=self.head.logit_softcap is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+
+    def logits(
+        self,
+        rows: "Rows",
+        local_target: Tensor,
+        state: Tensor,
+        target_logit: Tensor | None,
+        first_row: int,
+        first_v: int,
+    ) -> None:
+        """Fills E and the partial sums for columns first_v to first_v + columns."""
+        tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
+        options: dict[str, Any] = {
+            "HAS_BIAS": self.head.bias is not None,
+            "HAS_CAP": self.head.logit_softcap is not None,
+            "ENTROPY": self.with_entropy,
+            "EXPONENTIALS": self.exponentials,
+            "NORMALISED": self.normalised,
+            "MARGIN": self.margin,
+            "DTYPE": DTYPES[self.dtype],
+        }
+        outputs = (
+            self.head.bias,
+            local_target[first_row:],
+            rows.count,
+            state[0, first_row:],
+            target_logit[first_row:] if target_logit is not None else None,
+            self.partial,
+        )
+        scalars = (self.inner, self.outer, self.rows, self.slices)
+        if self.product is not None:
+            block = self.head.weight[first_v : first_v + columns]
+            float32_mm(self.hidden, block.T, self.product[:, :columns])
+            grid = (self.rows // tiles.block_m, triton.cdiv(columns, self.width))
+            triton_logits._exponentials_kernel[grid](
+                self.product,
+                *outputs,
+                self.exp,
+                first_row,
+                first_v,
+                columns,
+                *scalars,
+                BLOCK_N=tiles.block_m,
+                WIDTH=self.width,
+                num_warps=8 if self.plan.machine.arch else 1,
+                **options,
+            )
+            return
+        tma = self.tma
+        triton_logits._logits_kernel[self._programs(tiles)](
+            operand(self.hidden, (tiles.block_m, tiles.block_k), tma),
+            operand(self.head.weight, (tiles.block_n, tiles.block_k), tma),
+            *outputs,
+            operand(self.exp, (tiles.block_m, self.width), tma and self.exponentials),
+            first_row,
+            first_v,
+            columns,
+            self.hidden_size,
+            *self.head.weight.stride(),
+            *scalars,
+            BLOCK_N=tiles.block_m,
+            BLOCK_V=tiles.block_n,
+            BLOCK_D=tiles.block_k,
+            TMA=tma,
+            **tile_options(tiles),
+            **options,
+        )
+
+    def merge(
+        self, rows: "Rows", state: Tensor, dh: Tensor | None, first_row: int, first_v: int
+    ) -> None:
+        """Adds the partial sums to the state; brings E and dH to the new references."""
+        index, sums = self._dh_places(rows, dh)
+        block_n = self.plan.row_block[0] * 2
+        triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
+            self.partial,
+            state[:, first_row:],
+            self.exp,
+            sums,
+            index,
+            rows.count,
+            first_row,
+            state.stride(0),
+            triton.cdiv(self._columns_from(first_v), self.width),
+            self.slices,
+            self.rows,
+            self.hidden_size,
+            BLOCK_T=triton.next_power_of_2(self.slices),
+            WIDTH=self.width,
+            ENTROPY=self.with_entropy,
+            EXPONENTIALS=self.exponentials,
+            HAS_DH=dh is not None and first_v > 0,
+            MARGIN=self.margin,
+            BLOCK_N=block_n,
+            BLOCK_D=256,
+        )
+
+    def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
+        """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
+        columns = self._columns_from(first_v)
+        if self.plan.products == "library":
+            exp, block = self.exp[:, :columns], self.head.weight[first_v : first_v + columns]
+            float32_mm(exp, block, self._dh_places(rows, dh)[1], accumulate=first_v > 0)
+            return
+        tiles = self.plan.product_tiles
+        triton_products._product_kernel[self._programs(tiles)](
+            operand(self.exp, (tiles.block_m, tiles.block_k), self.tma),
+            operand(self.head.weight, (tiles.block_k, tiles.block_n), self.tma),
+            dh,
+            rows.index,
+            rows.count,
+            None,
+            first_row,
+            first_v,
+            columns,
+            self.hidden_size,
+            *self.head.weight.stride(),
+            self.rows,
+            self.columns,
+            TRANSPOSED=False,
+            ACCUMULATE=first_v > 0,
+            **self._product_options(),
+        )
+
+    def deliver_dh(self, rows: "Rows", dh: Tensor, first_row: int) -> None:
+        """Puts sums that a library made in rows of this chunk in the caller's rows."""
+        if self.dh_rows is not None:
+            triton_rows._scatter_kernel[(self.rows, triton.cdiv(self.hidden_size, 1024))](
+                self.dh_rows,
+                dh,
+                rows.index,
+                rows.count,
+                first_row,
+                self.hidden_size,
+                BLOCK_D=1024,
+            )
+
+    def weigh(
+        self,
+        rows: "Rows",
+        local_target: Tensor,
+        factor: Tensor,
+        target_factor: Tensor,
+        first_row: int,
+        first_v: int,
+    ) -> None:
+        """E becomes what meets the hidden states in dW: rows times factors, targets' entries.
+
+        Factors [rows] are those of this chunk's rows, in their order.
+        """
+        columns, block = self._columns_from(first_v), (16, 256)
+        grid = (triton.cdiv(self.rows, block[0]), triton.cdiv(columns, block[1]))
+        triton_rows._weigh_kernel[grid](
+            self.exp,
+            local_target[first_row:],
+            factor,
+            target_factor,
+            rows.count,
+            first_row,
+            first_v,
+            columns,
+            self.rows,
+            self.columns,
+            ALL_ROWS=self.plan.products == "library",
+            BLOCK_N=block[0],
+            BLOCK_C=block[1],
+        )
+
+    def add_to_dw(
+        self, rows: "Rows", dw: Tensor, scale: Tensor, first_row: int, first_v: int
+    ) -> None:
+        """dW += Eᵀ H for the columns of this chunk."""
+        columns = self._columns_from(first_v)
+        if self.plan.products == "library":
+            block = dw[first_v : first_v + columns]
+            part = torch.empty_like(block)
+            float32_mm(self.exp[:, :columns].T, self.hidden, part)
+            if first_row > 0:
+                block.addcmul_(part, scale)
+            else:
+                torch.mul(part, scale, out=block)
+            return
+        tiles = self.plan.product_tiles
+        triton_products._product_kernel[self._programs(tiles)](
+            operand(self.exp, (tiles.block_k, tiles.block_m), self.tma),
+            operand(self.hidden, (tiles.block_k, tiles.block_n), self.tma),
+            dw,
+            rows.index,
+            rows.count,
+            scale,
+            first_row,
+            first_v,
+            columns,
+            self.hidden_size,
+            *self.hidden.stride(),
+            self.rows,
+            self.columns,
+            TRANSPOSED=True,
+            ACCUMULATE=first_row > 0,
+            **self._product_options(),
+        )
+
+    def add_to_db(
+        self, rows: "Rows", db: Tensor, scale: Tensor, first_row: int, first_v: int
+    ) -> None:
+        """db += the column sums of E."""
+        columns = self._columns_from(first_v)
+        triton_rows._column_sum_kernel[(triton.cdiv(columns, 64),)](
+            self.exp,
+            db,
+            scale,
+            rows.count,
+            first_row,
+            first_v,
+            columns,
+            self.rows,
+            self.columns,
+            ACCUMULATE=first_row > 0,
+            BLOCK_N=32,
+            BLOCK_C=64,
+        )
+
+    def _columns_from(self, first_v: int) -> int:
+        return min(self.columns, self.vocab_size - first_v)
+
+    def _programs(self, tiles: Tiles) -> tuple[int]:
+        return (self.plan.machine.sms * tiles.per_sm,)
+
+    def _product_options(self) -> dict[str, Any]:
+        tiles = self.plan.product_tiles
+        sizes = {"BLOCK_M": tiles.block_m, "BLOCK_D": tiles.block_n, "BLOCK_K": tiles.block_k}
+        return sizes | tile_options(tiles) | {"TMA": self.tma}
+
+    def _dh_places(self, rows: "Rows", dh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where the sums of E W are: in dH by the caller's rows, or in rows of this chunk."""
+        if dh is None or self.plan.products == "triton":
+            return rows.index, dh
+        if self.dh_rows is None:
+            self.dh_rows = torch.empty(self.rows, self.hidden_size, device=dh.device)
+            places = torch.arange(dh.shape[0], dtype=torch.int32, device=dh.device)
+            self.dh_index = places % self.rows
+        return self.dh_index, self.dh_rows
+
+
+def logit_factors(head: Head, temperature: float) -> tuple[float, float]:
+    """inner and outer of x = outer · tanh(inner · a), or of x = outer · a."""
+    if head.logit_softcap is None:
+        return 1.0, head.logit_scale / temperature
+    cap = head.logit_softcap
+    return head.logit_scale / cap, cap / temperature
+
+
+def float32_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out float32 [M, N] (+)= a [M, K] @ b [K, N], both of one dtype."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        a, b = a.float(), b.float()
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,192 @@
+"""Gradients of a trainable head, which need the probabilities of all rows for a chunk of columns.
+
+    dW [C, D] = Σ_i w_i G_iv h_i        db [C] = Σ_i w_i G_iv        G = P − 1[v = y], times slopes
+
+G needs the log-sum-exp, known after the pass over all columns. Two ways:
+
+- Kept: the pass stores E = exp(x − ref) of all columns for as many rows as fit in the memory of dW
+  itself (float32 [V, D] holds 16-bit [2 D, V]), and brings it to w G when dW is made: three units
+  in all. E of chunk c lies where dW of chunk c − 1 will be, E of chunk 0 in a buffer of its own; dW
+  is made from the last chunk to the first, so that what it overwrites has just been used.
+- Again: rows beyond that are multiplied a second time, from exp(x − lse). Four units.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gift_kernels.problem import Head, VocabShard
+from gift_kernels.triton_chunk import Chunk, Plan
+from gift_kernels.triton_passes import KeptRows, RowResult, Rows, finish_dh, row_pass
+
+
+class HeadResult(NamedTuple):
+    """Statistics, the weights [N] that entered dW and db, and the gradients that were wanted."""
+
+    found: RowResult
+    weight: Tensor
+    dh: Tensor | None  # [N, D] unscaled
+    dw: Tensor | None  # [V, D]
+    db: Tensor | None  # [V]
+
+
+def head_gradients(
+    head: Head,
+    target: Tensor,
+    rows: Rows,
+    plan: Plan,
+    shard: VocabShard | None,
+    weigh: Callable[[RowResult], Tensor],
+    *,
+    with_entropy: bool = False,
+    want_dh: bool = False,
+    want_dw: bool = False,
+    want_db: bool = False,
+) -> HeadResult:
+    """Statistics and gradients; `weigh` makes the weights [N] of the statistics."""
+    (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
+    new = torch.zeros if count == 0 else torch.empty
+    device = head.hidden.device
+    dw = new(vocab_size, hidden_size, device=device) if want_dw else None
+    db = new(vocab_size, device=device) if want_db else None
+    kept = kept_rows(head, plan, count, with_entropy, dw) if dw is not None else None
+    found, dh = row_pass(
+        head,
+        target,
+        rows,
+        plan,
+        shard,
+        with_entropy=with_entropy,
+        want_dh=want_dh and kept is not None,
+        kept=kept,
+    )
+    if want_dh and dh is None:
+        dh = torch.empty(count, hidden_size, device=device)
+    weight = weigh(found)
+    # float16 reaches 65504: weights enter it relative to the largest.
+    scale = torch.ones(1, device=device)
+    if head.hidden.dtype == torch.float16 and count > 0:
+        largest = weight.abs().amax()
+        scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1).reshape(1)
+    index = rows.index.long()
+    order = _WeightsInOrder(
+        (weight / scale)[index],
+        torch.where(weight == 0, 0, weight * found.target_factor / scale)[index],
+        found.lse[index],
+        scale,
+    )
+    first_rest, chunk = 0, None
+    if kept is not None:
+        _of_kept_rows(kept, rows, found, order, dw, db)
+        first_rest, chunk = kept.chunk.rows, kept.chunk
+    if chunk is None or first_rest < count:
+        most = (plan.head_rows, plan.head_columns)
+        chunk = Chunk(head, plan, count - first_rest, most, normalised=True)
+    for first_row in range(first_rest, count, chunk.rows):
+        _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
+    if dh is not None:
+        factor = torch.where(rows.place < first_rest, found.factor, head.logit_scale)
+        finish_dh(dh, chunk, rows, found.local_target, factor, found.target_factor, shard)
+    return HeadResult(found, weight, dh, dw, db)
+
+
+class _WeightsInOrder(NamedTuple):
+    """Of the rows that count, in their order; and a common factor taken out of the weights."""
+
+    weight: Tensor  # [N]
+    target_factor: Tensor  # [N] the weighted gradient of the target's logit
+    lse: Tensor  # [N]
+    scale: Tensor  # [1]
+
+
+def kept_rows(
+    head: Head, plan: Plan, count: int, with_entropy: bool, dw: Tensor
+) -> KeptRows | None:
+    """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
+    most = head.hidden.shape[1] * (4 // head.hidden.element_size())
+    pad = max(plan.logit_tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
+    most = min(most // pad * pad, plan.head_rows)
+    if count == 0 or most == 0:
+        return None
+    chunk = Chunk(head, plan, count, (most, plan.head_columns), with_entropy=with_entropy)
+    memory = dw.view(-1).view(chunk.dtype)
+    rows, columns = chunk.exp.shape
+    exponentials = [chunk.exp]
+    step = columns * memory.numel() // dw.shape[0]  # of one chunk's dW
+    for number in range(1, triton.cdiv(dw.shape[0], columns)):
+        start = (number - 1) * step
+        exponentials.append(memory[start : start + rows * columns].view(rows, columns))
+    references = dw.new_empty(len(exponentials), min(rows, count))
+    return KeptRows(chunk, exponentials, references)
+
+
+def _of_kept_rows(
+    kept: KeptRows,
+    rows: Rows,
+    found: RowResult,
+    order: _WeightsInOrder,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    chunk, count = kept.chunk, kept.references.shape[1]
+    powers = torch.exp(kept.references - order.lse[:count])
+    # 0 · NaN is NaN, here too.
+    weight = order.weight[:count]
+    factors = torch.where(weight == 0, 0, weight * chunk.head.logit_scale * powers)
+    _shut_out_zero_rows(chunk, order, 0)
+    for number in reversed(range(len(kept.exponentials))):
+        chunk.exp = kept.exponentials[number]
+        _add_columns(chunk, rows, found, factors[number], order, dw, db, 0, number * chunk.columns)
+
+
+def _of_rows_again(
+    chunk: Chunk,
+    target: Tensor,
+    rows: Rows,
+    found: RowResult,
+    order: _WeightsInOrder,
+    dh: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    first_row: int,
+    shard: VocabShard | None,
+) -> None:
+    local_target, ref = found.local_target, order.lse.unsqueeze(0)
+    factor = order.weight[first_row:] * chunk.head.logit_scale
+    chunk.gather(target, rows, local_target, ref, first_row, shard)
+    _shut_out_zero_rows(chunk, order, first_row)
+    for first_v in range(0, chunk.vocab_size, chunk.columns):
+        chunk.logits(rows, local_target, ref, None, first_row, first_v)
+        if dh is not None:
+            chunk.add_to_dh(rows, dh, first_row, first_v)
+        _add_columns(chunk, rows, found, factor, order, dw, db, first_row, first_v)
+    if dh is not None:
+        chunk.deliver_dh(rows, dh, first_row)
+
+
+def _add_columns(
+    chunk: Chunk,
+    rows: Rows,
+    found: RowResult,
+    factor: Tensor,
+    order: _WeightsInOrder,
+    dw: Tensor | None,
+    db: Tensor | None,
+    first_row: int,
+    first_v: int,
+) -> None:
+    target_factor = order.target_factor[first_row:]
+    chunk.weigh(rows, found.local_target, factor, target_factor, first_row, first_v)
+    if dw is not None:
+        chunk.add_to_dw(rows, dw, order.scale, first_row, first_v)
+    if db is not None:
+        chunk.add_to_db(rows, db, order.scale, first_row, first_v)
+
+
+def _shut_out_zero_rows(chunk: Chunk, order: _WeightsInOrder, first_row: int) -> None:
+    """0 · NaN is NaN: hidden states of rows of weight 0 must not reach dW."""
+    weight = order.weight[first_row : first_row + chunk.rows]
+    chunk.hidden[: weight.shape[0]].masked_fill_((weight == 0).unsqueeze(1), 0)

@@ -1,0 +1,262 @@
+"""Tiles of hidden @ head.T that end as partial sums of exponentials: no logit leaves the chip.
+
+Letters: n rows that count, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
+buffers. For a tile of float32 accumulators a:
+
+    x = outer · tanh(inner · a)   with a soft-cap, else   x = outer · a
+    m = max x,  r = ref, or m where m > ref + MARGIN,  e = exp(x − r),  s = Σ e,  s2 = Σ e (x − r)
+
+The target's column takes no part in m, s and s2: its x is stored by itself, from the same
+accumulator. So −log p = log(1 + s / e_target) keeps its relative accuracy when p → 1.
+
+With EXPONENTIALS the tile e · (1 − tanh²) is stored too, rounded once to the dtype of the head: the
+gradient of the logits up to a factor of the row. bfloat16 reaches from e^−87 to e^88, therefore
+`ref` is guessed once and replaced only where a row exceeds it e^MARGIN-fold; `triton_rows` brings
+the slices of such a row to one reference. NORMALISED: ref is the log-sum-exp, so e is p.
+
+Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
+head comes from L2 for all but the first. No atomics, no locks: each number has one writer.
+"""
+
+import triton
+import triton.language as tl
+
+from gift_kernels.interpreter import correct_bfloat16
+
+correct_bfloat16()
+
+NO_REFERENCE = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile, GROUP_M rows of tiles at a time."""
+    width = GROUP_M * tiles_n
+    first_m = (tile // width) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (tile % width) % group_m, (tile % width) // group_m
+
+
+@triton.jit
+def _logit_tile(
+    hidden,
+    head,
+    first_n,
+    first_v,
+    limit_v,
+    D,
+    stride_head_v,
+    stride_head_d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """hidden [BLOCK_N, D] @ head[first_v : first_v + BLOCK_V].T, float32."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if TMA:
+        for first_d in range(0, D, BLOCK_D):
+            h = hidden.load([first_n, first_d])
+            w = head.load([first_v, first_d])
+            acc = tl.dot(h, w.T, acc)
+    else:
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        offs_d = tl.arange(0, BLOCK_D)
+        h_ptrs = hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+        w_ptrs = head + offs_v.to(tl.int64)[None, :] * stride_head_v
+        w_ptrs += offs_d.to(tl.int64)[:, None] * stride_head_d
+        mask_v = (offs_v < limit_v)[None, :]
+        for first_d in range(0, D, BLOCK_D):
+            mask_d = offs_d < D - first_d
+            h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_v, other=0.0)
+            acc = tl.dot(h, w, acc, input_precision="ieee")
+            h_ptrs += BLOCK_D
+            w_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_head_d
+    return acc
+
+
+@triton.jit
+def soft_capped(a, inner, outer, HAS_CAP: tl.constexpr):
+    """outer · tanh(inner · a), or outer · a. The error is below 2⁻²² of `outer`."""
+    if HAS_CAP:
+        small = tl.exp2(-2.8853900817779268 * tl.abs(inner * a))
+        size = outer * ((1.0 - small) / (1.0 + small))
+        return tl.where(a < 0, -size, size)
+    return outer * a
+
+
+@triton.jit
+def _finish_tile(
+    a,
+    bias_ptr,
+    target_ptr,
+    ref_ptr,
+    target_logit_ptr,
+    partial_ptr,
+    exp,
+    n,
+    first_n,
+    first_c,
+    first_v,
+    C,
+    inner,
+    outer,
+    rows,
+    slices,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Partial sums, target logit and exponentials of products a, columns first_c on of the call."""
+    WIDTH: tl.constexpr = a.shape[1]
+    offs_n = first_n + tl.arange(0, a.shape[0])
+    offs_c = first_c + tl.arange(0, WIDTH)
+    mask_n = offs_n < n
+    mask_c = offs_c < C
+    if HAS_BIAS:
+        a += tl.load(bias_ptr + first_v + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    x = soft_capped(a, inner, outer, HAS_CAP)
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v
+    hit = offs_c[None, :] == target[:, None]
+    if not NORMALISED:
+        here = (target >= first_c) & (target < tl.minimum(first_c + WIDTH, C))
+        tl.store(target_logit_ptr + offs_n, tl.sum(tl.where(hit, x, 0.0), 1), mask=mask_n & here)
+    x = tl.where(mask_c[None, :] & (hit == 0), x, float("-inf"))
+    ref = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
+    if not NORMALISED:
+        m = tl.max(x, 1)
+        ref = tl.where(m > ref + MARGIN, m, ref)
+    e = tl.exp(x - ref[:, None])
+    if not NORMALISED:
+        partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
+        tl.store(partial_ptrs, m, mask=mask_n)
+        tl.store(partial_ptrs + slices * rows, tl.sum(e, 1), mask=mask_n)
+        if ENTROPY:
+            s2 = tl.sum(tl.where(e > 0, e * (x - ref[:, None]), 0.0), 1)
+            tl.store(partial_ptrs + 2 * slices * rows, s2, mask=mask_n)
+    if EXPONENTIALS:
+        if HAS_CAP:
+            # Rather from x again than kept: registers. The bound is for x = −inf, where e is 0.
+            tanh = tl.maximum(x, -outer) * (1.0 / outer)
+            e *= 1.0 - tanh * tanh
+        e = tl.where(mask_n[:, None], e, 0.0).to(DTYPE)
+        if TMA:
+            exp.store([first_n, first_c], e)
+        else:
+            exp_ptrs = exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH) + offs_c[None, :]
+            tl.store(exp_ptrs, e)
+
+
+@triton.jit
+def _logits_kernel(
+    hidden,  # [rows, D] contiguous, rows that count first; or its descriptor
+    head,  # [V, D], or its descriptor
+    bias_ptr,  # [V]
+    target_ptr,  # [rows] int32 rows of this head, −1: none
+    count_ptr,  # [1] int32, rows that count
+    ref_ptr,  # [rows]
+    target_logit_ptr,  # [rows]
+    partial_ptr,  # [2 or 3, slices, rows]: m, s, s2
+    exp,  # [rows, slices * width of a slice], or its descriptor
+    first_row,
+    first_v,
+    C,
+    D,
+    stride_head_v,
+    stride_head_d,
+    inner,
+    outer,
+    rows,
+    slices,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tiles_v = tl.cdiv(C, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        pid_n, pid_v = tile_of(tile, tiles_n, tiles_v, GROUP_M)
+        first_c = pid_v * BLOCK_V
+        a = _logit_tile(
+            hidden, head, pid_n * BLOCK_N, first_v + first_c, first_v + C, D,
+            stride_head_v, stride_head_d, BLOCK_N, BLOCK_V, BLOCK_D, TMA,
+        )  # fmt: skip
+        if PARTS == 1:
+            _finish_tile(
+                a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n,
+                pid_n * BLOCK_N, first_c, first_v, C, inner, outer, rows, slices,
+                HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
+            )  # fmt: skip
+        else:
+            halves = tl.reshape(a, (BLOCK_N, 2, BLOCK_V // 2)).permute(0, 2, 1).split()
+            for half in tl.static_range(2):
+                _finish_tile(
+                    halves[half], bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr,
+                    exp, n, pid_n * BLOCK_N, first_c + half * (BLOCK_V // 2), first_v, C,
+                    inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
+                    NORMALISED, MARGIN, TMA, DTYPE,
+                )  # fmt: skip
+
+
+@triton.jit
+def _exponentials_kernel(
+    product_ptr,  # [rows, slices * WIDTH] float32: hidden @ head.T
+    bias_ptr,
+    target_ptr,
+    count_ptr,
+    ref_ptr,
+    target_logit_ptr,
+    partial_ptr,
+    exp,
+    first_row,
+    first_v,
+    C,
+    inner,
+    outer,
+    rows,
+    slices,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The end of a tile, as in `_logits_kernel`, for products that a library made."""
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    first_n = tl.program_id(0) * BLOCK_N
+    first_c = tl.program_id(1) * WIDTH
+    if first_n >= n:
+        return
+    offs_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_c = first_c + tl.arange(0, WIDTH)
+    mask = (offs_n < n)[:, None] & (offs_c < C)[None, :]
+    product_ptrs = product_ptr + offs_n[:, None] * (slices * WIDTH) + offs_c[None, :]
+    a = tl.load(product_ptrs, mask=mask, other=0.0)
+    _finish_tile(
+        a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, first_n, first_c,
+        first_v, C, inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
+        NORMALISED, MARGIN, False, DTYPE,
+    )  # fmt: skip

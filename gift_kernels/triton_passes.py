@@ -1,0 +1,264 @@
+"""The pass over all logits that yields statistics and, unscaled, dH.
+
+N rows of the caller, n of them count, D hidden, V vocabulary. A chunk of rows runs through all
+chunks of columns before the next; then every row's log-sum-exp is known and dH is scaled.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+from triton import knobs
+
+from gift_kernels import triton_rows
+from gift_kernels.problem import Head, VocabShard
+from gift_kernels.triton_chunk import (
+    INTERPRETER_ROW_BLOCK,
+    ROW_BLOCK,
+    STATISTICS_ROWS,
+    Chunk,
+    Plan,
+)
+from gift_kernels.triton_logits import NO_REFERENCE
+
+LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
+
+
+class Rows(NamedTuple):
+    """The rows that count: caller's row of each, place of each caller's row or −1, their number.
+
+    What is past their number in `index` is 0, a row that exists.
+    """
+
+    index: Tensor  # [N] int32
+    place: Tensor  # [N] int32
+    count: Tensor  # [1] int32
+
+
+class RowResult(NamedTuple):
+    """Statistics of the rows that count in the caller's order, 0 elsewhere, and factors of dH."""
+
+    nll: Tensor  # [N]
+    lse: Tensor  # [N]
+    entropy: Tensor  # [N]
+    top1: Tensor  # [N] bool
+    factor: Tensor  # [N] of the sum of E W
+    target_factor: Tensor  # [N] of the target's row of the head
+    local_target: (
+        Tensor  # [N] int32, of the rows that count in their order: row of this head, or −1
+    )
+
+
+class KeptRows(NamedTuple):
+    """The first rows that count, whose exponentials outlive the pass."""
+
+    chunk: Chunk
+    exponentials: list[Tensor]  # [rows, columns] of each chunk of columns
+    references: Tensor  # [chunks of columns, rows]
+
+
+class RowState:
+    """What is known of the rows that count, in their order, after some of the columns."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.lse_parts = torch.zeros(4, count, device=device)  # ref, S, S2, M: see triton_rows
+        self.lse_parts[0] = NO_REFERENCE.value
+        self.lse_parts[3] = -torch.inf
+        self.target_logit = torch.full((count,), torch.nan, device=device)  # [N]
+        self.local_target = torch.empty(count, dtype=torch.int32, device=device)  # [N]
+
+
+def rows_that_count(target: Tensor, ignore_index: int, weight: Tensor | None = None) -> Rows:
+    """Rows [N] that are not ignored and, given weights [N], whose weight is not 0."""
+    count = target.shape[0]
+    rows = Rows(
+        index=torch.zeros(count, dtype=torch.int32, device=target.device),
+        place=torch.empty(count, dtype=torch.int32, device=target.device),
+        count=torch.empty(1, dtype=torch.int32, device=target.device),
+    )
+    triton_rows._compact_kernel[(1,)](
+        target,
+        target if weight is None else weight.contiguous(),
+        *rows,
+        count,
+        ignore_index,
+        HAS_WEIGHT=weight is not None,
+        BLOCK=LINE_BLOCK,
+    )
+    return rows
+
+
+def row_pass(
+    head: Head,
+    target: Tensor,
+    rows: Rows,
+    plan: Plan,
+    shard: VocabShard | None,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    want_dh: bool = False,
+    kept: KeptRows | None = None,
+) -> tuple[RowResult, Tensor | None]:
+    """Statistics of the rows that count and, if wanted, dH float32 [N, D], unscaled.
+
+    With `kept` the exponentials of its rows are kept, dH of all others is left undefined, and it is
+    the caller who finishes dH.
+    """
+    count, hidden_size = head.hidden.shape
+    state = RowState(count, head.hidden.device)
+    dh = state.lse_parts.new_empty(count, hidden_size) if want_dh else None
+    first_rest = 0
+    if kept is not None:
+        chunk = kept.chunk
+        chunk.gather(target, rows, state.local_target, state.lse_parts, 0, shard, guess=True)
+        for number, first_v in enumerate(range(0, head.weight.shape[0], chunk.columns)):
+            chunk.exp = kept.exponentials[number]
+            _add_columns(chunk, rows, state, dh, 0, first_v)
+            kept.references[number] = state.lse_parts[0, : kept.references.shape[1]]
+        if dh is not None:
+            chunk.deliver_dh(rows, dh, 0)
+        first_rest = chunk.rows
+    exponentials = want_dh and kept is None
+    stored = exponentials or plan.logits == "library"
+    most = (plan.rows, plan.columns) if stored else (STATISTICS_ROWS, head.weight.shape[0] + 4096)
+    chunk = Chunk(
+        head,
+        plan,
+        count - first_rest,
+        most,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        exponentials=exponentials,
+    )
+    sums = dh if exponentials else None
+    for first_row in range(first_rest, count, chunk.rows):
+        chunk.gather(
+            target, rows, state.local_target, state.lse_parts, first_row, shard, guess=exponentials
+        )
+        for first_v in range(0, head.weight.shape[0], chunk.columns):
+            _add_columns(chunk, rows, state, sums, first_row, first_v)
+        if sums is not None:
+            chunk.deliver_dh(rows, sums, first_row)
+    local_ref = state.lse_parts[0]
+    if shard is not None:
+        local_ref = local_ref.clone()
+        combine_shards(state, shard)
+    found = finish_rows(state, local_ref, rows, chunk, with_entropy)
+    if sums is not None:
+        finish_dh(sums, chunk, rows, state.local_target, found.factor, found.target_factor, shard)
+    return found, dh
+
+
+def _add_columns(
+    chunk: Chunk, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
+) -> None:
+    chunk.logits(rows, state.local_target, state.lse_parts, state.target_logit, first_row, first_v)
+    chunk.merge(rows, state.lse_parts, dh, first_row, first_v)
+    if dh is not None:
+        chunk.add_to_dh(rows, dh, first_row, first_v)
+
+
+def combine_shards(state: RowState, shard: VocabShard) -> None:
+    """Makes a state of this rank's columns that of the whole vocabulary, in place."""
+    parts, target_logit = state.lse_parts, state.target_logit
+    local_ref = parts[0].clone()
+    dist.all_reduce(parts[0], op=dist.ReduceOp.MAX, group=shard.group)
+    dist.all_reduce(parts[3], op=dist.ReduceOp.MAX, group=shard.group)
+    power = torch.exp(local_ref - parts[0])
+    parts[2] = power * (parts[2] + (local_ref - parts[0]) * parts[1])
+    parts[1] *= power
+    # NaN marks a target of another rank; a logit that is NaN is seen through the sums.
+    found = ~torch.isnan(target_logit)
+    sums = torch.stack([parts[1], parts[2], torch.where(found, target_logit, 0), found.float()])
+    dist.all_reduce(sums, group=shard.group)
+    parts[1:3] = sums[:2]
+    target_logit.copy_(torch.where(sums[3] > 0, sums[2], torch.nan))
+
+
+def finish_rows(
+    state: RowState,
+    local_ref: Tensor,
+    rows: Rows,
+    chunk: Chunk,
+    with_entropy: bool,
+) -> RowResult:
+    """Statistics and factors from the state of the whole vocabulary."""
+    count, device = local_ref.shape[0], local_ref.device
+    stats = torch.zeros(3 if with_entropy else 2, count, device=device)
+    top1 = torch.zeros(count, dtype=torch.bool, device=device)
+    factors = torch.zeros(2, count, device=device)
+    if count > 0:
+        triton_rows._finish_kernel[(triton.cdiv(count, LINE_BLOCK),)](
+            state.lse_parts,
+            local_ref,
+            state.target_logit,
+            rows.index,
+            rows.count,
+            stats,
+            top1,
+            factors,
+            count,
+            chunk.head.logit_scale,
+            chunk.outer,
+            HAS_CAP=chunk.head.logit_softcap is not None,
+            ENTROPY=with_entropy,
+            BLOCK_N=LINE_BLOCK,
+        )
+    entropy = stats[2].clone() if with_entropy else stats.new_empty(0)
+    return RowResult(
+        stats[0].clone(), stats[1].clone(), entropy, top1, *factors, state.local_target
+    )
+
+
+def finish_dh(
+    dh: Tensor,
+    chunk: Chunk,
+    rows: Rows,
+    local_target: Tensor,
+    factor: Tensor,
+    target_factor: Tensor,
+    shard: VocabShard | None,
+) -> None:
+    """Scales dH [N, D], adds the targets' terms, sums over the slices of the vocabulary."""
+    (count, hidden_size), head, block = dh.shape, chunk.head, chunk.plan.row_block
+    if count > 0:
+        triton_rows._finish_dh_kernel[
+            (triton.cdiv(count, block[0]), triton.cdiv(hidden_size, block[1]))
+        ](
+            dh,
+            head.weight,
+            rows.place,
+            local_target,
+            factor,
+            target_factor,
+            count,
+            hidden_size,
+            *head.weight.stride(),
+            BLOCK_N=block[0],
+            BLOCK_D=block[1],
+        )
+    if shard is not None:
+        dist.all_reduce(dh, group=shard.group)
+
+
+def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows float32 [N, D] times factor [N], rounded once to `dtype`, with no copy in between."""
+    count, size = rows.shape
+    out = torch.empty(count, size, dtype=dtype, device=rows.device)
+    if out.numel() > 0:
+        block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
+        grid = (triton.cdiv(count, block[0]), triton.cdiv(size, block[1]))
+        triton_rows._scale_rows_kernel[grid](
+            rows.contiguous(),
+            factor.float(),
+            out,
+            count,
+            size,
+            factor.stride(0),
+            BLOCK_N=block[0],
+            BLOCK_D=block[1],
+        )
+    return out

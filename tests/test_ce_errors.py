@@ -1,0 +1,246 @@
+"""What weighted_ce and token_confidence refuse, and the words they refuse it with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from ce_cases import IMPLS
+
+from gift_kernels import dispatch, token_confidence, weighted_ce
+
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+COUNT, SIZE, VOCAB = 6, 8, 10
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def proper() -> dict[str, Any]:
+    return {
+        "hidden": zeros(COUNT, SIZE),
+        "lm_head_weight": zeros(VOCAB, SIZE),
+        "target": zeros(COUNT, dtype=torch.int64),
+    }
+
+
+GUIDE = {"guide_hidden": zeros(COUNT, 4), "guide_lm_head_weight": zeros(VOCAB, 4)}
+BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"lm_head_weight": zeros(VOCAB, SIZE, 1)},
+        ValueError,
+        "lm_head_weight: expected shape [V, D], got [10, 8, 1]",
+    ),
+    (
+        {"hidden": zeros(COUNT, SIZE - 1)},
+        ValueError,
+        "hidden: expected shape [6, 8], got [6, 7]",
+    ),
+    (
+        {"target": zeros(COUNT - 1, dtype=torch.int64)},
+        ValueError,
+        "hidden: expected shape [5, 8], got [6, 8]",
+    ),
+    (
+        {"hidden": zeros(COUNT, SIZE, device="meta")},
+        ValueError,
+        "hidden: expected device cpu, got meta",
+    ),
+    (
+        {"target": zeros(COUNT, dtype=torch.int64, device="meta")},
+        ValueError,
+        "target: expected device cpu, got meta",
+    ),
+    (
+        {"lm_head_weight": zeros(VOCAB, SIZE, dtype=torch.int32)},
+        TypeError,
+        "lm_head_weight: expected a floating-point dtype, got torch.int32",
+    ),
+    (
+        {"hidden": zeros(COUNT, SIZE, dtype=torch.bfloat16)},
+        TypeError,
+        "hidden and lm_head_weight: expected one dtype, got torch.bfloat16 and torch.float32; "
+        "cast one of them",
+    ),
+    ({"bias": zeros(VOCAB + 1)}, ValueError, "bias: expected shape [10], got [11]"),
+    (
+        {"target": zeros(COUNT)},
+        TypeError,
+        "target: expected int64 or int32, got torch.float32",
+    ),
+    ({"logit_softcap": 0.0}, ValueError, "logit_softcap: expected a positive number, got 0.0"),
+    ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
+    ({"vocab_start": 5}, ValueError, "vocab_start: 5 needs a process_group"),
+    ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "triton" or "eager", got \'cuda\''),
+]
+BY_WEIGHTED_CE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"token_weight": zeros(COUNT + 1)},
+        ValueError,
+        "token_weight: expected shape [6], got [7]",
+    ),
+    (
+        {"token_weight": zeros(COUNT, dtype=torch.int64)},
+        TypeError,
+        "token_weight: expected a floating-point dtype, got torch.int64",
+    ),
+    (
+        {"token_weight": "guide"},
+        ValueError,
+        "token_weight: expected a tensor, \"self\" or None, got 'guide'",
+    ),
+    (
+        GUIDE | {"token_weight": zeros(COUNT)},
+        ValueError,
+        "token_weight and guide_hidden: both give the weights; pass one of them",
+    ),
+    (
+        {"guide_hidden": zeros(COUNT, 4)},
+        ValueError,
+        "guide_hidden and guide_lm_head_weight: pass both or neither",
+    ),
+    (
+        {"guide_lm_head_weight": zeros(VOCAB, 4)},
+        ValueError,
+        "guide_hidden and guide_lm_head_weight: pass both or neither",
+    ),
+    (
+        GUIDE | {"guide_hidden": zeros(COUNT, SIZE)},
+        ValueError,
+        "guide_hidden: expected shape [6, 4], got [6, 8]",
+    ),
+    (
+        GUIDE | {"guide_hidden": zeros(COUNT, 4, dtype=torch.float16)},
+        TypeError,
+        "guide_hidden and guide_lm_head_weight: expected one dtype, got torch.float16 and",
+    ),
+    (
+        GUIDE | {"guide_bias": zeros(3)},
+        ValueError,
+        "guide_bias: expected shape [10], got [3]",
+    ),
+    (
+        GUIDE | {"guide_temperature": -1.0},
+        ValueError,
+        "guide_temperature: expected a positive number, got -1.0",
+    ),
+    (
+        GUIDE | {"guide_logit_softcap": float("inf")},
+        ValueError,
+        "guide_logit_softcap: expected a positive number, got inf",
+    ),
+    (
+        {"reduction": "average"},
+        ValueError,
+        'reduction: expected "none", "sum", "mean" or "weighted_mean", got \'average\'',
+    ),
+    (
+        {"reduction": "sum", "normalizer": 3.0},
+        ValueError,
+        "normalizer: only divides the reductions mean and weighted_mean, not sum",
+    ),
+    (
+        {"normalizer": zeros(2)},
+        ValueError,
+        "normalizer: expected one number, got a tensor of shape [2]",
+    ),
+    (
+        {"weight_power": -0.5},
+        ValueError,
+        "weight_power and weight_floor: expected values >= 0, got -0.5 and 0.0",
+    ),
+    (
+        {"weight_floor": -1.0},
+        ValueError,
+        "weight_power and weight_floor: expected values >= 0, got 1.0 and -1.0",
+    ),
+]
+
+
+def message_id(value: object) -> str:
+    return re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BY_BOTH, ids=message_id)
+def test_both_refuse(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    for op in (weighted_ce, token_confidence):
+        with pytest.raises(error, match=re.escape(message)):
+            op(**proper() | wrong)
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BY_WEIGHTED_CE, ids=message_id)
+def test_weighted_ce_refuses(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        weighted_ce(**proper() | wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, float("nan")])
+def test_token_confidence_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got"):
+        token_confidence(**proper(), temperature=temperature)
+
+
+@every_impl
+@pytest.mark.parametrize("value", [VOCAB, -1, 2**40])
+def test_a_target_outside_the_vocabulary_is_refused(
+    value: int, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.CHECK_TARGETS_VARIABLE, "1")
+    given = {name: tensor.to(device) for name, tensor in proper().items()}
+    given["target"][[1, 4]] = torch.tensor([-100, value], device=device)
+    message = (
+        f"target: value {value} at row 4 is outside [0, 10), the rows of lm_head_weight, and is "
+        "not ignore_index (-100)"
+    )
+    for op in (weighted_ce, token_confidence):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            op(**given, impl=impl)
+
+
+@every_impl
+def test_a_target_that_the_guide_does_not_know_is_refused(
+    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.CHECK_TARGETS_VARIABLE, "1")
+    given = proper() | GUIDE | {"guide_lm_head_weight": zeros(VOCAB - 2, 4)}
+    given = {name: tensor.to(device) for name, tensor in given.items()}
+    assert weighted_ce(**given, impl=impl).isfinite()
+    given["target"][3] = VOCAB - 1
+    with pytest.raises(ValueError, match=r"row 3 is outside \[0, 8\), the rows of guide_lm_head"):
+        weighted_ce(**given, impl=impl)
+
+
+@every_impl
+def test_where_targets_are_not_read_a_wrong_one_makes_its_row_nan(
+    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "reads_targets", lambda target: False)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(COUNT, SIZE, generator=generator).to(device).requires_grad_()
+    head = torch.randn(VOCAB, SIZE, generator=generator).to(device)
+    target = torch.tensor([0, VOCAB, 9, -1, -100, 3], device=device)
+    wrong = torch.tensor([False, True, False, True, False, False], device=device)
+    confidence = token_confidence(hidden, head, target, impl=impl)
+    assert torch.equal(confidence.isnan(), wrong)
+    loss = weighted_ce(hidden, head, target, reduction="none", impl=impl)
+    assert torch.equal(loss.isnan(), wrong)
+    loss[~wrong].sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+    assert weighted_ce(hidden, head, target, impl=impl).isnan()
+
+
+def test_an_explicit_request_for_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r'impl="triton" needs CUDA tensors, got cpu; use impl='):
+        weighted_ce(**proper(), impl="triton")
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    with pytest.raises(ValueError, match='impl="triton": Triton is not installed; install it'):
+        token_confidence(**proper(), impl="triton")
+
+
+def test_auto_is_eager_on_the_cpu() -> None:
+    assert dispatch.resolve_impl("auto", zeros(1)) == "eager"
+    assert dispatch.resolve_impl("eager", zeros(1)) == "eager"

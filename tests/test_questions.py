@@ -1,0 +1,76 @@
+"""Rows of questions are understood, and those that cannot be used are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gift.errors import InputError
+from gift.questions import read_questions
+
+
+def write_data(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("\n\n", {}, "has no rows"),
+        ("{", {}, "line 2: not valid JSON"),
+        ("[1]", {}, "line 2: expected an object"),
+        ('{"text": "a", "answer": 1}', {}, "line 2: no question; expected `instruction`.*text"),
+        ('{"question": "a"}', {}, "line 2: `answer` must be a string or a number, got None"),
+        ('{"question": "a", "answer": true}', {}, "line 2: `answer` must be .*True"),
+        ('{"question": "a", "answer": NaN}', {}, "line 2: `answer` must be finite"),
+        ('{"question": "a", "answer": " "}', {}, "line 2: `answer` is empty"),
+        ('{"question": " ", "answer": 1}', {}, "line 2: `question` must be a text"),
+        ('{"prompt": ["a"], "answer": 1}', {}, "line 2: `prompt` must be a text"),
+        ('{"prompt": "a", "problem": "b", "answer": 1}', {}, "problem and prompt differ"),
+        ('{"q": "a", "answer": 1}', {"question_field": "body"}, "expected `body`, got q"),
+        ('{"messages": [], "answer": 1}', {}, "line 2: `messages` must be a list of turns"),
+        ('{"messages": [{"role": "user"}], "answer": 1}', {}, "line 2: a turn needs"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "answer": 1}',
+            {},
+            "line 2: `messages` must end with the user turn",
+        ),
+        (
+            '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],'
+            ' "answer": 1}',
+            {"system_prompt": "c"},
+            "line 2: has a system turn",
+        ),
+        ('{"question": "a", "answer": 1}', {"group_by": "level"}, "line 2: --group-by level"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith(("{", "[")) else "",
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, text, options, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n" + text + "\n")
+    with pytest.raises(InputError, match=message):
+        read_questions(path, **options)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*nothing\.jsonl"):
+        read_questions(tmp_path / "nothing.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9", "answer": 1}')
+    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):
+        read_questions(tmp_path / "latin.jsonl")
+
+
+def test_questions_are_found_and_limited(tmp_path):
+    rows = [
+        {"problem": "same", "question": "same", "answer": 27.0},
+        {"prompt": "a", "body": "b", "answer": "025"},
+        {"prompt": "broken"},
+    ]
+    path = write_data(tmp_path / "d.jsonl", rows)
+    first, second = read_questions(path, limit=2)
+    assert (first.turns[0]["content"], first.answer) == ("same", "27")
+    assert (second.turns[0]["content"], second.answer, second.line) == ("a", "025", 2)
+    path = write_data(tmp_path / "d.jsonl", rows[1:2])
+    assert read_questions(path, question_field="body")[0].turns[0]["content"] == "b"

@@ -1,0 +1,185 @@
+"""The cross-entropy kernels for sm_80, sm_90 and sm_100: registers, shared memory, instructions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from compiling import CompiledKernel, KernelRequest, compile_kernels, shared_memory_limit
+
+from gift_kernels import triton_chunk
+from gift_kernels.triton_tiles import FLOAT32_TILES, LOGIT_TILES, PRODUCT_TILES, Tiles, tile_options
+
+ARCHITECTURES = (80, 90, 100)
+MARGIN = 44.0
+# Gemma's head with everything that a training step with statistics asks for: the longest epilogue.
+ALL_OPTIONS = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True, "EXPONENTIALS": True}
+LOSS = {"HAS_BIAS": False, "HAS_CAP": True, "ENTROPY": False, "EXPONENTIALS": True}
+CONFIDENCE = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": False}
+
+
+def operand(dtype: str, rows: int, columns: int, tma: bool) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
+
+
+def options_of(tiles: Tiles) -> tuple[dict[str, Any], dict[str, int]]:
+    constexprs = tile_options(tiles)
+    return constexprs, {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
+
+
+def logits(
+    arch: int, tiles: Tiles, options: dict[str, bool], dtype: str = "bf16", tma: bool | None = None
+) -> KernelRequest:
+    tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
+    constexprs, launch = options_of(tiles)
+    width = tiles.block_n // tiles.parts
+    names = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+    return KernelRequest(
+        kernel="gift_kernels.triton_logits:_logits_kernel",
+        signature={
+            "hidden": operand(dtype, tiles.block_m, tiles.block_k, tma),
+            "head": operand(dtype, tiles.block_n, tiles.block_k, tma),
+            "bias_ptr": f"*{dtype}",
+            "target_ptr": "*i32",
+            "count_ptr": "*i32",
+            "ref_ptr": "*fp32",
+            "target_logit_ptr": "*fp32",
+            "partial_ptr": "*fp32",
+            "exp": operand(dtype, tiles.block_m, width, tma and options["EXPONENTIALS"]),
+            **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_head_v"), "i32"),
+            **dict.fromkeys(("inner", "outer"), "fp32"),
+            **dict.fromkeys(("rows", "slices"), "i32"),
+        },
+        constexprs={
+            "stride_head_d": 1,
+            "BLOCK_N": tiles.block_m,
+            "BLOCK_V": tiles.block_n,
+            "BLOCK_D": tiles.block_k,
+            **constexprs,
+            **options,
+            "NORMALISED": False,
+            "MARGIN": MARGIN,
+            "TMA": tma,
+            "DTYPE": names[dtype],
+        },
+        divisible=("first_row", "first_v", "C", "D", "stride_head_v", "rows", "slices"),
+        arch=arch,
+        label=f"logits-{dtype}-{label(tiles)}-{'-'.join(n.lower() for n in options if options[n])}",
+        **launch,
+    )
+
+
+def product(
+    arch: int, tiles: Tiles, transposed: bool, dtype: str = "bf16", tma: bool | None = None
+) -> KernelRequest:
+    tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
+    constexprs, launch = options_of(tiles)
+    block = (tiles.block_k, tiles.block_m) if transposed else (tiles.block_m, tiles.block_k)
+    return KernelRequest(
+        kernel="gift_kernels.triton_products:_product_kernel",
+        signature={
+            "exp": operand(dtype, *block, tma),
+            "other": operand(dtype, tiles.block_k, tiles.block_n, tma),
+            "out_ptr": "*fp32",
+            "index_ptr": "*i32",
+            "count_ptr": "*i32",
+            "scale_ptr": "*fp32",
+            **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_other_k"), "i32"),
+            **dict.fromkeys(("rows", "columns"), "i32"),
+        },
+        constexprs={
+            "stride_other_d": 1,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_D": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            **constexprs,
+            "TRANSPOSED": transposed,
+            "ACCUMULATE": True,
+            "TMA": tma,
+        },
+        divisible=("first_row", "first_v", "C", "D", "stride_other_k", "rows", "columns"),
+        arch=arch,
+        label=f"{'dW' if transposed else 'dH'}-{dtype}-{label(tiles)}",
+        **launch,
+    )
+
+
+def label(tiles: Tiles) -> str:
+    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}{'-flat' if tiles.flatten else ''}"
+
+
+def requests() -> list[KernelRequest]:
+    """Everything that may run for 16-bit heads, and the main path of float32 ones."""
+    found = []
+    for arch in ARCHITECTURES:
+        for tiles in LOGIT_TILES[arch]:
+            found += [logits(arch, tiles, CONFIDENCE), logits(arch, tiles, LOSS)]
+        for tiles in PRODUCT_TILES[arch]:
+            found.append(product(arch, tiles, transposed=False))
+        found.append(product(arch, PRODUCT_TILES[arch][0], transposed=True))
+    found.append(logits(90, LOGIT_TILES[90][0], ALL_OPTIONS))
+    # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
+    found.append(logits(90, LOGIT_TILES[90][0], LOSS, tma=False))
+    found.append(logits(90, FLOAT32_TILES, LOSS, "fp32"))
+    found.append(product(90, FLOAT32_TILES, False, "fp32"))
+    return found
+
+
+REQUESTS = requests()
+MATRIX_90 = [r for r in REQUESTS if r.arch == 90 and "bf16" in r.label]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[KernelRequest, CompiledKernel]:
+    return dict(zip(REQUESTS, compile_kernels(REQUESTS), strict=True))
+
+
+def test_at_most_eight_candidates() -> None:
+    for table in (LOGIT_TILES, PRODUCT_TILES):
+        assert all(1 <= len(candidates) <= 8 for candidates in table.values())
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+def test_no_spills_and_shared_memory_within_the_limit(
+    compiled: dict[KernelRequest, CompiledKernel], request_: KernelRequest
+) -> None:
+    kernel = compiled[request_]
+    assert kernel.spill_stores == kernel.spill_loads == 0, kernel.log
+    assert kernel.shared <= shared_memory_limit(request_.arch)
+    assert kernel.blocks_per_sm() >= 1
+
+
+@pytest.mark.parametrize("request_", MATRIX_90, ids=str)
+def test_hopper_multiplies_with_wgmma_and_waits_only_where_it_must(
+    compiled: dict[KernelRequest, CompiledKernel], request_: KernelRequest
+) -> None:
+    kernel = compiled[request_]
+    assert "wgmma.mma_async" in kernel.ptx
+    assert "HGMMA" in kernel.sass
+    assert "serialized" not in kernel.log, kernel.log
+
+
+@pytest.mark.parametrize("request_", MATRIX_90, ids=str)
+def test_hopper_moves_tiles_with_the_copy_engine_where_it_can(
+    compiled: dict[KernelRequest, CompiledKernel], request_: KernelRequest
+) -> None:
+    uses = "cp.async.bulk.tensor" in compiled[request_].ptx
+    assert uses == request_.constexprs["TMA"]
+
+
+def test_plain_loads_are_16_bytes_wide_and_64_bit_addressed(
+    compiled: dict[KernelRequest, CompiledKernel],
+) -> None:
+    request = next(r for r in REQUESTS if r.arch == 80 and r.label.startswith("logits"))
+    ptx = compiled[request].ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert "mul.lo.s64" in ptx or "mad.lo.s64" in ptx or "mul.wide" in ptx
+
+
+def test_memory_of_a_chunk_is_as_documented() -> None:
+    """Exponentials of a chunk, in 16 bits: 96 MiB with a frozen head and with a trainable one."""
+    for rows, columns in (
+        (triton_chunk.ROWS, triton_chunk.COLUMNS),
+        (triton_chunk.HEAD_ROWS, triton_chunk.HEAD_COLUMNS),
+    ):
+        assert 2 * rows * columns == 96 << 20
