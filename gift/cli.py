@@ -29,6 +29,7 @@ from gift.config import (
 )
 from gift.errors import InputError
 from gift.recipe import build_config
+from gift.tool_config import DiffConfig, StatisticsConfig, UnmergeConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,6 +128,28 @@ _add_command(
     "gift.merge:merge",
     "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
     "few tensors; reads and writes its weights once; a killed merge goes on where it was.",
+)
+_add_command(
+    "merge-statistics",
+    StatisticsConfig,
+    "gift.merge_statistics:merge_statistics",
+    "What --method fisher and regmean need to know of a model. Costs a pass over the data, for "
+    "fisher with gradients, and memory for a float32 copy of the parameters or a Gram matrix a "
+    "layer.",
+)
+_add_command(
+    "diff",
+    DiffConfig,
+    "gift.diff:diff",
+    "What changed between two models, layer by layer: size and rank of the change, and how much of "
+    "it bf16 cannot hold. Reads both models once.",
+)
+_add_command(
+    "unmerge",
+    UnmergeConfig,
+    "gift.unmerge:unmerge",
+    "Take a merge back: bit for bit where it was made with --save-residual, else to within one "
+    "rounding. Costs what the merge did.",
 )
 _add_command(
     "evaluate",

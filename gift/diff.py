@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gift import figures
 from gift.adapter import read_adapter
-from gift.config import Options
 from gift.console import console, print_table, progress
 from gift.errors import InputError
 from gift.files import output_folder, write_json
@@ -33,32 +31,10 @@ from gift.merge_landing import Change, Names, land_adapters
 from gift.merge_transforms import BLOCK_BYTES, FactorReader
 from gift.models import pick_device, resolve_model
 from gift.shards import Checkpoint, Span, TensorEntry, open_checkpoint, read_span, spans
+from gift.tool_config import DiffConfig
 
 REPORT_FILE = "diff.json"
 FIGURE_FILE = "diff.png"
-
-
-class DiffConfig(Options):
-    """Options of `gift diff`."""
-
-    model_a: str = Field(description="The model before: a folder or a hub id.")
-    model_b: str = Field(description="The model after: a folder or a hub id.")
-    adapter: str | None = Field(
-        default=None,
-        description="The adapter whose change bf16 had to hold, for the rounding loss.",
-    )
-    output: Path | None = Field(
-        default=None,
-        description="Folder for diff.json and, with matplotlib, diff.png; default none.",
-    )
-    overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
-    sketch: int = Field(
-        default=512,
-        ge=1,
-        description="Largest side on which ranks are computed exactly; 0 < sketch.",
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the sketches.")
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
 
 
 @dataclass(frozen=True)

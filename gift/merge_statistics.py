@@ -12,16 +12,13 @@ float32 number a parameter (fisher) or a K x K matrix a layer (regmean) in memor
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift.batches import pad_batch, target_ids
-from gift.config import DataOptions, DeviceOptions, OutputOptions
 from gift.console import print_summary, progress
 from gift.data import Example, data_summary, encode_file, require_vocabulary
 from gift.files import hash_file, output_folder, write_json
@@ -35,21 +32,7 @@ from gift.models import (
     resolve_model,
     versions,
 )
-
-
-class StatisticsConfig(DataOptions, DeviceOptions, OutputOptions):
-    """Options of `gift merge-statistics`."""
-
-    model: str = Field(description="One of the models to merge: a folder or a hub id.")
-    data: Path = Field(
-        description="JSONL rows: instruction/response, prompt/completion or messages."
-    )
-    kind: Literal["fisher", "regmean"] = Field(description="The merge method that will use them.")
-    tokenizer: str | None = Field(
-        default=None,
-        description="Model whose tokenizer and chat template to use; default the model's own. Give "
-        "the instruct model here for a task model made from a base model.",
-    )
+from gift.tool_config import StatisticsConfig
 
 
 def merge_statistics(config: StatisticsConfig) -> dict[str, Any]:

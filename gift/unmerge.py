@@ -9,11 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from gift import merge_output
 from gift.adapter import Adapter, read_adapter
-from gift.config import OutputOptions
 from gift.console import print_summary
 from gift.errors import InputError
 from gift.files import hash_json, output_folder, read_json, write_json
@@ -25,6 +22,7 @@ from gift.merge_residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransfor
 from gift.merge_transforms import Recipe
 from gift.models import pick_device, resolve_model, versions
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
+from gift.tool_config import UnmergeConfig
 
 RESULT_FILE = "gift_unmerge.json"
 EXACT = "exact: every changed tensor has its original bits"
@@ -32,18 +30,6 @@ ROUNDED = (
     "to within one rounding: half a unit in the last place of the merged weight plus half of the "
     "original's; a merge with --save-residual can be taken back exactly"
 )
-
-
-class UnmergeConfig(OutputOptions):
-    """Options of `gift unmerge`."""
-
-    model: str = Field(description="The folder that gift merge wrote.")
-    adapter: list[str] = Field(
-        default=[],
-        description="The merged adapters, in the order of the merge; needed where the merge was "
-        "made without --save-residual.",
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
 
 
 def unmerge(config: UnmergeConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     """Answers one call of the operator on the rows that count."""
     head, target, transform = problem.head, problem.target, problem.transform
     check_dtype(head.hidden)
-    plan = plan or default_plan(head)
+    plan = plan or default_plan(head, with_entropy=problem.with_entropy)
     grad = problem.want_dh or problem.want_dw or problem.want_db
     want_dw = problem.want_dw and not problem.rowwise
     want_db = problem.want_db and not problem.rowwise

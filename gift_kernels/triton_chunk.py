@@ -16,6 +16,7 @@ from gift_kernels import triton_logits, triton_products, triton_rows
 from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_tiles import (
     LOGIT_TILES,
+    NARROW_LOGIT_TILES,
     PRODUCT_TILES,
     Machine,
     Tiles,
@@ -59,12 +60,15 @@ class Plan(NamedTuple):
     row_block: tuple[int, int]
 
 
-def default_plan(head: Head) -> Plan:
+def default_plan(head: Head, *, with_entropy: bool = False) -> Plan:
     """What `impl="triton"` uses on the device of this head."""
     machine = machine_of(head.hidden.device)
     dtype = head.hidden.dtype
     interpreted = machine.arch == 0
     share = 2 / dtype.itemsize
+    tma = can_use_tma(machine, head.weight) and head.weight.shape[1] % 8 == 0
+    wide = tma and head.logit_softcap is None and not with_entropy
+    logit_tiles = LOGIT_TILES if wide else NARROW_LOGIT_TILES
     return Plan(
         machine,
         INTERPRETER_ROWS if interpreted else ROWS,
@@ -73,7 +77,7 @@ def default_plan(head: Head) -> Plan:
         "triton",
         INTERPRETER_ROWS if interpreted else HEAD_ROWS,
         INTERPRETER_COLUMNS if interpreted else int(HEAD_COLUMNS * share),
-        tiles_for(LOGIT_TILES, machine, dtype)[0],
+        tiles_for(logit_tiles, machine, dtype)[0],
         tiles_for(PRODUCT_TILES, machine, dtype)[0],
         INTERPRETER_ROW_BLOCK if interpreted else ROW_BLOCK,
     )

@@ -57,6 +57,11 @@ LOGIT_TILES = {
     ),
     100: (Tiles(128, 128, 64, 16, 4, 3, 2, 2, False),),
 }
+# Soft-caps, entropies and plain loads need more registers than the widest tiles leave.
+NARROW_LOGIT_TILES = {
+    arch: tuple(tiles for tiles in candidates if tiles.block_n <= 128)
+    for arch, candidates in LOGIT_TILES.items()
+}
 PRODUCT_TILES = {
     0: (INTERPRETER_PRODUCT_TILES,),
     80: (Tiles(128, 128, 64, 8, 8, 3, 2, 1, False),),

@@ -16,8 +16,9 @@ from gift import merge_methods as methods
 from gift.batches import pad_batch
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.merge_statistics import StatisticsConfig, merge_statistics
+from gift.merge_statistics import merge_statistics
 from gift.models import load_causal_lm, load_tokenizer
+from gift.tool_config import StatisticsConfig
 
 FLOAT64 = torch.float64
 

@@ -8,13 +8,22 @@ import pytest
 from compiling import CompiledKernel, KernelRequest, compile_kernels, shared_memory_limit
 
 from gift_kernels import triton_chunk
-from gift_kernels.triton_tiles import FLOAT32_TILES, LOGIT_TILES, PRODUCT_TILES, Tiles, tile_options
+from gift_kernels.triton_tiles import (
+    FLOAT32_TILES,
+    LOGIT_TILES,
+    NARROW_LOGIT_TILES,
+    PRODUCT_TILES,
+    Tiles,
+    tile_options,
+)
 
 ARCHITECTURES = (80, 90, 100)
 MARGIN = 44.0
 # Gemma's head with everything that a training step with statistics asks for: the longest epilogue.
 ALL_OPTIONS = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True, "EXPONENTIALS": True}
-LOSS = {"HAS_BIAS": False, "HAS_CAP": True, "ENTROPY": False, "EXPONENTIALS": True}
+LOSS = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": True}
+CAPPED_LOSS = {**LOSS, "HAS_CAP": True}
+LOSS_WITH_BIAS = {**LOSS, "HAS_BIAS": True}
 CONFIDENCE = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": False}
 
 
@@ -114,12 +123,15 @@ def requests() -> list[KernelRequest]:
     for arch in ARCHITECTURES:
         for tiles in LOGIT_TILES[arch]:
             found += [logits(arch, tiles, CONFIDENCE), logits(arch, tiles, LOSS)]
+        for tiles in NARROW_LOGIT_TILES[arch]:
+            found.append(logits(arch, tiles, CAPPED_LOSS))
         for tiles in PRODUCT_TILES[arch]:
             found.append(product(arch, tiles, transposed=False))
         found.append(product(arch, PRODUCT_TILES[arch][0], transposed=True))
-    found.append(logits(90, LOGIT_TILES[90][0], ALL_OPTIONS))
+    found.append(logits(90, NARROW_LOGIT_TILES[90][0], ALL_OPTIONS))
+    found.append(logits(90, LOGIT_TILES[90][0], LOSS_WITH_BIAS))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
-    found.append(logits(90, LOGIT_TILES[90][0], LOSS, tma=False))
+    found.append(logits(90, NARROW_LOGIT_TILES[90][0], CAPPED_LOSS, tma=False))
     found.append(logits(90, FLOAT32_TILES, LOSS, "fp32"))
     found.append(product(90, FLOAT32_TILES, False, "fp32"))
     return found
@@ -135,7 +147,7 @@ def compiled() -> dict[KernelRequest, CompiledKernel]:
 
 
 def test_at_most_eight_candidates() -> None:
-    for table in (LOGIT_TILES, PRODUCT_TILES):
+    for table in (LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES):
         assert all(1 <= len(candidates) <= 8 for candidates in table.values())
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gift.errors import InputError
 from gift.merge_residual import decode_block, encode_block
-from gift.unmerge import UnmergeConfig, unmerge
+from gift.tool_config import UnmergeConfig
+from gift.unmerge import unmerge
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
