@@ -1,6 +1,5 @@
 """`gift demo`: makes tiny base/instruct pairs and shows what each way of adapting does to them."""
 
-import math
 import os
 import time
 import warnings
@@ -91,7 +90,7 @@ def _begin_worker() -> None:
     warnings.simplefilter("ignore")
 
 
-def _means(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def _means(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Mean and standard deviation over pairs and seeds, by method and measure, in percent."""
     means = {}
     for method in METHODS:
@@ -122,8 +121,13 @@ def _advantages(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return advantages
 
 
-def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else math.nan}
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
+
+
+def _shown(value: dict[str, Any], mean_format: str = ".1f") -> str:
+    deviation = "" if value["sd"] is None else f" ± {value['sd']:.1f}"
+    return f"{value['mean']:{mean_format}}{deviation}"
 
 
 def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
@@ -133,7 +137,7 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
         f"({config.pairs} pairs × {config.seeds} seeds)",
         ("", *MEASURES.values()),
         [
-            (method, *(f"{v['mean']:.1f} ± {v['sd']:.1f}" for v in measures.values()))
+            (method, *(_shown(v) for v in measures.values()))
             for method, measures in summary["means"].items()
         ],
     )
@@ -141,7 +145,7 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
         "GIFT's sampled task accuracy less that of the other, same pair and seed, in points",
         ("", "mean ± sd", "ahead in"),
         [
-            (other, f"{v['mean']:+.1f} ± {v['sd']:.1f}", f"{v['ahead']} of {v['runs']}")
+            (other, _shown(v, "+.1f"), f"{v['ahead']} of {v['runs']}")
             for other, v in summary["advantage_of_gift"].items()
         ],
     )
