@@ -1,0 +1,60 @@
+"""`python -m benchmarks --output DIR` measures; `python -m benchmarks compare A B` compares."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from benchmarks.cases import cpu_cases, gpu_cases
+from benchmarks.measure import Settings, describe_data, measure_case
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="few cases; toy sizes on a CPU")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, a case")
+    parser.add_argument("--budget-minutes", type=float, help="begin no case after this")
+    commands = parser.add_subparsers(dest="command")
+    comparison = commands.add_parser("compare", help="what moved between two results")
+    comparison.add_argument("before", type=Path)
+    comparison.add_argument("after", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "compare":
+        print(report.compare(arguments.before, arguments.after))
+        return
+    if arguments.output is None:
+        parser.error("--output is required")
+    run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures case after case and writes all results after each."""
+    device = torch.device(arguments.device)
+    cases = cpu_cases(arguments.quick) if device.type == "cpu" else gpu_cases(arguments.quick)
+    rounds = (1, 3) if arguments.quick else (5, 60)
+    settings = Settings(device, seconds=arguments.seconds, rounds=rounds)
+    environment = report.environment(device)
+    rows: list[report.Row] = []
+    data: dict[str, Any] = {}
+    start = time.monotonic()
+    for number, case in enumerate(cases):
+        minutes = (time.monotonic() - start) / 60
+        if arguments.budget_minutes is not None and minutes > arguments.budget_minutes:
+            print(f"the budget ended; {len(cases) - number} of {len(cases)} cases were not begun")
+            break
+        print(f"[{number + 1}/{len(cases)}] {case.label}", flush=True)
+        rows += [{"case": case.label, **row} for row in measure_case(case, settings)]
+        data[case.label] = describe_data(case, settings)
+        report.write_results(arguments.output, environment, data, rows)
+    report.plot(arguments.output, rows)
+    print((arguments.output / "results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
