@@ -13,10 +13,16 @@ of the vocabulary, hence the log-sum-exp beforehand: they come from a second pas
 P = exp(x − lse) and makes dH too. So a trainable head costs four products; three where only dW is
 asked for.
 
+A guide's tiles run in the launches of the model's first chunk of columns, and the weights are made
+of both results, unless a threshold lets the guide leave rows out of the model's products: then the
+guide goes first.
+
 Nothing waits for the device: the number of rows that count is computed and read there, and the
 launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E (ROWS ×
 COLUMNS in 16 bits), the gathered rows [ROWS, D], the partial sums; none grows with N V.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,61 +38,49 @@ __all__ = ["scaled_rows", "solve", "solve_head_gradient"]
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     """Answers one call of the operator on the rows that count."""
-    head, target, transform = problem.head, problem.target, problem.transform
+    head, target = problem.head, problem.target
     check_dtype(head.hidden)
-    plan = plan or default_plan(head, with_entropy=problem.with_entropy)
     grad = problem.want_dh or problem.want_dw or problem.want_db
     want_dw = problem.want_dw and not problem.rowwise
     want_db = problem.want_db and not problem.rowwise
     kept = target != problem.ignore_index
     rows = rows_that_count(target, problem.ignore_index)
     weight = torch.where(kept, 1.0, 0.0)
-    if problem.guide is not None:
-        found, _ = row_pass(
-            problem.guide,
-            target,
-            rows,
-            default_plan(problem.guide),
-            problem.shard,
-            temperature=problem.temperature,
-        )
-        weight = torch.where(kept, transform_weight(torch.exp(-found.nll), *transform), 0)
+    together = problem.guide if shares_launches(problem, plan) else None
+    plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
+
+    def confidence(nll: Tensor) -> Tensor:
+        return torch.where(kept, transform_weight(torch.exp(-nll), *problem.transform), 0)
+
+    def weigh(found: RowResult) -> Tensor:
+        if found.guide_nll is not None:
+            return confidence(found.guide_nll)
+        return confidence(found.nll) if problem.self_weight else weight
+
+    if problem.guide is not None and together is None:
+        first = (problem.guide, target, rows, default_plan(problem.guide), problem.shard)
+        found, _ = row_pass(*first, temperature=problem.temperature)
+        weight = confidence(found.nll)
     elif problem.row_weight is not None:
         weight = torch.where(kept, problem.row_weight.float(), 0)
     weighted = problem.guide is not None or problem.row_weight is not None
-    if weighted and not problem.keep_zero_rows:
+    if weighted and together is None and not problem.keep_zero_rows:
         rows = rows_that_count(target, problem.ignore_index, weight)
-
-    def weigh(found: RowResult) -> Tensor:
-        if not problem.self_weight:
-            return weight
-        return torch.where(kept, transform_weight(torch.exp(-found.nll), *transform), 0)
-
+    options: dict[str, Any] = {
+        "with_entropy": problem.with_entropy,
+        "want_dh": problem.want_dh,
+        "guide": together,
+        "guide_temperature": problem.temperature,
+    }
     dw = db = None
     if want_dw or want_db:
+        options |= {"want_dw": want_dw, "want_db": want_db}
         found, weight, dh, dw, db = head_gradients(
-            head,
-            target,
-            rows,
-            plan,
-            problem.shard,
-            weigh,
-            with_entropy=problem.with_entropy,
-            want_dh=problem.want_dh,
-            want_dw=want_dw,
-            want_db=want_db,
+            head, target, rows, plan, problem.shard, weigh, **options
         )
     else:
-        found, dh = row_pass(
-            head,
-            target,
-            rows,
-            plan,
-            problem.shard,
-            temperature=1.0 if grad or problem.guide is not None else problem.temperature,
-            with_entropy=problem.with_entropy,
-            want_dh=problem.want_dh,
-        )
+        own = 1.0 if grad or problem.guide is not None else problem.temperature
+        found, dh = row_pass(head, target, rows, plan, problem.shard, temperature=own, **options)
         weight = weigh(found)
     empty = weight.new_empty(0)
     return LinearCE(
@@ -100,6 +94,19 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         dw=dw if dw is not None else empty.clone(),
         db=db if db is not None else empty.clone(),
     )
+
+
+def shares_launches(problem: Problem, plan: Plan | None) -> bool:
+    """Whether a guide's tiles run in the model's launches.
+
+    Not under a threshold: the guide then leaves rows out of the model's products, which is worth
+    more. Nor where a library multiplies, or tiles of another dtype are needed.
+    """
+    guide, threshold = problem.guide, problem.transform.threshold
+    if guide is None or (threshold > 0 and not problem.keep_zero_rows):
+        return False
+    by_library = plan is not None and plan.logits == "library"
+    return not by_library and guide.hidden.dtype == problem.head.hidden.dtype
 
 
 def solve_head_gradient(

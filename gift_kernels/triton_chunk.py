@@ -15,6 +15,7 @@ from torch import Tensor
 from gift_kernels import triton_logits, triton_products, triton_rows
 from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_tiles import (
+    GUIDED_NARROW_LOGIT_TILES,
     LOGIT_TILES,
     NARROW_LOGIT_TILES,
     PRODUCT_TILES,
@@ -28,7 +29,7 @@ from gift_kernels.triton_tiles import (
 )
 
 if TYPE_CHECKING:
-    from gift_kernels.triton_passes import Rows
+    from gift_kernels.triton_passes import GuideSide, Rows, RowState
 
 # E in 16 bits: 96 MiB. Rows: the output [2048, D] of E W is two waves of tiles at D 4096, and the
 # head is read from memory N / 2048 times; columns: dH is read and written V / 24576 times.
@@ -60,15 +61,21 @@ class Plan(NamedTuple):
     row_block: tuple[int, int]
 
 
-def default_plan(head: Head, *, with_entropy: bool = False) -> Plan:
-    """What `impl="triton"` uses on the device of this head."""
+def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = False) -> Plan:
+    """What `impl="triton"` uses on the device of this head, or of two heads in one launch."""
     machine = machine_of(head.hidden.device)
     dtype = head.hidden.dtype
     interpreted = machine.arch == 0
     share = 2 / dtype.itemsize
-    tma = can_use_tma(machine, head.weight) and head.weight.shape[1] % 8 == 0
-    wide = tma and head.logit_softcap is None and not with_entropy
-    logit_tiles = LOGIT_TILES if wide else NARROW_LOGIT_TILES
+    wide = not with_entropy and all(
+        can_use_tma(machine, one.weight)
+        and one.weight.shape[1] % 8 == 0
+        and one.logit_softcap is None
+        for one in (head, guide)
+        if one is not None
+    )
+    narrow = NARROW_LOGIT_TILES if guide is None else GUIDED_NARROW_LOGIT_TILES
+    logit_tiles = LOGIT_TILES if wide else narrow
     return Plan(
         machine,
         INTERPRETER_ROWS if interpreted else ROWS,
@@ -136,8 +143,7 @@ class Chunk:
         self,
         target: Tensor,
         rows: "Rows",
-        local_target: Tensor,
-        state: Tensor,
+        state: "RowState",
         first_row: int,
         shard: VocabShard | None,
         *,
@@ -154,8 +160,8 @@ class Chunk:
             rows.index,
             rows.count,
             self.hidden,
-            local_target,
-            state,
+            state.local_target,
+            state.parts,
             first_row,
             self.vocab_size,
             self.hidden_size,
@@ -177,13 +183,15 @@ class Chunk:
     def logits(
         self,
         rows: "Rows",
-        local_target: Tensor,
-        state: Tensor,
-        target_logit: Tensor | None,
+        state: "RowState",
         first_row: int,
         first_v: int,
+        guide: "GuideSide | None" = None,
     ) -> None:
-        """Fills E and the partial sums for columns first_v to first_v + columns."""
+        """Fills E and the partial sums for columns first_v to first_v + columns.
+
+        With `guide` the same launch fills the guide's partial sums for all of its columns.
+        """
         tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
         options: dict[str, Any] = {
             "HAS_BIAS": self.head.bias is not None,
@@ -194,26 +202,18 @@ class Chunk:
             "MARGIN": self.margin,
             "DTYPE": DTYPES[self.dtype],
         }
-        outputs = (
-            self.head.bias,
-            local_target[first_row:],
-            rows.count,
-            state[0, first_row:],
-            target_logit[first_row:] if target_logit is not None else None,
-            self.partial,
-        )
+        where = (rows.count, first_row, first_v, columns)
         scalars = (self.inner, self.outer, self.rows, self.slices)
         if self.product is not None:
+            assert guide is None, "a library multiplies one head at a time"
             block = self.head.weight[first_v : first_v + columns]
             float32_mm(self.hidden, block.T, self.product[:, :columns])
             grid = (self.rows // tiles.block_m, triton.cdiv(columns, self.width))
             triton_logits._exponentials_kernel[grid](
                 self.product,
-                *outputs,
+                *self._outputs(state, first_row),
                 self.exp,
-                first_row,
-                first_v,
-                columns,
+                *where,
                 *scalars,
                 BLOCK_N=tiles.block_m,
                 WIDTH=self.width,
@@ -221,41 +221,71 @@ class Chunk:
                 **options,
             )
             return
-        tma = self.tma
-        triton_logits._logits_kernel[self._programs(tiles)](
-            operand(self.hidden, (tiles.block_m, tiles.block_k), tma),
-            operand(self.head.weight, (tiles.block_n, tiles.block_k), tma),
-            *outputs,
-            operand(self.exp, (tiles.block_m, self.width), tma and self.exponentials),
-            first_row,
-            first_v,
-            columns,
-            self.hidden_size,
-            *self.head.weight.stride(),
-            *scalars,
-            BLOCK_N=tiles.block_m,
-            BLOCK_V=tiles.block_n,
-            BLOCK_D=tiles.block_k,
-            TMA=tma,
-            **tile_options(tiles),
+        options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
+        options |= {"TMA": self.tma, **tile_options(tiles)}
+        exp = operand(self.exp, (tiles.block_m, self.width), self.tma and self.exponentials)
+        matrices = (*self._operands(), *self._outputs(state, first_row), exp)
+        sizes = (self.hidden_size, *self.head.weight.stride(), *scalars)
+        if guide is None:
+            triton_logits._logits_kernel[self._programs(tiles)](
+                *matrices, *where, *sizes, **options
+            )
+            return
+        other = guide.chunk
+        assert first_v == 0 and other.rows == self.rows and other.columns >= other.vocab_size
+        options |= {
+            "FLATTEN": False,
+            "GUIDE_HAS_BIAS": other.head.bias is not None,
+            "GUIDE_HAS_CAP": other.head.logit_softcap is not None,
+            "GUIDE_TMA": other.tma,
+        }
+        triton_logits._two_heads_kernel[self._programs(tiles)](
+            *matrices,
+            *other._operands(),
+            *other._outputs(guide.state, first_row),
+            *where,
+            *sizes,
+            other.vocab_size,
+            other.hidden_size,
+            *other.head.weight.stride(),
+            other.inner,
+            other.outer,
+            other.slices,
             **options,
         )
 
+    def _operands(self) -> tuple[Any, Any]:
+        tiles = self.plan.logit_tiles
+        return (
+            operand(self.hidden, (tiles.block_m, tiles.block_k), self.tma),
+            operand(self.head.weight, (tiles.block_n, tiles.block_k), self.tma),
+        )
+
+    def _outputs(self, state: "RowState", first_row: int) -> tuple[Tensor | None, ...]:
+        """What the end of a tile reads and writes for the rows of this chunk."""
+        return (
+            self.head.bias,
+            state.local_target[first_row:],
+            state.parts[0, first_row:],
+            state.target_logit[first_row:] if state.target_logit is not None else None,
+            self.partial,
+        )
+
     def merge(
-        self, rows: "Rows", state: Tensor, dh: Tensor | None, first_row: int, first_v: int
+        self, rows: "Rows", state: "RowState", dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         index, sums = self._dh_places(rows, dh)
         block_n = self.plan.row_block[0] * 2
         triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
             self.partial,
-            state[:, first_row:],
+            state.parts[:, first_row:],
             self.exp,
             sums,
             index,
             rows.count,
             first_row,
-            state.stride(0),
+            state.parts.stride(0),
             triton.cdiv(self._columns_from(first_v), self.width),
             self.slices,
             self.rows,

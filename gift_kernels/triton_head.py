@@ -20,7 +20,14 @@ from torch import Tensor
 
 from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_chunk import Chunk, Plan
-from gift_kernels.triton_passes import KeptRows, RowResult, Rows, finish_dh, row_pass
+from gift_kernels.triton_passes import (
+    KeptRows,
+    RowResult,
+    Rows,
+    RowState,
+    finish_dh,
+    row_pass,
+)
 
 
 class HeadResult(NamedTuple):
@@ -45,6 +52,8 @@ def head_gradients(
     want_dh: bool = False,
     want_dw: bool = False,
     want_db: bool = False,
+    guide: Head | None = None,
+    guide_temperature: float = 1.0,
 ) -> HeadResult:
     """Statistics and gradients; `weigh` makes the weights [N] of the statistics."""
     (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
@@ -62,6 +71,8 @@ def head_gradients(
         with_entropy=with_entropy,
         want_dh=want_dh and kept is not None,
         kept=kept,
+        guide=guide,
+        guide_temperature=guide_temperature,
     )
     if want_dh and dh is None:
         dh = torch.empty(count, hidden_size, device=device)
@@ -154,12 +165,12 @@ def _of_rows_again(
     first_row: int,
     shard: VocabShard | None,
 ) -> None:
-    local_target, ref = found.local_target, order.lse.unsqueeze(0)
+    state = RowState(order.lse.unsqueeze(0), None, found.local_target)
     factor = order.weight[first_row:] * chunk.head.logit_scale
-    chunk.gather(target, rows, local_target, ref, first_row, shard)
+    chunk.gather(target, rows, state, first_row, shard)
     _shut_out_zero_rows(chunk, order, first_row)
     for first_v in range(0, chunk.vocab_size, chunk.columns):
-        chunk.logits(rows, local_target, ref, None, first_row, first_v)
+        chunk.logits(rows, state, first_row, first_v)
         if dh is not None:
             chunk.add_to_dh(rows, dh, first_row, first_v)
         _add_columns(chunk, rows, found, factor, order, dw, db, first_row, first_v)

@@ -155,16 +155,75 @@ def _finish_tile(
 
 
 @triton.jit
+def _whole_tile(
+    tile,
+    hidden,
+    head,
+    bias_ptr,
+    target_ptr,
+    ref_ptr,
+    target_logit_ptr,
+    partial_ptr,
+    exp,
+    n,
+    first_v,
+    C,
+    D,
+    stride_head_v,
+    stride_head_d,
+    inner,
+    outer,
+    rows,
+    slices,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One tile of a head's product, and all that comes of it."""
+    pid_n, pid_v = tile_of(tile, tl.cdiv(n, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP_M)
+    first_c = pid_v * BLOCK_V
+    a = _logit_tile(
+        hidden, head, pid_n * BLOCK_N, first_v + first_c, first_v + C, D,
+        stride_head_v, stride_head_d, BLOCK_N, BLOCK_V, BLOCK_D, TMA,
+    )  # fmt: skip
+    if PARTS == 1:
+        _finish_tile(
+            a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n,
+            pid_n * BLOCK_N, first_c, first_v, C, inner, outer, rows, slices,
+            HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
+        )  # fmt: skip
+    else:
+        halves = tl.reshape(a, (BLOCK_N, 2, BLOCK_V // 2)).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            _finish_tile(
+                halves[half], bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr,
+                exp, n, pid_n * BLOCK_N, first_c + half * (BLOCK_V // 2), first_v, C,
+                inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
+                NORMALISED, MARGIN, TMA, DTYPE,
+            )  # fmt: skip
+
+
+@triton.jit
 def _logits_kernel(
     hidden,  # [rows, D] contiguous, rows that count first; or its descriptor
     head,  # [V, D], or its descriptor
     bias_ptr,  # [V]
     target_ptr,  # [rows] int32 rows of this head, −1: none
-    count_ptr,  # [1] int32, rows that count
     ref_ptr,  # [rows]
     target_logit_ptr,  # [rows]
     partial_ptr,  # [2 or 3, slices, rows]: m, s, s2
     exp,  # [rows, slices * width of a slice], or its descriptor
+    count_ptr,  # [1] int32, rows that count
     first_row,
     first_v,
     C,
@@ -191,30 +250,94 @@ def _logits_kernel(
     DTYPE: tl.constexpr,
 ):
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    tiles_v = tl.cdiv(C, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
-        pid_n, pid_v = tile_of(tile, tiles_n, tiles_v, GROUP_M)
-        first_c = pid_v * BLOCK_V
-        a = _logit_tile(
-            hidden, head, pid_n * BLOCK_N, first_v + first_c, first_v + C, D,
-            stride_head_v, stride_head_d, BLOCK_N, BLOCK_V, BLOCK_D, TMA,
+    tiles = tl.cdiv(n, BLOCK_N) * tl.cdiv(C, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        _whole_tile(
+            tile, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp,
+            n, first_v, C, D, stride_head_v, stride_head_d, inner, outer, rows, slices,
+            BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
+            NORMALISED, MARGIN, TMA, DTYPE,
         )  # fmt: skip
-        if PARTS == 1:
-            _finish_tile(
-                a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n,
-                pid_n * BLOCK_N, first_c, first_v, C, inner, outer, rows, slices,
-                HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
+
+
+@triton.jit
+def _two_heads_kernel(
+    hidden,
+    head,
+    bias_ptr,
+    target_ptr,
+    ref_ptr,
+    target_logit_ptr,
+    partial_ptr,
+    exp,
+    guide_hidden,  # [rows, guide's D], as of the first head
+    guide_head,
+    guide_bias_ptr,
+    guide_target_ptr,
+    guide_ref_ptr,
+    guide_target_logit_ptr,
+    guide_partial_ptr,
+    count_ptr,
+    first_row,
+    first_v,
+    C,
+    D,
+    stride_head_v,
+    stride_head_d,
+    inner,
+    outer,
+    rows,
+    slices,
+    guide_C,
+    guide_D,
+    stride_guide_head_v,
+    stride_guide_head_d,
+    guide_inner,
+    guide_outer,
+    guide_slices,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GUIDE_HAS_BIAS: tl.constexpr,
+    GUIDE_HAS_CAP: tl.constexpr,
+    GUIDE_TMA: tl.constexpr,
+):
+    """As `_logits_kernel`, and before it the statistics of a guide over all of its columns.
+
+    One queue of tiles for both: the SMs that run out of the guide's go on with the model's.
+    """
+    tl.static_assert(not FLATTEN, "two inner loops make no single pipeline")
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    guide_tiles = tiles_n * tl.cdiv(guide_C, BLOCK_V)
+    tiles = guide_tiles + tiles_n * tl.cdiv(C, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if tile < guide_tiles:
+            _whole_tile(
+                tile, guide_hidden, guide_head, guide_bias_ptr, guide_target_ptr, guide_ref_ptr,
+                guide_target_logit_ptr, guide_partial_ptr, None, n, 0, guide_C, guide_D,
+                stride_guide_head_v, stride_guide_head_d, guide_inner, guide_outer, rows,
+                guide_slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, GUIDE_HAS_BIAS,
+                GUIDE_HAS_CAP, False, False, False, 0.0, GUIDE_TMA, DTYPE,
             )  # fmt: skip
         else:
-            halves = tl.reshape(a, (BLOCK_N, 2, BLOCK_V // 2)).permute(0, 2, 1).split()
-            for half in tl.static_range(2):
-                _finish_tile(
-                    halves[half], bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr,
-                    exp, n, pid_n * BLOCK_N, first_c + half * (BLOCK_V // 2), first_v, C,
-                    inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-                    NORMALISED, MARGIN, TMA, DTYPE,
-                )  # fmt: skip
+            _whole_tile(
+                tile - guide_tiles, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr,
+                partial_ptr, exp, n, first_v, C, D, stride_head_v, stride_head_d, inner, outer,
+                rows, slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP,
+                ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -222,11 +345,11 @@ def _exponentials_kernel(
     product_ptr,  # [rows, slices * WIDTH] float32: hidden @ head.T
     bias_ptr,
     target_ptr,
-    count_ptr,
     ref_ptr,
     target_logit_ptr,
     partial_ptr,
     exp,
+    count_ptr,
     first_row,
     first_v,
     C,

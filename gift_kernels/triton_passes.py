@@ -46,9 +46,8 @@ class RowResult(NamedTuple):
     top1: Tensor  # [N] bool
     factor: Tensor  # [N] of the sum of E W
     target_factor: Tensor  # [N] of the target's row of the head
-    local_target: (
-        Tensor  # [N] int32, of the rows that count in their order: row of this head, or −1
-    )
+    local_target: Tensor  # [N] int32, as in RowState
+    guide_nll: Tensor | None = None  # [N]
 
 
 class KeptRows(NamedTuple):
@@ -59,15 +58,19 @@ class KeptRows(NamedTuple):
     references: Tensor  # [chunks of columns, rows]
 
 
-class RowState:
+class RowState(NamedTuple):
     """What is known of the rows that count, in their order, after some of the columns."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.lse_parts = torch.zeros(4, count, device=device)  # ref, S, S2, M: see triton_rows
-        self.lse_parts[0] = NO_REFERENCE.value
-        self.lse_parts[3] = -torch.inf
-        self.target_logit = torch.full((count,), torch.nan, device=device)  # [N]
-        self.local_target = torch.empty(count, dtype=torch.int32, device=device)  # [N]
+    parts: Tensor  # [4, N] ref, S, S2, M: see triton_rows
+    target_logit: Tensor | None  # [N], NaN where not seen
+    local_target: Tensor  # [N] int32, row of this head or −1
+
+
+class GuideSide(NamedTuple):
+    """What a launch for two heads needs of the guide: buffers of one chunk, state of all rows."""
+
+    chunk: Chunk
+    state: RowState
 
 
 def rows_that_count(target: Tensor, ignore_index: int, weight: Tensor | None = None) -> Rows:
@@ -101,26 +104,30 @@ def row_pass(
     with_entropy: bool = False,
     want_dh: bool = False,
     kept: KeptRows | None = None,
+    guide: Head | None = None,
+    guide_temperature: float = 1.0,
 ) -> tuple[RowResult, Tensor | None]:
     """Statistics of the rows that count and, if wanted, dH float32 [N, D], unscaled.
 
     With `kept` the exponentials of its rows are kept, dH of all others is left undefined, and it is
-    the caller who finishes dH.
+    the caller who finishes dH. With `guide` the guide's nll comes from the same launches.
     """
     count, hidden_size = head.hidden.shape
-    state = RowState(count, head.hidden.device)
-    dh = state.lse_parts.new_empty(count, hidden_size) if want_dh else None
+    state = new_state(head)
+    guide_state = new_state(guide) if guide is not None else None
+    dh = state.parts.new_empty(count, hidden_size) if want_dh else None
+
+    def beside(chunk: Chunk) -> GuideSide | None:
+        if guide is None or guide_state is None:
+            return None
+        most = (chunk.rows, guide.weight.shape[0] + 4096)
+        options = {"temperature": guide_temperature, "exponentials": False}
+        return GuideSide(Chunk(guide, plan, count, most, **options), guide_state)
+
     first_rest = 0
     if kept is not None:
-        chunk = kept.chunk
-        chunk.gather(target, rows, state.local_target, state.lse_parts, 0, shard, guess=True)
-        for number, first_v in enumerate(range(0, head.weight.shape[0], chunk.columns)):
-            chunk.exp = kept.exponentials[number]
-            _add_columns(chunk, rows, state, dh, 0, first_v)
-            kept.references[number] = state.lse_parts[0, : kept.references.shape[1]]
-        if dh is not None:
-            chunk.deliver_dh(rows, dh, 0)
-        first_rest = chunk.rows
+        _of_row_chunk(kept.chunk, target, rows, state, dh, 0, shard, beside(kept.chunk), kept)
+        first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
     stored = exponentials or plan.logits == "library"
     most = (plan.rows, plan.columns) if stored else (STATISTICS_ROWS, head.weight.shape[0] + 4096)
@@ -133,37 +140,64 @@ def row_pass(
         with_entropy=with_entropy,
         exponentials=exponentials,
     )
+    side = beside(chunk)
     sums = dh if exponentials else None
     for first_row in range(first_rest, count, chunk.rows):
-        chunk.gather(
-            target, rows, state.local_target, state.lse_parts, first_row, shard, guess=exponentials
+        _of_row_chunk(chunk, target, rows, state, sums, first_row, shard, side)
+    found = finish_rows(state, rows, chunk, with_entropy, shard)
+    if side is not None:
+        found = found._replace(
+            guide_nll=finish_rows(side.state, rows, side.chunk, False, shard).nll
         )
-        for first_v in range(0, head.weight.shape[0], chunk.columns):
-            _add_columns(chunk, rows, state, sums, first_row, first_v)
-        if sums is not None:
-            chunk.deliver_dh(rows, sums, first_row)
-    local_ref = state.lse_parts[0]
-    if shard is not None:
-        local_ref = local_ref.clone()
-        combine_shards(state, shard)
-    found = finish_rows(state, local_ref, rows, chunk, with_entropy)
     if sums is not None:
         finish_dh(sums, chunk, rows, state.local_target, found.factor, found.target_factor, shard)
     return found, dh
 
 
-def _add_columns(
-    chunk: Chunk, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
+def new_state(head: Head) -> RowState:
+    """The state of all rows before the first column."""
+    count, device = head.hidden.shape[0], head.hidden.device
+    parts = torch.zeros(4, count, device=device)
+    parts[0] = NO_REFERENCE.value
+    parts[3] = -torch.inf
+    target_logit = torch.full((count,), torch.nan, device=device)
+    return RowState(parts, target_logit, torch.empty(count, dtype=torch.int32, device=device))
+
+
+def _of_row_chunk(
+    chunk: Chunk,
+    target: Tensor,
+    rows: Rows,
+    state: RowState,
+    dh: Tensor | None,
+    first_row: int,
+    shard: VocabShard | None,
+    guide: GuideSide | None,
+    kept: KeptRows | None = None,
 ) -> None:
-    chunk.logits(rows, state.local_target, state.lse_parts, state.target_logit, first_row, first_v)
-    chunk.merge(rows, state.lse_parts, dh, first_row, first_v)
+    """All columns for the rows of a chunk; the guide's in the launch of the first ones."""
+    chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
+    if guide is not None:
+        guide.chunk.gather(target, rows, guide.state, first_row, shard)
+    for number, first_v in enumerate(range(0, chunk.vocab_size, chunk.columns)):
+        if kept is not None:
+            chunk.exp = kept.exponentials[number]
+        chunk.logits(rows, state, first_row, first_v, guide if number == 0 else None)
+        chunk.merge(rows, state, dh, first_row, first_v)
+        if dh is not None:
+            chunk.add_to_dh(rows, dh, first_row, first_v)
+        if kept is not None:
+            kept.references[number] = state.parts[0, : kept.references.shape[1]]
+    if guide is not None:
+        guide.chunk.merge(rows, guide.state, None, first_row, 0)
     if dh is not None:
-        chunk.add_to_dh(rows, dh, first_row, first_v)
+        chunk.deliver_dh(rows, dh, first_row)
 
 
 def combine_shards(state: RowState, shard: VocabShard) -> None:
     """Makes a state of this rank's columns that of the whole vocabulary, in place."""
-    parts, target_logit = state.lse_parts, state.target_logit
+    parts, target_logit = state.parts, state.target_logit
+    assert target_logit is not None
     local_ref = parts[0].clone()
     dist.all_reduce(parts[0], op=dist.ReduceOp.MAX, group=shard.group)
     dist.all_reduce(parts[3], op=dist.ReduceOp.MAX, group=shard.group)
@@ -179,20 +213,20 @@ def combine_shards(state: RowState, shard: VocabShard) -> None:
 
 
 def finish_rows(
-    state: RowState,
-    local_ref: Tensor,
-    rows: Rows,
-    chunk: Chunk,
-    with_entropy: bool,
+    state: RowState, rows: Rows, chunk: Chunk, with_entropy: bool, shard: VocabShard | None
 ) -> RowResult:
-    """Statistics and factors from the state of the whole vocabulary."""
+    """Statistics and factors once all columns of this rank are seen."""
+    local_ref = state.parts[0]
+    if shard is not None:
+        local_ref = local_ref.clone()
+        combine_shards(state, shard)
     count, device = local_ref.shape[0], local_ref.device
     stats = torch.zeros(3 if with_entropy else 2, count, device=device)
     top1 = torch.zeros(count, dtype=torch.bool, device=device)
     factors = torch.zeros(2, count, device=device)
     if count > 0:
         triton_rows._finish_kernel[(triton.cdiv(count, LINE_BLOCK),)](
-            state.lse_parts,
+            state.parts,
             local_ref,
             state.target_logit,
             rows.index,

@@ -196,6 +196,51 @@ def test_rows_whose_exponentials_are_kept_and_rows_multiplied_again(size: int, d
         check(problem._replace(keep_zero_rows=False), plan)
 
 
+@pytest.mark.parametrize("guide_vocab", [290, 900])
+@pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])
+def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
+    want_dw: bool, guide_vocab: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two row chunks; the guide is wider than the model or narrower, and has a soft-cap."""
+    launches: dict[str, int] = {}
+    logits: Any = importlib.import_module("gift_kernels.triton_logits")
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(logits, name)
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches[self.name] = launches.get(self.name, 0) + 1
+            return self.kernel[grid]
+
+    for name in ("_logits_kernel", "_two_heads_kernel"):
+        monkeypatch.setattr(logits, name, Counted(name))
+    problem = random_problem(130, 24, 300, BF16, device, want_dw=want_dw, want_db=want_dw)
+    target = problem.target.clamp(max=guide_vocab - 1)
+    generator = torch.Generator().manual_seed(5)
+    guide = Head(*model_side(target.cpu(), 40, guide_vocab, False, generator), None, 1.0, 20.0)
+    guide = guide._replace(
+        hidden=guide.hidden.to(device, BF16), weight=guide.weight.to(device, BF16)
+    )
+    changes = {"row_weight": None, "guide": guide, "target": target, "temperature": 1.3}
+    together = ce.solve(problem._replace(**changes))
+    one_launch = dict(launches)
+    launches.clear()
+    # No row is below this threshold, but one might be.
+    transform = WeightTransform(1.0, 0.0, 1e-30)
+    apart = ce.solve(problem._replace(**changes, transform=transform))
+    assert one_launch["_two_heads_kernel"] >= 2
+    assert one_launch["_logits_kernel"] < launches["_logits_kernel"]
+    assert "_two_heads_kernel" not in launches
+    assert (together.weight > 0).sum() == (target != -100).sum()
+    for name, value in together._asdict().items():
+        # A GPU takes narrower tiles where a launch serves both, and sums in their order.
+        if device == "cpu":
+            assert torch.equal(value, getattr(apart, name)), name
+        elif value.numel() > 0:
+            assert norm_error(value, getattr(apart, name).double()) < 3e-3, name
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_an_answer_is_the_same_bit_by_bit_each_time(dtype: torch.dtype, device: str) -> None:
     problem = random_problem(100, 40, 300, dtype, device)

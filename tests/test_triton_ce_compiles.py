@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from compiling import CompiledKernel, KernelRequest, compile_kernels, shared_mem
 from gift_kernels import triton_chunk
 from gift_kernels.triton_tiles import (
     FLOAT32_TILES,
+    GUIDED_NARROW_LOGIT_TILES,
     LOGIT_TILES,
     NARROW_LOGIT_TILES,
     PRODUCT_TILES,
@@ -50,11 +52,11 @@ def logits(
             "head": operand(dtype, tiles.block_n, tiles.block_k, tma),
             "bias_ptr": f"*{dtype}",
             "target_ptr": "*i32",
-            "count_ptr": "*i32",
             "ref_ptr": "*fp32",
             "target_logit_ptr": "*fp32",
             "partial_ptr": "*fp32",
             "exp": operand(dtype, tiles.block_m, width, tma and options["EXPONENTIALS"]),
+            "count_ptr": "*i32",
             **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_head_v"), "i32"),
             **dict.fromkeys(("inner", "outer"), "fp32"),
             **dict.fromkeys(("rows", "slices"), "i32"),
@@ -75,6 +77,33 @@ def logits(
         arch=arch,
         label=f"logits-{dtype}-{label(tiles)}-{'-'.join(n.lower() for n in options if options[n])}",
         **launch,
+    )
+
+
+def two_heads(
+    arch: int, tiles: Tiles, options: dict[str, bool], tma: bool | None = None
+) -> KernelRequest:
+    """`logits` and a guide with the same options in one launch."""
+    single = logits(arch, tiles, options, tma=tma)
+    signature, constexprs = dict(single.signature), {**single.constexprs, "FLATTEN": False}
+    # As many specialisations of the same values under the guide's name.
+    signature |= {
+        f"guide_{name}": signature[name]
+        for name in (
+            "hidden", "head", "bias_ptr", "target_ptr", "ref_ptr", "target_logit_ptr",
+            "partial_ptr", "C", "D", "inner", "outer", "slices",
+        )
+    }  # fmt: skip
+    signature["stride_guide_head_v"] = "i32"
+    constexprs |= {f"GUIDE_{name}": constexprs[name] for name in ("HAS_BIAS", "HAS_CAP", "TMA")}
+    sizes = ("guide_C", "guide_D", "guide_slices", "stride_guide_head_v")
+    return replace(
+        single,
+        kernel="gift_kernels.triton_logits:_two_heads_kernel",
+        signature=signature,
+        constexprs={**constexprs, "stride_guide_head_d": 1},
+        divisible=(*single.divisible, *sizes),
+        label=f"guide-and-{single.label.replace('-flat', '')}",
     )
 
 
@@ -128,6 +157,13 @@ def requests() -> list[KernelRequest]:
         for tiles in PRODUCT_TILES[arch]:
             found.append(product(arch, tiles, transposed=False))
         found.append(product(arch, PRODUCT_TILES[arch][0], transposed=True))
+        found.append(two_heads(arch, LOGIT_TILES[arch][0], LOSS))
+        found.append(two_heads(arch, LOGIT_TILES[arch][0], LOSS_WITH_BIAS))
+        found.append(two_heads(arch, GUIDED_NARROW_LOGIT_TILES[arch][0], CAPPED_LOSS))
+    found.append(two_heads(90, LOGIT_TILES[90][0], CONFIDENCE))
+    for arch in (90, 100):
+        found.append(two_heads(arch, GUIDED_NARROW_LOGIT_TILES[arch][0], ALL_OPTIONS))
+    found.append(two_heads(90, GUIDED_NARROW_LOGIT_TILES[90][0], CAPPED_LOSS, tma=False))
     found.append(logits(90, NARROW_LOGIT_TILES[90][0], ALL_OPTIONS))
     found.append(logits(90, LOGIT_TILES[90][0], LOSS_WITH_BIAS))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
@@ -147,7 +183,7 @@ def compiled() -> dict[KernelRequest, CompiledKernel]:
 
 
 def test_at_most_eight_candidates() -> None:
-    for table in (LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES):
+    for table in (LOGIT_TILES, NARROW_LOGIT_TILES, GUIDED_NARROW_LOGIT_TILES, PRODUCT_TILES):
         assert all(1 <= len(candidates) <= 8 for candidates in table.values())
 
 
