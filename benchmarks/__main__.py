@@ -3,13 +3,12 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import report
 from benchmarks.cases import cpu_cases, gpu_cases
-from benchmarks.measure import Settings, describe_data, measure_case
+from benchmarks.measure import Settings, add_case
 
 
 def main() -> None:
@@ -39,9 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     cases = cpu_cases(arguments.quick) if device.type == "cpu" else gpu_cases(arguments.quick)
     rounds = (1, 3) if arguments.quick else (5, 60)
     settings = Settings(device, seconds=arguments.seconds, rounds=rounds)
-    environment = report.environment(device)
-    rows: list[report.Row] = []
-    data: dict[str, Any] = {}
+    results = report.Results(arguments.output, report.environment(device))
     start = time.monotonic()
     for number, case in enumerate(cases):
         minutes = (time.monotonic() - start) / 60
@@ -49,10 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"the budget ended; {len(cases) - number} of {len(cases)} cases were not begun")
             break
         print(f"[{number + 1}/{len(cases)}] {case.label}", flush=True)
-        rows += [{"case": case.label, **row} for row in measure_case(case, settings)]
-        data[case.label] = describe_data(case, settings)
-        report.write_results(arguments.output, environment, data, rows)
-    report.plot(arguments.output, rows)
+        add_case(results, case, settings)
+    report.plot(arguments.output, results.rows)
     print((arguments.output / "results.md").read_text())
 
 

@@ -27,6 +27,7 @@ from benchmarks.cases import Case, CECase, MergeCase
 from benchmarks.data import CEInputs, MergeInputs, describe_inputs, make_inputs
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.providers import Provider, eager_nll, from_nll, providers_of
+from benchmarks.report import Results
 from gift_kernels import reference
 
 GATE_TOKENS = 1024
@@ -72,7 +73,7 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """One result row for each provider, whatever became of it."""
     providers = providers if providers is not None else providers_of(case)
-    gate_inputs, truth, yardstick = _gate_truth(case, settings)
+    gate_inputs, truth, yardstick = gate_truth(case, settings)
     rows: dict[str, dict[str, Any]] = {}
     passed: list[Provider] = []
     for provider in providers:
@@ -90,15 +91,22 @@ def measure_case(
                 continue
         passed.append(provider)
     del gate_inputs, truth
-    _free(settings.device)
+    free(settings.device)
     contenders = _contenders(case, passed, settings, rows)
-    _take_turns(contenders, settings)
+    take_turns(contenders, settings)
     for contender in contenders:
         row = rows[contender.provider.name]
         row |= time_columns(case, contender.samples)
         row["peak_mb"] = _peak_memory(contender, settings.device)
     add_ratios(list(rows.values()))
     return list(rows.values())
+
+
+def add_case(results: Results, case: Case, settings: Settings) -> None:
+    """Measures a case and writes all results."""
+    results.rows += [{"case": case.label, **row} for row in measure_case(case, settings)]
+    results.data[case.label] = describe_data(case, settings)
+    results.save()
 
 
 def describe_data(case: Case, settings: Settings) -> dict[str, float]:
@@ -217,8 +225,8 @@ def _true_weight(case: CECase, inputs: CEInputs, rows: slice) -> Any:
     return "self" if case.weighting == "self" else None
 
 
-def _gate_truth(case: Case, settings: Settings) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
-    """Inputs of the gate, the truth, and the errors of the full-logits way in the same dtype."""
+def gate_truth(case: Case, settings: Settings) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
+    """Inputs of the gate, the truth in float64, and the errors of full logits in the same dtype."""
     gate_case = case
     if isinstance(case, CECase) and case.tokens > GATE_TOKENS:
         gate_case = CECase(**{**vars(case), "tokens": GATE_TOKENS})
@@ -251,7 +259,7 @@ def _contenders(
                 _once(call, settings.device)
         except Exception as error:  # as in `check`
             rows[provider.name]["status"] = _failure(error)
-            _free(settings.device)
+            free(settings.device)
             continue
         rows[provider.name]["status"] = "ok"
         contenders.append(Contender(provider, calls))
@@ -301,7 +309,8 @@ def _once(call: Call, device: torch.device) -> float:
     return seconds
 
 
-def _take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
+def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
+    """Rounds of one timed call each, in the order of `turn_order`."""
     started = time.monotonic()
     least, most = settings.rounds
     for number in range(most):
@@ -379,7 +388,8 @@ def _failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text[:120]}"
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Drops what nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--peft", action="store_true", help="also PEFT, plain and safe_merge")
     parser.add_argument("--residual", action="store_true", help="also with --save-residual")
+    parser.add_argument("--json", action="store_true", help="medians as JSON instead of a table")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -255,6 +256,13 @@ def main() -> None:
         for _ in range(options.repeat):
             for run in runs:
                 results[run].append(measure(options, run))
+        if options.json:
+            medians = {
+                run: {key: median(one[key] for one in measured) for key in measured[0]}
+                for run, measured in results.items()
+            }
+            print(json.dumps(medians))
+            return
         print(
             f"{size:.1f} GB of bf16 weights, {options.layers} layers, vocabulary {options.vocab}, "
             f"adapter of rank {RANK}; bound on extra memory {4 * largest + 500:.0f} MB"

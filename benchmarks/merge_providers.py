@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import MergeCase
 from benchmarks.data import MergeInputs
-from benchmarks.providers import Provider, _needs_triton
+from benchmarks.providers import Provider, needs_triton
 
 MERGE = ("lora_merge",)
 
@@ -64,8 +64,8 @@ def _peft(safe: bool) -> Callable[[MergeCase, MergeInputs], Callable[[], Tensor]
 
 
 PROVIDERS = [
-    Provider("gift triton, in place", "ours", MERGE, _gift("triton", True), skip=_needs_triton),
-    Provider("gift triton", "ours", MERGE, _gift("triton", False), skip=_needs_triton),
+    Provider("gift triton, in place", "ours", MERGE, _gift("triton", True), skip=needs_triton),
+    Provider("gift triton", "ours", MERGE, _gift("triton", False), skip=needs_triton),
     Provider("gift eager, in place", "ours", MERGE, _gift("eager", True)),
     Provider("plain PyTorch, in place", "baseline", MERGE, _plain),
     Provider("PEFT, in place", "peer", MERGE, _peft(False), package="peft"),

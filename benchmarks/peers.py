@@ -12,6 +12,7 @@ from benchmarks.providers import (
     CE_OPS,
     Provider,
     from_nll,
+    needs_triton,
     weighted_mean_loss,
     weights_from,
 )
@@ -33,6 +34,12 @@ def _no_softcap(case: CECase, device: torch.device) -> str:
 
 def _gpu(case: CECase, device: torch.device) -> str:
     return "" if device.type == "cuda" else "needs a GPU"
+
+
+def _liger_skip(case: CECase, device: torch.device) -> str:
+    if device.type != "cuda" and case.shape.softcap is not None:
+        return "its soft-cap needs a GPU"
+    return needs_triton(case, device)
 
 
 def _gpu_no_softcap(case: CECase, device: torch.device) -> str:
@@ -114,7 +121,7 @@ def _liger_token_scaling(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]
 
 
 def _only_self(case: CECase, device: torch.device) -> str:
-    return _gpu(case, device) or (
+    return _liger_skip(case, device) or (
         "" if case.weighting == "self" else "weights by the model's own confidence alone"
     )
 
@@ -233,7 +240,7 @@ PROVIDERS = [
             CE_OPS,
             _liger(size),
             package="liger_kernel",
-            skip=_gpu,
+            skip=_liger_skip,
             note=_rows_note,
         )
         for size in (1, 16)
@@ -252,7 +259,7 @@ PROVIDERS = [
         CE_OPS,
         from_nll(_liger_scaled),
         package="liger_kernel",
-        skip=_no_softcap,
+        skip=lambda case, device: _no_softcap(case, device) or needs_triton(case, device),
         note=_rows_note,
     ),
     Provider(

@@ -117,7 +117,9 @@ def from_nll(
     return prepare
 
 
-def _gift(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
+def gift_ce(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
+    """`prepare` of one of our implementations."""
+
     def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
         from gift_kernels import token_confidence, weighted_ce
 
@@ -138,7 +140,8 @@ def _gift(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
     return prepare
 
 
-def _needs_triton(case: Case, device: torch.device) -> str:
+def needs_triton(case: Case, device: torch.device) -> str:
+    """Why Triton kernels cannot run here; they can on CUDA, and anywhere in the interpreter."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -158,8 +161,8 @@ def _gpu_only(case: Case, device: torch.device) -> str:
 def own_providers() -> list[Provider]:
     """Our implementations and the full-logits way that both are compared with."""
     return [
-        Provider("gift triton", "ours", CE_OPS, _gift("triton"), skip=_needs_triton),
-        Provider("gift eager", "ours", CE_OPS, _gift("eager")),
+        Provider("gift triton", "ours", CE_OPS, gift_ce("triton"), skip=needs_triton),
+        Provider("gift eager", "ours", CE_OPS, gift_ce("eager")),
         Provider("full logits", "baseline", CE_OPS, from_nll(eager_nll)),
         Provider("full logits, torch.compile", "peer", CE_OPS, _compiled, skip=_gpu_only),
     ]

@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +15,18 @@ import torch
 
 Row = dict[str, Any]
 RESULTS_FILE = "results.json"
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "quack")
+CANDIDATES = "candidates: "  # begins the labels of cases that compare our own settings
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
 KEY = (
-    "op", "head", "tokens", "dtype", "data", "weighting", "trainable", "direction", "rank",
+    "case", "op", "head", "tokens", "dtype", "data", "weighting", "trainable", "direction", "rank",
     "factor_dtype", "provider",
 )  # fmt: skip
 
@@ -42,30 +52,50 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def write_results(
-    output: Path, settings: dict[str, Any], data: dict[str, Any], rows: Sequence[Row]
-) -> None:
-    """Writes results.json, results.csv and results.md; called after each case, so nothing is lost.
+@dataclass
+class Results:
+    """All that one run found. `rows` are measured cases, `tables` anything else, by its title.
 
     `data` is what the inputs of each case look like, by the case's label.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    content = {"environment": settings, "data": data, "rows": rows}
-    temporary = output / f".{RESULTS_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output / RESULTS_FILE)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    (output / "results.md").write_text(markdown(settings, data, rows), encoding="utf-8")
+
+    output: Path
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Writes results.json, results.csv and results.md; call it often, so nothing is lost."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        content = {name: value for name, value in vars(self).items() if name != "output"}
+        temporary = self.output / f".{RESULTS_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.output / RESULTS_FILE)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with (self.output / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        (self.output / "results.md").write_text(markdown(self), encoding="utf-8")
 
 
-def markdown(settings: dict[str, Any], data: dict[str, Any], rows: Sequence[Row]) -> str:
+def read_results(folder: Path) -> Results:
+    """What `Results.save` wrote."""
+    try:
+        content = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{folder}: has no {RESULTS_FILE}; give folders of results") from None
+    return Results(folder, **content)
+
+
+def markdown(results: Results) -> str:
     """One table a case, fastest first; who was not run, or was wrong, is listed with the reason."""
+    settings, data, rows = results.environment, results.data, results.rows
     lines = [f"# {settings['device']}, {settings['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
+    for title, table in results.tables.items():
+        lines += ["", f"## {title}", "", *plain_table(table)]
     for label in dict.fromkeys(row["case"] for row in rows):
         lines += ["", f"## {label}", ""]
         if data.get(label):
@@ -79,6 +109,17 @@ def markdown(settings: dict[str, Any], data: dict[str, Any], rows: Sequence[Row]
         for row in sorted(mine, key=lambda row: row.get("time_ms", float("inf"))):
             lines.append(_markdown_row(row))
     return "\n".join(lines) + "\n"
+
+
+def plain_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown of rows that share their columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = ["" if row.get(name) is None else row[name] for name in columns]
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _markdown_row(row: Row) -> str:
@@ -104,8 +145,10 @@ def plot(output: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if "time_ms" in row]
-    alike = [name for name in KEY if name not in ("tokens", "provider")]
+    timed = [row for row in rows if "time_ms" in row and not row["case"].startswith(CANDIDATES)]
+    if not timed:
+        return
+    alike = [name for name in KEY if name not in ("case", "tokens", "provider")]
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in timed:
         families.setdefault(tuple(row.get(name) for name in alike), []).append(row)
@@ -137,8 +180,8 @@ def plot(output: Path, rows: Sequence[Row]) -> None:
 
 def compare(before: Path, after: Path) -> str:
     """Markdown table of times that both results have; a warning where the devices differ."""
-    old, new = (_read(path) for path in (before, after))
-    devices = [result["environment"]["device"] for result in (old, new)]
+    old, new = (read_results(path) for path in (before, after))
+    devices = [result.environment["device"] for result in (old, new)]
     lines = []
     if devices[0] != devices[1]:
         lines += [f"Different devices ({devices[0]}; {devices[1]}): times do not compare.", ""]
@@ -146,8 +189,8 @@ def compare(before: Path, after: Path) -> str:
         "| case | provider | before, ms | after, ms | after / before |",
         "|---|---|---|---|---|",
     ]
-    times = {_key(row): row for row in old["rows"]}
-    for row in new["rows"]:
+    times = {_key(row): row for row in old.rows}
+    for row in new.rows:
         other = times.get(_key(row), {})
         if "time_ms" in row and "time_ms" in other:
             lines.append(
@@ -158,13 +201,6 @@ def compare(before: Path, after: Path) -> str:
             was = other.get("status", "absent")
             lines.append(f"| {row['case']} | {row['provider']} | {was} | {row['status']} | |")
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / RESULTS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: has no {RESULTS_FILE}; give folders of results") from None
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -153,7 +153,7 @@ def _fit(
         for step in range(first_step, steps):
             started = time.perf_counter()
             batch = _global_batch(config, rows, step, steps_per_epoch)
-            sums = _accumulate(config, model, group.share(batch))
+            sums = accumulate_gradients(config, model, group.share(batch))
             group.sum_(sums)
             for parameter in parameters:
                 if parameter.grad is None:
@@ -192,7 +192,7 @@ def _fit(
     return history, signal
 
 
-def _accumulate(config: TrainConfig, model: Any, rows: Sequence[WeightedRow]) -> Tensor:
+def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[WeightedRow]) -> Tensor:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
 
     Returns SUMS and the learning signal Σ w·nll of each confidence band, float64.

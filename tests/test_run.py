@@ -109,7 +109,10 @@ def test_changed_input_content_is_noticed(folder, tmp_path):
 
 def _run_slowly(settings: RunConfig) -> None:
     torch.set_num_threads(1)
-    for module, name in ((annotate_module, "annotate_batch"), (train_module, "_accumulate")):
+    for module, name in (
+        (annotate_module, "annotate_batch"),
+        (train_module, "accumulate_gradients"),
+    ):
         _slow_down(module, name)
     run(settings)
 

@@ -161,7 +161,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
 ):
     options = {"lora_dropout": 0.2, "epochs": 3, "global_batch_size": 3, "checkpoint_steps": 2}
     train(config(folder, tmp_path / "whole", **options))
-    real, calls = train_module._accumulate, []
+    real, calls = train_module.accumulate_gradients, []
 
     def failing(*args):
         calls.append(1)
@@ -169,7 +169,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train_module, "_accumulate", failing)
+    monkeypatch.setattr(train_module, "accumulate_gradients", failing)
     with pytest.raises(KeyboardInterrupt):
         train(config(folder, tmp_path / "cut", **options))
     assert not (tmp_path / "cut").exists()
@@ -188,7 +188,7 @@ def metrics(folder: Path, name: str) -> list[float]:
 
 
 def test_checkpoint_of_other_settings_is_not_used(folder, tmp_path, monkeypatch):
-    real, calls = train_module._accumulate, []
+    real, calls = train_module.accumulate_gradients, []
 
     def failing(*args):
         calls.append(1)
@@ -196,7 +196,7 @@ def test_checkpoint_of_other_settings_is_not_used(folder, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train_module, "_accumulate", failing)
+    monkeypatch.setattr(train_module, "accumulate_gradients", failing)
     with pytest.raises(KeyboardInterrupt):
         train(config(folder, tmp_path / "adapter", checkpoint_steps=1))
     monkeypatch.undo()

@@ -1,0 +1,69 @@
+"""Other tiles, chunk sizes and products for the Triton cross-entropy, to choose defaults by.
+
+The default of each table is a candidate too, so that all are compared in one run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from benchmarks.cases import CECase
+from benchmarks.data import CEInputs
+from benchmarks.providers import CE_OPS, Provider, gift_ce, needs_triton
+from gift_kernels import triton_ce
+from gift_kernels.problem import Head
+from gift_kernels.triton_chunk import Plan, default_plan
+from gift_kernels.triton_tiles import LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES, tiles_for
+
+Change = Callable[[Plan], Plan]
+
+
+def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
+    """Plans that differ from the default in one thing each, the default first."""
+    head = Head(inputs.hidden, inputs.weight, None, 1.0, case.shape.softcap)
+    default = default_plan(head)
+    changes: dict[str, dict[str, Any]] = {"default": {}}
+    narrow = default.logit_tiles in tiles_for(NARROW_LOGIT_TILES, default.machine, case.torch_dtype)
+    tables = {
+        "logit_tiles": NARROW_LOGIT_TILES if narrow else LOGIT_TILES,
+        "product_tiles": PRODUCT_TILES,
+    }
+    for field, table in tables.items():
+        for tiles in tiles_for(table, default.machine, case.torch_dtype):
+            if tiles != getattr(default, field):
+                changes[f"{field} {'-'.join(map(str, tiles))}"] = {field: tiles}
+    changes["library products"] = {"products": "library"}
+    changes["library logits"] = {"logits": "library"}
+    changes["library logits and products"] = {"logits": "library", "products": "library"}
+    prefix = "head_" if case.trainable else ""
+    for factor in (2, 4):
+        for grown, shrunk in (("rows", "columns"), ("columns", "rows")):
+            rows, columns = f"{prefix}{grown}", f"{prefix}{shrunk}"
+            sizes = (getattr(default, rows) * factor, getattr(default, columns) // factor)
+            if sizes[1] % 256 == 0:
+                changes[f"{sizes[0]} {grown}, {sizes[1]} {shrunk}"] = {
+                    rows: sizes[0],
+                    columns: sizes[1],
+                }
+    return [
+        Provider(name, "ours", CE_OPS, _with_plan(change), skip=needs_triton)
+        for name, change in changes.items()
+    ]
+
+
+def _with_plan(change: dict[str, Any]) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
+    def planned(*heads: Any, **options: Any) -> Plan:
+        return default_plan(*heads, **options)._replace(**change)
+
+    def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
+        call = gift_ce("triton")(case, inputs)
+
+        def run() -> Tensor:
+            with mock.patch.object(triton_ce, "default_plan", planned):
+                return call()
+
+        return run
+
+    return prepare

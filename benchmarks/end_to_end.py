@@ -1,0 +1,430 @@
+"""Whole stages on real architectures with random weights, beside the ways people use today.
+
+    python -m benchmarks.end_to_end --size cpu --output results
+
+Annotation: ours; the authors' way (one sample at a time, full logits, float32 softmax); the same in
+our batches. Training step, optimizer included: ours; full logits and a weighted sum of
+cross-entropies, as a Trainer subclass computes it; Transformers, PEFT and Liger (its layers, and
+its fused loss with `reduction="none"` times the weights). Merge: `benchmarks/merge_8b.py`.
+
+All ways of a stage share one model, one batch and one process and take turns. Who disagrees with
+ours by more than rounding explains is shown as wrong, without a time. Tokens are those of the rows,
+prompts included, padding not.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.measure import Call, Contender, Settings, free, take_turns
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.providers import Provider
+from gift.annotate import annotate_batch
+from gift.batches import pad_batch, plan_batches, target_ids
+from gift.config import TrainConfig
+from gift.data import Example
+from gift.models import last_hidden_state
+from gift.train import accumulate_gradients
+from gift.weights import WeightedRow, token_weight
+
+OURS = "gift"
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of confidences, losses and gradients
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An architecture by its public config, and the batch it is measured on."""
+
+    name: str
+    config_class: str
+    config: dict[str, Any]
+    rows: int  # of the training step; annotation has four times as many
+    micro_rows: int
+    lengths: tuple[int, int]  # shortest and longest row
+    rank: int = 64
+    annotate_tokens: int = 16384  # a batch
+
+
+def _llama(hidden: int, layers: int, intermediate: int, heads: int, tied: bool) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": tied,
+    }
+
+
+QWEN_HALF_B = {
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 16384,
+}
+TOY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+SIZES: dict[str, tuple[Spec, ...]] = {
+    "gpu": (
+        Spec("qwen2.5-0.5b", "Qwen2Config", QWEN_HALF_B, 16, 8, (300, 1200)),
+        Spec("llama-3.1-8b", "LlamaConfig", _llama(4096, 32, 14336, 32, False), 8, 4, (300, 1200)),
+        Spec("llama-3.2-3b", "LlamaConfig", _llama(3072, 28, 8192, 24, True), 8, 4, (300, 1200)),
+    ),
+    "cpu": (Spec("cpu-small", "Qwen2Config", SMALL, 4, 2, (100, 300), annotate_tokens=1024),),
+    "toy": (Spec("toy", "LlamaConfig", TOY, 2, 2, (12, 24), rank=4, annotate_tokens=64),),
+}
+
+
+def growth(size: str) -> Iterator[tuple[str, Spec]]:
+    """The size's first architecture, cut to four layers, with more tokens, vocabulary and rank."""
+    spec = SIZES[size][0]
+    spec = replace(spec, config={**spec.config, "num_hidden_layers": 4})
+    factors = {"gpu": (1, 4, 16), "cpu": (1, 4), "toy": (1, 2)}[size]
+    for factor in factors:
+        rows = spec.micro_rows * factor // 2 or 1
+        yield f"{rows} rows at once", replace(spec, rows=rows, micro_rows=rows)
+    for factor in factors[1:]:
+        vocab = spec.config["vocab_size"] // 4 * factor
+        yield f"vocabulary {vocab}", replace(spec, config={**spec.config, "vocab_size": vocab})
+    for rank in (8, 256) if size == "gpu" else (8, 16):
+        yield f"rank {rank}", replace(spec, rank=rank)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--size", choices=sorted(SIZES), help="default: gpu on CUDA, else cpu")
+    parser.add_argument("--seconds", type=float, default=120.0, help="begin nothing after this")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = arguments.size or ("gpu" if device.type == "cuda" else "cpu")
+    results = report.Results(arguments.output, report.environment(device))
+    table = results.tables.setdefault("end to end", [])
+    for row in measure_all(size, device, arguments.seconds):
+        table.append(row)
+        results.save()
+    print("\n".join(report.plain_table(table)))
+
+
+def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[report.Row]:
+    """Rows of all stages, the most telling first; a step is begun only within `seconds`."""
+    started = time.monotonic()
+    settings = Settings(device, seconds=0.0 if size == "toy" else 5.0, rounds=(1, 3))
+    if size != "toy":
+        settings = replace(settings, rounds=(3, 20))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    steps: list[Callable[[], Iterator[report.Row]]] = []
+    for spec in SIZES[size]:
+        steps.append(lambda spec=spec: annotation(spec, dtype, settings))
+        steps.append(lambda spec=spec: training(spec, dtype, settings, spec.name))
+    steps.insert(2, lambda: merging(size))
+    for label, spec in growth(size):
+        steps.append(
+            lambda label=label, spec=spec: training(
+                spec, dtype, settings, f"{spec.name}, 4 layers, {label}"
+            )
+        )
+    for number, step in enumerate(steps):
+        if time.monotonic() - started > seconds:
+            reason = f"not run: the time ended, {len(steps) - number} of {len(steps)} steps left"
+            yield {"stage": "", "model": "", "way": "", "status": reason}
+            return
+        yield from step()
+        free(device)
+
+
+def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[report.Row]:
+    """Tokens per second and memory of confidences for every target."""
+    model = make_model(spec, dtype, settings.device)
+    examples = make_examples(spec, 4 * spec.rows)
+    batches = plan_batches(examples, spec.annotate_tokens)
+    alone = [[example] for batch in batches for example in batch]
+
+    def ours() -> Tensor:
+        return _flat(annotate_batch(model, batch) for batch in batches)
+
+    def full(groups: Sequence[Sequence[Example]]) -> Tensor:
+        return _flat([_full_logit_confidence(model, group)] for group in groups)
+
+    ways = {
+        OURS: ours,
+        "authors' way: one sample at a time, full logits": lambda: full(alone),
+        "full logits, in our batches": lambda: full(batches),
+    }
+    yield from _compare("annotate", spec.name, ways, _tokens(examples), dtype, settings)
+
+
+def _flat(batches: Any) -> Tensor:
+    return torch.from_numpy(np.concatenate([row for rows in batches for row in rows]))
+
+
+@torch.no_grad()
+def _full_logit_confidence(model: Any, batch: Sequence[Example]) -> np.ndarray:
+    device = model.get_input_embeddings().weight.device
+    ids, attention, predicts = pad_batch(batch, device)
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
+    probability = torch.log_softmax(logits, -1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.exp(probability[predicts[:, :-1]]).cpu().numpy()
+
+
+def training(
+    spec: Spec, dtype: torch.dtype, settings: Settings, label: str
+) -> Iterator[report.Row]:
+    """Tokens per second and memory of one optimizer step on a LoRA adapter."""
+    device = settings.device
+    adapted = make_adapted(spec, dtype, device)
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    examples = make_examples(spec, spec.rows)
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        WeightedRow(example, *[torch.rand(example.targets, generator=generator)] * 2)
+        for example in examples
+    ]
+    config = TrainConfig(
+        model="", data=Path(), output=Path(), micro_batch_size=spec.micro_rows, lora_dropout=0.0
+    )
+    count = sum(example.targets for example in examples)
+
+    def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], Tensor]:
+        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
+
+        def run() -> Tensor:
+            loss = losses() / count
+            for parameter in trained:
+                assert parameter.grad is not None
+                parameter.grad.div_(count)
+            gradient = torch.cat([p.grad.flatten()[:64].float() for p in trained])  # pyright: ignore
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return torch.cat([torch.tensor([loss], device=device), gradient])
+
+        return run
+
+    def by_micro_batches(loss_of: Callable[[Any, list[WeightedRow]], Tensor], model: Any) -> float:
+        total = 0.0
+        ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
+        for start in range(0, len(ordered), spec.micro_rows):
+            loss = loss_of(model, ordered[start : start + spec.micro_rows])
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    ways = {
+        OURS: step(lambda: float(accumulate_gradients(config, adapted, rows)[0]), parameters),
+        "full logits (Trainer)": step(
+            lambda: by_micro_batches(_full_logit_loss, adapted), parameters
+        ),
+    }
+    missing: dict[str, str] = {}
+    if importlib.util.find_spec("liger_kernel") is None:
+        missing[LIGER] = "not installed"
+    elif device.type != "cuda":
+        missing[LIGER] = "not run: needs a GPU"
+    else:
+        patched = make_adapted(spec, dtype, device)
+        _use_liger_layers(patched.get_base_model())
+        trained = [parameter for parameter in patched.parameters() if parameter.requires_grad]
+        ways[LIGER] = step(lambda: by_micro_batches(_liger_loss, patched), trained)
+        ways["gift, Liger's layers"] = step(
+            lambda: float(accumulate_gradients(config, patched, rows)[0]), trained
+        )
+    yield from _compare("train step", label, ways, _tokens(examples), dtype, settings)
+    for way, status in missing.items():
+        yield {"stage": "train step", "model": label, "way": way, "status": status}
+
+
+LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
+
+
+def _full_logit_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+    """Σ w·nll from the logits of all positions."""
+    device = adapted.get_input_embeddings().weight.device
+    ids, attention, predicts = pad_batch([row.example for row in micro], device)
+    logits = adapted(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    weight = torch.cat([row.weight for row in micro]).to(device)  # pyright: ignore
+    return (weight * nll[predicts[:, :-1].flatten()]).sum()
+
+
+def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+    """Σ w·nll from Liger's fused loss over the target positions."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore
+        liger_fused_linear_cross_entropy,
+    )
+
+    base = adapted.get_base_model()
+    head = base.get_output_embeddings().weight
+    examples = [row.example for row in micro]
+    ids, attention, predicts = pad_batch(examples, head.device)
+    hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
+    target = target_ids(examples, head.device)
+    nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
+    weight = token_weight(TrainConfig(model="", data=Path(), output=Path()), micro, head.device)
+    return (weight * nll).sum()
+
+
+def _use_liger_layers(model: Any) -> None:
+    """Liger's norms and MLPs in this model alone: its patches of the module are taken back."""
+    from liger_kernel.transformers.monkey_patch import (  # pyright: ignore
+        _apply_liger_kernel_to_instance,
+    )
+
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    _apply_liger_kernel_to_instance(
+        model, rope=False, rms_norm=True, swiglu=True, cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )  # fmt: skip
+    vars(module).update(before)
+
+
+def merging(size: str) -> Iterator[report.Row]:
+    """Load, merge and save, each in a process of its own."""
+    shape = {"gpu": ["--layers", "4"], "cpu": ["--layers", "1", "--vocab", "4096"]}.get(size)
+    if shape is None:
+        yield {"stage": "merge", "model": "", "way": "", "status": "not run: toy size"}
+        return
+    script = Path(__file__).with_name("merge_8b.py")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(script), "--folder", f"{folder}/merge", "--peft", "--json"]
+        finished = subprocess.run([*command, *shape], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        reason = " ".join(finished.stderr.split())[-200:]
+        yield {"stage": "merge", "model": "", "way": "", "status": f"failed: {reason}"}
+        return
+    for way, found in json.loads(finished.stdout.splitlines()[-1]).items():
+        yield {
+            "stage": "merge",
+            "model": f"llama-3-8b, {' '.join(shape)}",
+            "way": way,
+            "status": "ok",
+            "ms": 1e3 * found["seconds"],
+            "peak extra MB": found["extra"],
+            "off, of 10,000": found["wrong"],
+        }
+
+
+def make_model(spec: Spec, dtype: torch.dtype, device: torch.device) -> Any:
+    """The architecture with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    config = getattr(transformers, spec.config_class)(**spec.config)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def make_adapted(spec: Spec, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with a LoRA adapter on all linear layers, as `gift train` makes it."""
+    model = make_model(spec, dtype, device)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=2 * spec.rank,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config)
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapted.train()
+
+
+def make_examples(spec: Spec, count: int) -> list[Example]:
+    """Rows of random tokens, a quarter of each its prompt."""
+    generator = np.random.default_rng(0)
+    shortest, longest = spec.lengths
+    examples = []
+    for row in range(count):
+        length = int(generator.integers(shortest, longest + 1))
+        ids = generator.integers(0, spec.config["vocab_size"], length).astype(np.int32)
+        examples.append(Example(row, ids, np.arange(length) >= length // 4))
+    return examples
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _compare(
+    stage: str,
+    model: str,
+    ways: dict[str, Callable[[], Tensor]],
+    tokens: int,
+    dtype: torch.dtype,
+    settings: Settings,
+) -> Iterator[report.Row]:
+    """One row a way; ours is the first and what the others are checked against."""
+    rows: dict[str, report.Row] = {}
+    contenders = []
+    truth = None
+    for name, way in ways.items():
+        row = rows[name] = {"stage": stage, "model": model, "way": name, "status": "ok"}
+        try:
+            found = way().double()
+        except torch.OutOfMemoryError:
+            row["status"] = "failed: out of memory"
+            free(settings.device)
+            continue
+        truth = found if truth is None else truth
+        row["disagrees by"] = float((found - truth).norm() / truth.norm())
+        if not row["disagrees by"] <= AGREE[dtype]:
+            row["status"] = "wrong"
+            continue
+        provider = Provider(name, "", (), lambda *_, way=way: way)
+        contenders.append(Contender(provider, [Call(_nothing, lambda _, way=way: way(), _nothing)]))
+    take_turns(contenders, settings)
+    for contender in contenders:
+        name, seconds = contender.provider.name, median(contender.samples)
+        rows[name] |= {
+            "tokens/s": tokens / seconds,
+            "ms": 1e3 * seconds,
+            "peak extra MB": peak_extra_bytes(ways[name], settings.device) / 1e6,
+        }
+    yield from rows.values()
+
+
+def _nothing() -> None:
+    return None
+
+
+if __name__ == "__main__":
+    main()

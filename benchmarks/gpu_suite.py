@@ -1,0 +1,345 @@
+"""`python -m benchmarks.gpu_suite`: all that needs a GPU, in one call, the most telling first.
+
+Tests natively, stored results, accuracy against float64, benchmarks beside all peers, whole stages
+on real architectures, candidates for our tile sizes, compute-sanitizer; then more benchmarks until
+the budget ends. Results are written after every step, so a run that is cut off loses nothing. The
+summary comes last. `--dry-run` walks through all of it on a CPU at toy sizes; its times mean
+nothing.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import goals, report
+from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
+from benchmarks.measure import Settings, add_case, check, gate_truth, measure_case
+from benchmarks.providers import floors, own_providers
+
+ROOT = Path(__file__).parent.parent
+SUMMARY_CHARACTERS = 10_000
+GOLDEN_TESTS = ("tests/test_ce_golden.py", "tests/test_lora_merge.py")
+KERNEL_TESTS = (
+    "tests/test_triton_ce.py",
+    "tests/test_lora_merge_kernel.py",
+    "tests/test_lora_merge_rounding.py",
+    "tests/test_weighted_ce.py",
+    "tests/test_token_confidence.py",
+    "tests/test_ce_compile.py",
+    "tests/test_ce_costs.py",
+    "tests/test_ce_properties.py",
+)
+SANITIZED = "bfloat16-triton or float32-triton"
+
+
+@dataclass
+class Suite:
+    """One run: where results go and until when steps may begin."""
+
+    results: report.Results
+    settings: Settings
+    started: float
+    seconds: float
+    dry_run: bool
+
+    def left(self) -> float:
+        """Seconds until the budget ends."""
+        return self.started + self.seconds - time.monotonic()
+
+    def add(self, table: str, *rows: report.Row) -> None:
+        """Adds rows to a table and writes all results."""
+        self.results.tables.setdefault(table, []).extend(rows)
+        self.results.save()
+        for row in rows:
+            print("  " + ", ".join(f"{name}: {_short(value)}" for name, value in row.items()))
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument("--budget-minutes", type=float, default=8.0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    if arguments.dry_run:
+        # Before Triton is imported, which nothing above does.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device; --dry-run walks through the suite on a CPU")
+    device = torch.device("cpu" if arguments.dry_run else "cuda")
+    environment = report.environment(device)
+    output = arguments.output or ROOT / "benchmarks" / "results" / _folder_name(environment)
+    settings = Settings(device, seconds=0.0, rounds=(1, 1))
+    if not arguments.dry_run:
+        settings = Settings(device, seconds=4.0, rounds=(5, 60))
+    results = report.Results(output, environment)
+    budget = 60 * arguments.budget_minutes
+    suite = Suite(results, settings, time.monotonic(), budget, arguments.dry_run)
+    try:
+        for name in parts:
+            run_part(suite, name)
+    finally:
+        results.tables["goals"] = goals.judge(results.rows)
+        results.save()
+        report.plot(output, results.rows)
+        print(summary(suite))
+    if failures(results):
+        sys.exit(1)
+
+
+def run_part(suite: Suite, name: str) -> None:
+    """A part, unless the budget has ended; what breaks in it is a row, and the next part runs."""
+    if suite.left() <= 0:
+        suite.add("not run", {"part": name, "reason": "the budget ended"})
+        return
+    print(f"== {name}, {suite.left():.0f} s left", flush=True)
+    try:
+        PARTS[name](suite)
+    except Exception as error:  # a GPU's time is short: no part may cost the others theirs
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        suite.add("not run", {"part": name, "reason": reason})
+
+
+def run_tests(suite: Suite) -> None:
+    """Stored results, then the kernels' tests, natively where there is a GPU."""
+    if suite.dry_run:
+        selected = [GOLDEN_TESTS[0], "-k", "ce_weights and float32"]
+        suite.add("tests", pytest_row("stored results", selected, 60, suite.results.output))
+        return
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has("xdist") else []
+    for name, files, share in (
+        ("stored results", GOLDEN_TESTS, 0.1),
+        ("kernels", KERNEL_TESTS, 0.25),
+    ):
+        limit = min(share * suite.seconds, suite.left())
+        row = pytest_row(name, [*workers, *files], limit, suite.results.output)
+        suite.add("tests", row)
+
+
+def pytest_row(name: str, selected: Sequence[str], limit: float, output: Path) -> report.Row:
+    """Counts of one pytest run; its output goes to tests.txt. Stopped at `limit` seconds."""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *selected]
+    code, text = run_limited(command, limit)
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "tests.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{' '.join(command[1:])}\n{text}\n")
+    found = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|error)", text)}
+    counts = {kind: found.get(kind, 0) for kind in ("passed", "failed", "error")}
+    status = {0: "ok", 1: "failed", None: f"stopped after {limit:.0f} s"}.get(code, f"rc {code}")
+    seconds = time.monotonic() - begun
+    return {"tests": name, "status": status, **counts, "seconds": round(seconds, 1)}
+
+
+def run_limited(command: Sequence[str], limit: float) -> tuple[int | None, str]:
+    """Exit status (None if stopped at the limit) and output of a command run in the project."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=limit)
+        return process.returncode, text
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        text, _ = process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+    return None, text
+
+
+def run_accuracy(suite: Suite) -> None:
+    """Errors of the Triton kernels and of full logits in the same dtype, against float64."""
+    ours = next(provider for provider in own_providers() if provider.name == "gift triton")
+    for case in accuracy_cases(suite.dry_run):
+        if suite.left() <= 0:
+            return
+        inputs, truth, yardstick = gate_truth(case, suite.settings)
+        status, errors = check(ours, case, inputs, truth, yardstick)
+        del inputs, truth
+        suite.add(
+            "accuracy against float64",
+            *(
+                {
+                    "case": case.label,
+                    "of": name,
+                    "gift triton": error,
+                    "full logits": yardstick[name],
+                    "verdict": status,
+                }
+                for name, error in (errors or dict.fromkeys(yardstick, float("nan"))).items()
+            ),
+        )
+
+
+def accuracy_cases(dry_run: bool) -> list[CECase]:
+    """Every head, confidences and gradients, on peaked and flat data."""
+    heads = ("toy", "toy-softcap") if dry_run else list(HEADS)[:6]
+    dtypes = ("bfloat16",) if dry_run else ("bfloat16", "float16")
+    cases = []
+    for head in heads:
+        for data in ("peaked", "flat"):
+            confidence = CECase(
+                head, 128 if dry_run else 1024, data=data, weighting="uniform",
+                direction="forward", op="token_confidence",
+            )  # fmt: skip
+            cases += [confidence, CECase(head, confidence.tokens, data=data, trainable=True)]
+    more = [CECase(heads[0], 128 if dry_run else 1024, dtype) for dtype in dtypes[1:]]
+    return cases + more
+
+
+def run_benchmarks(suite: Suite) -> None:
+    """The most telling cases, beside all peers and the floors."""
+    _run_cases(suite, _toy() if suite.dry_run else gpu_cases(quick=True))
+
+
+def run_more(suite: Suite) -> None:
+    """All other cases."""
+    if not suite.dry_run:
+        _run_cases(suite, gpu_cases()[len(gpu_cases(quick=True)) :])
+
+
+def _run_cases(suite: Suite, cases: Sequence[Case]) -> None:
+    for number, case in enumerate(cases):
+        if suite.left() <= 0:
+            reason = f"the budget ended; {len(cases) - number} cases were not begun"
+            suite.add("not run", {"part": "benchmarks", "reason": reason})
+            return
+        print(f"  [{number + 1}/{len(cases)}] {case.label}", flush=True)
+        add_case(suite.results, case, suite.settings)
+
+
+def _toy() -> list[Case]:
+    wanted = ("offline weights, frozen", "guide weights, frozen", "token_confidence", "float32 fac")
+    return [next(case for case in toy_cases() if text in case.label) for text in wanted]
+
+
+def run_end_to_end(suite: Suite) -> None:
+    """Whole stages on real architectures."""
+    from benchmarks import end_to_end  # needs gift's packages; the parts above do not
+
+    size = "toy" if suite.dry_run else "gpu"
+    for row in end_to_end.measure_all(size, suite.settings.device, 0.35 * suite.left()):
+        suite.add("end to end", row)
+
+
+def run_candidates(suite: Suite) -> None:
+    """Other settings of our kernels, in one interleaved run each for a few cases."""
+    from benchmarks.candidates import candidates
+    from benchmarks.data import make_inputs
+
+    cases = [
+        CECase("llama-3.1-8b", 8192),
+        CECase("llama-3.1-8b", 8192, weighting="uniform", trainable=True),
+        CECase("gemma-2-9b", 8192),
+    ]
+    for case in [CECase("toy", 40)] if suite.dry_run else cases:
+        if suite.left() <= 0:
+            return
+        providers = candidates(case, make_inputs(case, suite.settings.device))
+        providers = providers[:3] if suite.dry_run else providers
+        bare = [provider for provider in floors() if case.op in provider.ops]
+        label = report.CANDIDATES + case.label
+        rows = measure_case(case, suite.settings, [*providers, *bare])
+        suite.results.rows += [{"case": label, **row} for row in rows]
+        suite.results.save()
+
+
+def run_sanitizer(suite: Suite) -> None:
+    """compute-sanitizer's memcheck and racecheck on the small stored cases."""
+    tool = shutil.which("compute-sanitizer")
+    if suite.dry_run or tool is None:
+        reason = "dry run" if suite.dry_run else "compute-sanitizer is not installed"
+        suite.add("not run", {"part": "sanitizer", "reason": reason})
+        return
+    for check_name in ("memcheck", "racecheck"):
+        limit = min(60.0, suite.left())
+        tests = ["-m", "pytest", "-p", "no:cacheprovider", GOLDEN_TESTS[0], "-k", SANITIZED]
+        command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, *tests]
+        code, text = run_limited(command, limit)
+        last = [line for line in text.splitlines() if "SUMMARY" in line][-1:] or [f"rc {code}"]
+        suite.add("compute-sanitizer", {"tool": check_name, "found": last[0].strip("= ")})
+
+
+PARTS: dict[str, Callable[[Suite], None]] = {
+    "tests": run_tests,
+    "accuracy": run_accuracy,
+    "benchmarks": run_benchmarks,
+    "end_to_end": run_end_to_end,
+    "candidates": run_candidates,
+    "sanitizer": run_sanitizer,
+    "more": run_more,
+}
+
+
+def summary(suite: Suite) -> str:
+    """What was found, in at most SUMMARY_CHARACTERS characters."""
+    results = suite.results
+    lines = [f"# {results.environment['device']}, {results.environment['date']}"]
+    for title in ("tests", "goals", "compute-sanitizer", "not run", "end to end"):
+        if results.tables.get(title):
+            lines += ["", f"## {title}", *report.plain_table(results.tables[title])]
+    wrong = [row for row in results.tables.get("accuracy against float64", []) if _bad(row)]
+    count = len(results.tables.get("accuracy against float64", []))
+    lines += ["", f"## accuracy: {count - len(wrong)} of {count} within budget"]
+    lines += report.plain_table(wrong) if wrong else []
+    lines += ["", "## times: ms (× floor)"]
+    for label in dict.fromkeys(row["case"] for row in results.rows):
+        timed = [row for row in results.rows if row["case"] == label]
+        cells = [
+            f"{row['provider']} {row['time_ms']:.3g} ({row.get('ratio_floor') or 0:.2f})"
+            for row in sorted(timed, key=lambda row: row.get("time_ms", float("inf")))
+            if "time_ms" in row
+        ]
+        cells += [f"{row['provider']} {row['status'][:40]}" for row in timed if _bad(row)]
+        lines.append(f"- {label}: {'; '.join(cells)}")
+    text = "\n".join(lines)
+    end = f"\n... the rest is in {results.output}/results.md"
+    return text if len(text) <= SUMMARY_CHARACTERS else text[: SUMMARY_CHARACTERS - len(end)] + end
+
+
+def failures(results: report.Results) -> list[report.Row]:
+    """Rows that say that something of ours is wrong, or that a part could not run."""
+    tables = results.tables
+    broken = [row for row in tables.get("tests", []) if row["failed"] or row["error"]]
+    broken += [row for row in tables.get("accuracy against float64", []) if _bad(row)]
+    broken += [row for row in results.rows if row["kind"] == "ours" and _bad(row)]
+    return broken + [row for row in tables.get("not run", []) if "Error" in row["reason"]]
+
+
+def _bad(row: report.Row) -> bool:
+    return row.get("verdict", row.get("status", "")).startswith(("wrong", "failed"))
+
+
+def _folder_name(environment: report.Row) -> str:
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return f"{device}-{environment['date'][:10]}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+if __name__ == "__main__":
+    main()
