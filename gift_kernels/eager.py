@@ -1,11 +1,12 @@
 """Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
 
 Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
-they become the gradient of the logits in place. The head is upcast one block of VOCAB_BLOCK rows at
-a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)) and P = softmax(z):
+they become exponentials and then the gradient of the logits in place. The head is upcast one block
+of VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
+m_i = max_v z_iv, E = exp(z − m) and S_i = Σ_v E_iv:
 
-    G_iv = (P_iv − 1[v = y_i]) · s · (1 − (z_iv / c)²)     the last factor only with a soft-cap c
-    dH = G W     dW = Gᵀ diag(w) H     db = Gᵀ w
+    G_iv = (E_iv − S_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
+    dH_i = s / S_i · G_i W     dW = Gᵀ diag(w s / S) H     db = Gᵀ (w s / S)
 
 dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
 head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
@@ -31,6 +32,8 @@ from gift_kernels.problem import (
 from gift_kernels.reference import transform_weight
 
 CHUNK_BYTES = 1 << 28
+# On a CPU a chunk is to stay near the caches, but a product of fewer rows reads the head too often.
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 1 << 24, 128
 VOCAB_BLOCK = 8192
 
 
@@ -41,6 +44,14 @@ class RowStats(NamedTuple):
     lse: Tensor
     entropy: Tensor
     top1: Tensor
+
+
+class Exponentials(NamedTuple):
+    """What a chunk's logits became: E times slopes [C, V], its row sums S [C], slope of targets."""
+
+    values: Tensor
+    total: Tensor
+    target_slope: Tensor | float
 
 
 class Gradients(NamedTuple):
@@ -153,11 +164,15 @@ def _scatter(
     )
 
 
-def rows_per_chunk(vocab_size: int, dtype: torch.dtype, chunk_size: int | None = None) -> int:
+def rows_per_chunk(
+    vocab_size: int, dtype: torch.dtype, chunk_size: int | None = None, device: str = "cuda"
+) -> int:
     """How many rows of logits are held at once."""
     if chunk_size is not None:
         return chunk_size
-    return max(1, CHUNK_BYTES // (vocab_size * accumulation_dtype(dtype).itemsize))
+    row = vocab_size * accumulation_dtype(dtype).itemsize
+    most = max(1, CHUNK_BYTES // row)
+    return min(most, max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row)) if device == "cpu" else most
 
 
 def row_stats(
@@ -171,7 +186,7 @@ def row_stats(
 ) -> RowStats:
     """Statistics of all rows; no gradient work."""
     parts = [
-        _chunk_stats(_logits(head, rows, temperature), target[rows], with_entropy, shard)
+        _chunk_stats(_logits(head, rows, temperature), target[rows], with_entropy, shard)[0]
         for rows in _chunks(head, shard, chunk_size)
     ]
     return _concatenate(parts, head, target)
@@ -202,26 +217,32 @@ def stats_and_gradients(
     parts = []
     for rows in _chunks(head, shard, chunk_size):
         logits = _logits(head, rows)
-        stats = _chunk_stats(logits, target[rows], with_entropy, shard)
+        stats, exponentials = _chunk_stats(
+            logits, target[rows], with_entropy, shard, head.logit_softcap
+        )
         parts.append(stats)
-        _logits_to_gradient_(logits, head, stats.lse, target[rows], shard)
+        _exponentials_to_gradient_(exponentials, target[rows], shard)
+        factor = head.logit_scale / exponentials.total
         if self_weight is not None:
             chunk_weight = transform_weight(torch.exp(-stats.nll), *self_weight)
         else:
             chunk_weight = row_weight[rows]
+        counts = chunk_weight != 0
         # 0 · NaN is NaN: hidden states of rows that do not count must not reach dW.
-        counted = scale_rows(hidden[rows].to(dtype), chunk_weight != 0) if dw is not None else None
+        counted = scale_rows(hidden[rows].to(dtype), counts) if dw is not None else None
         for block in _vocab_blocks(weight.shape[0]):
             gradient = logits[:, block]
             if dh is not None:
                 dh[rows].addmm_(gradient, weight[block].to(dtype))
             if dw is None and db is None:
                 continue
-            gradient = scale_rows(gradient, chunk_weight)
+            gradient = scale_rows(gradient, torch.where(counts, chunk_weight * factor, 0))
             if dw is not None and counted is not None:
                 dw[block].addmm_(gradient.T, counted)
             if db is not None:
                 db[block] += gradient.sum(0)
+        if dh is not None:
+            dh[rows] *= factor.unsqueeze(1)
     if dh is not None and shard is not None:
         dist.all_reduce(dh, group=shard.group)
     return _concatenate(parts, head, target), Gradients(dh, dw, db)
@@ -238,7 +259,7 @@ def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Ite
     if shard is not None:
         # Ranks with slices of different sizes must still meet in the same collectives.
         vocab_size = largest_of_ranks(vocab_size, shard)
-    step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size)
+    step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
     for start in range(0, head.hidden.shape[0], step):
         yield slice(start, start + step)
 
@@ -267,57 +288,53 @@ def _logits(head: Head, rows: slice, temperature: float = 1.0) -> Tensor:
 
 
 def _chunk_stats(
-    logits: Tensor, target: Tensor, with_entropy: bool, shard: VocabShard | None
-) -> RowStats:
+    logits: Tensor,
+    target: Tensor,
+    with_entropy: bool,
+    shard: VocabShard | None,
+    slope_softcap: float | None = None,
+) -> tuple[RowStats, Exponentials]:
+    """Statistics; overwrites logits by exponentials, times the slopes of a soft-cap if given."""
     column, found = _local_target(target, logits.shape[1], shard)
     target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
     largest = logits.amax(1)
     if shard is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-    total = torch.zeros_like(largest)
+    total, moment = torch.zeros_like(largest), torch.zeros_like(largest)
     for block in _vocab_blocks(logits.shape[1]):
-        total += torch.exp(logits[:, block] - largest.unsqueeze(1)).sum(1)
+        z = logits[:, block]
+        slope = 1 - (z / slope_softcap) ** 2 if slope_softcap is not None else None
+        z -= largest.unsqueeze(1)
+        if with_entropy:
+            e = torch.exp(z)
+            moment += torch.where(e > 0, e * z, 0).sum(1)
+            z.copy_(e)
+        else:
+            z.exp_()
+        total += z.sum(1)
+        if slope is not None:
+            z *= slope
     owners = found.to(logits.dtype)
     if shard is not None:
-        sums = torch.stack([total, torch.where(found, target_logit, 0), owners])
+        sums = torch.stack([total, moment, torch.where(found, target_logit, 0), owners])
         dist.all_reduce(sums, group=shard.group)
-        total, target_logit, owners = sums.unbind()
+        total, moment, target_logit, owners = sums.unbind()
     # Out-of-range targets reach this point only on devices where checking would wait.
     target_logit = torch.where(owners > 0, target_logit, torch.nan)
     lse = largest + torch.log(total)
-    entropy = logits.new_empty(0)
-    if with_entropy:
-        expected = torch.zeros_like(lse)
-        for block in _vocab_blocks(logits.shape[1]):
-            z = logits[:, block]
-            p = torch.exp(z - lse.unsqueeze(1))
-            expected += torch.where(p > 0, p * z, 0).sum(1)
-        if shard is not None:
-            dist.all_reduce(expected, group=shard.group)
-        entropy = lse - expected
-    return RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
+    entropy = torch.log(total) - moment / total if with_entropy else logits.new_empty(0)
+    slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
+    stats = RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
+    return stats, Exponentials(logits, total, slope)
 
 
-def _logits_to_gradient_(
-    logits: Tensor, head: Head, lse: Tensor, target: Tensor, shard: VocabShard | None
+def _exponentials_to_gradient_(
+    exponentials: Exponentials, target: Tensor, shard: VocabShard | None
 ) -> None:
-    """Overwrites logits z [C, V] by G, the gradient of each row's nll before scale and bias."""
-    softcap = head.logit_softcap
-    column, found = _local_target(target, logits.shape[1], shard)
-    column = column.unsqueeze(1)
-    target_logit = logits.gather(1, column)
-    for block in _vocab_blocks(logits.shape[1]):
-        z = logits[:, block]
-        gradient = torch.exp(z - lse.unsqueeze(1))
-        if softcap is not None:
-            gradient *= 1 - (z / softcap) ** 2
-        z.copy_(gradient)
-    one = found.to(logits.dtype).unsqueeze(1)
-    if softcap is not None:
-        one = one * (1 - (target_logit / softcap) ** 2)
-    logits.scatter_add_(1, column, -one)
-    if head.logit_scale != 1.0:
-        logits *= head.logit_scale
+    """Overwrites the exponentials by G: the gradient of each row's nll, times S / s."""
+    values, total, slope = exponentials
+    column, found = _local_target(target, values.shape[1], shard)
+    values.scatter_add_(1, column.unsqueeze(1), -(found * total * slope).unsqueeze(1))
 
 
 def _local_target(
