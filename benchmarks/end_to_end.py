@@ -113,14 +113,14 @@ def growth(size: str) -> Iterator[tuple[str, Spec]]:
     """The size's first architecture, cut to four layers, with more tokens, vocabulary and rank."""
     spec = SIZES[size][0]
     spec = replace(spec, config={**spec.config, "num_hidden_layers": 4})
-    factors = {"gpu": (1, 4, 16), "cpu": (1, 4), "toy": (1, 2)}[size]
+    factors = {"gpu": (1, 4, 16), "cpu": (1, 4), "toy": (1,)}[size]
     for factor in factors:
         rows = spec.micro_rows * factor // 2 or 1
         yield f"{rows} rows at once", replace(spec, rows=rows, micro_rows=rows)
     for factor in factors[1:]:
         vocab = spec.config["vocab_size"] // 4 * factor
         yield f"vocabulary {vocab}", replace(spec, config={**spec.config, "vocab_size": vocab})
-    for rank in (8, 256) if size == "gpu" else (8, 16):
+    for rank in {"gpu": (8, 256), "cpu": (8, 16), "toy": (8,)}[size]:
         yield f"rank {rank}", replace(spec, rank=rank)
 
 

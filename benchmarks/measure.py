@@ -102,9 +102,12 @@ def measure_case(
     return list(rows.values())
 
 
-def add_case(results: Results, case: Case, settings: Settings) -> None:
+def add_case(
+    results: Results, case: Case, settings: Settings, providers: Sequence[Provider] | None = None
+) -> None:
     """Measures a case and writes all results."""
-    results.rows += [{"case": case.label, **row} for row in measure_case(case, settings)]
+    rows = measure_case(case, settings, providers)
+    results.rows += [{"case": case.label, **row} for row in rows]
     results.data[case.label] = describe_data(case, settings)
     results.save()
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import gpu_suite, peers, report
 from benchmarks.cases import CECase, toy_cases
-from benchmarks.measure import Settings, measure_case
-from benchmarks.providers import own_providers
+from benchmarks.measure import Settings, check, gate_truth, measure_case
+from benchmarks.providers import own_providers, providers_of
 
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
 
 @pytest.mark.parametrize("case", toy_cases(), ids=lambda case: case.label)
 def test_whoever_runs_here_is_right(case) -> None:
-    rows = measure_case(case, CPU)
+    quick = [one for one in providers_of(case) if one.package in (None, "peft")]
+    rows = measure_case(case, CPU, quick)
     by_name = {row["provider"]: row for row in rows}
     assert any(row["kind"] == "ours" and row["status"] == "ok" for row in rows)
     for name, row in by_name.items():
@@ -29,6 +31,24 @@ def test_whoever_runs_here_is_right(case) -> None:
             row["status"],
         )
         assert ("time_ms" in row) == (row["status"] == "ok")
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("weighting", ["offline", "guide", "uniform", "self"])
+def test_peers_mean_what_the_specification_means(weighting: str, trainable: bool) -> None:
+    """Liger in the interpreter and CCE without a compiler; other peers need a GPU."""
+    case = CECase("toy", 24, "float32", weighting=weighting, trainable=trainable)  # pyright: ignore
+    wanted = {"Liger FLCE, chunk 1", "Liger scaled CE", "CCE, torch.compile"}
+    wanted |= {"Liger FLCE, token scaling"} if weighting == "self" else set()
+    chosen = [peer for peer in peers.PROVIDERS if peer.name in wanted and not peer.missing()]
+    if torch.cuda.is_available():
+        assert len(chosen) == len(wanted), "install the extra 'bench'"
+    inputs, truth, yardstick = gate_truth(case, CPU)
+    with torch.compiler.set_stance("force_eager"):
+        for peer in chosen:
+            status, errors = check(peer, case, inputs, truth, yardstick)
+            assert status == "ok", (peer.name, status)
+            assert max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", ["zero", "unweighted"])
@@ -48,9 +68,10 @@ def test_a_wrong_provider_is_shown_as_wrong_without_a_time(wrong: str) -> None:
 
 def test_results_are_written_and_compared(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--device", "cpu"]
-    subprocess.run(
-        [*command, "--quick", "--seconds", "0.05", "--output", tmp_path / "a"], check=True
-    )
+    command += ["--quick", "--seconds", "0.05", "--output", tmp_path / "a"]
+    # As on a user's machine: without the interpreter, which conftest.py asks for.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run(command, check=True, env=environment)
     written = json.loads((tmp_path / "a" / report.RESULTS_FILE).read_text())
     with (tmp_path / "a" / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(written["rows"])
@@ -64,3 +85,30 @@ def test_results_are_written_and_compared(tmp_path: Path) -> None:
     (tmp_path / "b" / report.RESULTS_FILE).write_text(json.dumps(written))
     table = report.compare(tmp_path / "a", tmp_path / "b")
     assert "| 2.00 |" in table and "do not compare" not in table
+
+
+def test_the_suite_for_a_gpu_runs_dry(tmp_path: Path) -> None:
+    output = tmp_path / "suite"
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--output", output]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    summary = finished.stdout[finished.stdout.index("# CPU") :]
+    assert len(summary) <= 10_001
+    for part in ("stored results | ok", "8 of 8 within budget", "candidates: ", "train step"):
+        assert part in summary, part
+    written = report.read_results(output)
+    assert written.tables["goals"] and written.tables["end to end"]
+    assert {row["status"] for row in written.rows if row["kind"] == "ours"} == {"ok"}
+
+
+@pytest.mark.parametrize("wrong", ["failed test", "wrong gradient"])
+def test_the_suite_says_so_where_something_is_wrong(wrong: str, tmp_path: Path) -> None:
+    results = report.Results(tmp_path, {})
+    results.tables["tests"] = [
+        {"tests": "kernels", "failed": int(wrong == "failed test"), "error": 0}
+    ]
+    verdict = "wrong: d_hidden off by 1" if wrong == "wrong gradient" else "ok"
+    results.tables["accuracy against float64"] = [{"case": "c", "verdict": verdict}]
+    assert gpu_suite.failures(results)
+    results.tables = {}
+    assert not gpu_suite.failures(results)
