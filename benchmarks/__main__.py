@@ -1,4 +1,4 @@
-"""`python -m benchmarks --output DIR` measures; `python -m benchmarks compare A B` compares."""
+"""`python -m benchmarks --output DIR` measures, `compare A B` compares, `readme` fills README."""
 
 import argparse
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import readme, report
 from benchmarks.cases import cpu_cases, gpu_cases
 from benchmarks.measure import Settings, add_case
 
@@ -17,19 +17,35 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few cases; toy sizes on a CPU")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, a case")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
+    parser.add_argument("--stage-seconds", type=float, default=45.0, help="of whole stages")
     parser.add_argument("--budget-minutes", type=float, help="begin no case after this")
     commands = parser.add_subparsers(dest="command")
     comparison = commands.add_parser("compare", help="what moved between two results")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
+    section = commands.add_parser("readme", help="make README's performance section from results")
+    section.add_argument("folders", type=Path, nargs="*", help="default: the newest stored ones")
     arguments = parser.parse_args()
     if arguments.command == "compare":
         print(report.compare(arguments.before, arguments.after))
         return
+    if arguments.command == "readme":
+        readme.update(arguments.folders)
+        return
     if arguments.output is None:
         parser.error("--output is required")
     run(arguments)
+
+
+def add_stages(results: report.Results, device: torch.device, seconds: float) -> None:
+    """Annotation, training steps and merge, on real architectures."""
+    from benchmarks import end_to_end  # needs gift's packages; what is above does not
+
+    table = results.tables.setdefault("end to end", [])
+    for row in end_to_end.measure_all("gpu" if device.type == "cuda" else "cpu", device, seconds):
+        table.append(row)
+        results.save()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     cases = cpu_cases(arguments.quick) if device.type == "cpu" else gpu_cases(arguments.quick)
     rounds = (1, 3) if arguments.quick else (5, 60)
+    if device.type == "cpu" and not arguments.quick:
+        rounds = (3, 60)
     settings = Settings(device, seconds=arguments.seconds, rounds=rounds)
     results = report.Results(arguments.output, report.environment(device))
     start = time.monotonic()
@@ -47,6 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
             break
         print(f"[{number + 1}/{len(cases)}] {case.label}", flush=True)
         add_case(results, case, settings)
+    if not arguments.quick:
+        print("whole stages", flush=True)
+        add_stages(results, device, arguments.stage_seconds)
     report.plot(arguments.output, results.rows)
     print((arguments.output / "results.md").read_text())
 

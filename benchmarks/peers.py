@@ -115,7 +115,7 @@ def _liger_token_scaling(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]
             softcap=case.shape.softcap,
             use_token_scaling=True,
         )
-        return loss / case.tokens
+        return loss / len(inputs.target)
 
     return run
 
@@ -216,7 +216,7 @@ def _checkpointed_chunks(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]
         nll = rows(inputs.hidden, inputs.weight)
         guide = (inputs.guide_hidden, inputs.guide_weight)
         weight = weights_from(case, inputs, nll, lambda: rows(*guide))  # pyright: ignore
-        return (nll if weight is None else nll * weight).sum() / case.tokens
+        return (nll if weight is None else nll * weight).sum() / len(nll)
 
     return loss
 

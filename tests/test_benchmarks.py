@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite, peers, report
+from benchmarks import gpu_suite, measure, peers, readme, report
 from benchmarks.cases import CECase, toy_cases
 from benchmarks.measure import Settings, check, gate_truth, measure_case
 from benchmarks.providers import own_providers, providers_of
@@ -20,7 +20,8 @@ CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
 
 @pytest.mark.parametrize("case", toy_cases(), ids=lambda case: case.label)
-def test_whoever_runs_here_is_right(case) -> None:
+def test_whoever_runs_here_is_right(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "GATE_TOKENS", 16)  # less than a case has, as for real heads
     quick = [one for one in providers_of(case) if one.package in (None, "peft")]
     rows = measure_case(case, CPU, quick)
     by_name = {row["provider"]: row for row in rows}
@@ -35,8 +36,11 @@ def test_whoever_runs_here_is_right(case) -> None:
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("weighting", ["offline", "guide", "uniform", "self"])
-def test_peers_mean_what_the_specification_means(weighting: str, trainable: bool) -> None:
+def test_peers_mean_what_the_specification_means(
+    weighting: str, trainable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Liger in the interpreter and CCE without a compiler; other peers need a GPU."""
+    monkeypatch.setattr(measure, "GATE_TOKENS", 16)
     case = CECase("toy", 24, "float32", weighting=weighting, trainable=trainable)  # pyright: ignore
     wanted = {"Liger FLCE, chunk 1", "Liger scaled CE", "CCE, torch.compile"}
     wanted |= {"Liger FLCE, token scaling"} if weighting == "self" else set()
@@ -112,3 +116,11 @@ def test_the_suite_says_so_where_something_is_wrong(wrong: str, tmp_path: Path) 
     assert gpu_suite.failures(results)
     results.tables = {}
     assert not gpu_suite.failures(results)
+
+
+def test_the_performance_section_of_the_readme_is_that_of_the_stored_results() -> None:
+    section = readme.section(readme.newest())
+    assert section in readme.README.read_text(encoding="utf-8"), "run python -m benchmarks readme"
+    devices = [report.read_results(folder).environment["device"] for folder in readme.newest()]
+    measured = any(not device.startswith("CPU") for device in devices)
+    assert ("Not measured on a GPU yet" in section) is not measured
