@@ -13,8 +13,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
 END = "<!-- end -->"
-NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one call:
-tests, accuracy, times beside the peers, whole stages."""
+NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
+call: tests, accuracy, times beside the peers, whole stages."""
 MOST_CASES = 4
 
 
