@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few cases; toy sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
-    parser.add_argument("--stage-seconds", type=float, default=45.0, help="of whole stages")
+    parser.add_argument("--stage-seconds", type=float, default=30.0, help="of whole stages")
     parser.add_argument("--budget-minutes", type=float, help="begin no case after this")
     commands = parser.add_subparsers(dest="command")
     comparison = commands.add_parser("compare", help="what moved between two results")
