@@ -167,9 +167,7 @@ def cpu_cases(quick: bool) -> list[Case]:
     """A few minutes on two cores; `quick` some seconds."""
     if quick:
         return toy_cases()
-    cases: list[Case] = [
-        CECase("cpu-small", tokens, "float32") for tokens in (512, 1024, 2048)
-    ]
+    cases: list[Case] = [CECase("cpu-small", tokens, "float32") for tokens in (512, 1024, 2048)]
     cases += [
         CECase("cpu-small", 1024, "float32", weighting="uniform", trainable=True),
         CECase("cpu-small", 1024, "float32", weighting="guide"),

@@ -15,7 +15,6 @@ BEGIN = "<!-- made by python -m benchmarks readme -->"
 END = "<!-- end -->"
 NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
 call: tests, accuracy, times beside the peers, whole stages."""
-MOST_CASES = 4
 
 
 def update(folders: Sequence[Path]) -> None:
@@ -52,13 +51,17 @@ def _device(results: report.Results) -> str:
     where = f"benchmarks/results/{results.output.name}"
     lines = [
         f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]} "
-        f"([all results]({where}/results.md)); in turns in one process, correct before timed:"
+        f"([all results]({where}/results.md)). In turns in one process; correct before timed;",
+        "medians; memory beyond the inputs; the floor is the bare products, or a copy; the usual way full",
+        "logits, or `W += scale * (B @ A)`; with a frozen head, forward and backward, if not said:",
     ]
     if not environment["device"].startswith("CPU"):
         lines += ["", *report.plain_table(goals.judge(results.rows))]
-    for label in list(dict.fromkeys(row["case"] for row in results.rows))[:MOST_CASES]:
-        timed = [row for row in results.rows if row["case"] == label and "time_ms" in row]
-        lines += ["", f"{label}:", "", *report.plain_table([_short_row(row) for row in timed])]
+    table = []
+    for label in dict.fromkeys(row["case"] for row in results.rows):
+        if not label.startswith(report.CANDIDATES):
+            table.append(_case(label, [row for row in results.rows if row["case"] == label]))
+    lines += ["", *report.plain_table(table)]
     stages = [row for row in results.tables.get("end to end", []) if "ms" in row]
     models = {row["model"] for row in stages if row["stage"] == "annotate"}
     shown = [row for row in stages if row["model"] in models or row["stage"] == "merge"]
@@ -67,11 +70,27 @@ def _device(results: report.Results) -> str:
     return "\n".join(lines)
 
 
-def _short_row(row: report.Row) -> report.Row:
+def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
+    """Ours, the usual way and the fastest peer of one case in one row; a dash: not measured."""
+    timed = [row for row in rows if "time_ms" in row]
+
+    def first(kind: str) -> report.Row:
+        mine = [row for row in timed if row["kind"] == kind]
+        return min(mine, key=lambda row: row["time_ms"], default={})
+
+    ours, usual, peer, floor = map(first, ("ours", "baseline", "peer", "floor"))
+    errors = [ours[name] for name in ours if name.startswith("error_")]
     return {
-        "": row["provider"],
-        "ms": row["time_ms"],
-        "× floor": row.get("ratio_floor"),
-        "extra MB": row["peak_mb"],
-        "error": max((row[name] for name in row if name.startswith("error_")), default=None),
+        "case": label.replace(", frozen head", "").replace(", both", ""),
+        "floor": _cell(floor, memory=False),
+        "ours": f"{ours['provider'].removeprefix('gift ')} {_cell(ours)}" if ours else "-",
+        "usual way": _cell(usual),
+        "fastest peer": f"{peer['provider']} {_cell(peer)}" if peer else "-",
+        "our error": f"{max(errors):.0e}" if errors else "-",
     }
+
+
+def _cell(row: report.Row, memory: bool = True) -> str:
+    if not row:
+        return "-"
+    return f"{row['time_ms']:.3g}" + (f" ms, {row['peak_mb']:.3g} MB" if memory else " ms")
