@@ -38,6 +38,7 @@ __all__ = ["scaled_rows", "solve", "solve_head_gradient"]
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     """Answers one call of the operator on the rows that count."""
+    problem = contiguous(problem)
     head, target = problem.head, problem.target
     check_dtype(head.hidden)
     grad = problem.want_dh or problem.want_dw or problem.want_db
@@ -123,6 +124,7 @@ def solve_head_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
     check_dtype(head.hidden)
+    head = with_contiguous_bias(head)
     plan = plan or default_plan(head)
     weight = row_factor.float()
     rows = rows_that_count(target, ignore_index, weight)
@@ -131,6 +133,21 @@ def solve_head_gradient(
     )
     empty = weight.new_empty(0)
     return dw if dw is not None else empty, db if db is not None else empty.clone()
+
+
+def contiguous(problem: Problem) -> Problem:
+    """The problem with targets and biases that kernels may read one after the other."""
+    guide = problem.guide
+    return problem._replace(
+        head=with_contiguous_bias(problem.head),
+        guide=with_contiguous_bias(guide) if guide is not None else None,
+        target=problem.target.contiguous(),
+    )
+
+
+def with_contiguous_bias(head: Head) -> Head:
+    """Hidden states and head weights may have any strides, biases may not."""
+    return head._replace(bias=head.bias.contiguous() if head.bias is not None else None)
 
 
 def check_dtype(hidden: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gift_kernels import TokenStats, reference, token_confidence, weighted_ce
 
-IMPLS = ["eager"]
+IMPLS = ["eager", "triton"]
 TAKE_FLOAT64 = ["eager"]
 # Allowed in any case, relative to the truth: of a whole tensor, and of one row of a gradient, which
 # is a difference (p − 1) and so has lost digits where p is near 1.

@@ -286,6 +286,39 @@ def test_a_loss_near_0_keeps_its_relative_accuracy(device: str) -> None:
     assert ((found.dh - true_dh).norm(dim=1) / true_dh.norm(dim=1)).max() < 2 * 32 * 2**-24
 
 
+@pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])
+def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -> None:
+    problem = random_problem(40, 24, 130, FP32, device, want_dw=want_dw, want_db=want_dw)
+    bias = torch.randn(130, device=device)
+    guide = Head(problem.head.hidden, problem.head.weight, bias, 1.0, None)
+    plain = problem._replace(
+        head=problem.head._replace(bias=bias), target=torch.full_like(problem.target, 7)
+    )
+    strided = plain._replace(
+        head=plain.head._replace(bias=bias.repeat_interleave(3)[::3]),
+        target=plain.target[:1].expand(40),
+        row_weight=plain.row_weight.repeat_interleave(2)[::2],
+    )
+    for one, other in (
+        (plain, strided),
+        (
+            plain._replace(row_weight=None, guide=guide),
+            strided._replace(row_weight=None, guide=guide._replace(bias=strided.head.bias)),
+        ),
+    ):
+        with poisoned_memory():
+            expected, found = ce.solve(one), ce.solve(other)
+        for name, value in found._asdict().items():
+            assert torch.equal(value, getattr(expected, name)), name
+    factor = torch.rand(40, device=device)
+    options = {"ignore_index": -100, "want_dw": True, "want_db": True, "shard": None}
+    expected, found = (
+        ce.solve_head_gradient(one.head, one.target, factor, **options, chunk_size=None)
+        for one in (plain, strided)
+    )
+    assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
+
+
 def test_float64_is_refused(device: str) -> None:
     problem = random_problem(4, 8, 9, torch.float64, device)
     with pytest.raises(ValueError, match=r'torch.float64; use impl="eager"'):
