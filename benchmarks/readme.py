@@ -51,9 +51,10 @@ def _device(results: report.Results) -> str:
     where = f"benchmarks/results/{results.output.name}"
     lines = [
         f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]} "
-        f"([all results]({where}/results.md)). In turns in one process; correct before timed;",
-        "medians; memory beyond the inputs; the floor is the bare products, or a copy; the usual way",
-        "full logits, or `W += scale * (B @ A)`; with a frozen head, forward and backward, if not said:",
+        f"([all results]({where}/results.md)).",
+        "In turns in one process; correct before timed; medians; memory beyond the inputs. The",
+        "floor is the bare products, or a copy; the usual way is full logits, or",
+        "`W += scale * (B @ A)`; with a frozen head, forward and backward, if not said:",
     ]
     if not environment["device"].startswith("CPU"):
         lines += ["", *report.plain_table(goals.judge(results.rows))]
