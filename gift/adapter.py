@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gift.errors import InputError
 from gift.files import hash_file, read_json
-from gift.shards import TensorEntry, open_shard
+from gift.shards import TensorEntry, open_shard, read_tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,6 +35,8 @@ KNOWN_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.(?P<part>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>[AB])(\.[^.]+)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
+# What PEFT stores beside an adapter without having trained it.
+_EMBEDDINGS = re.compile(r"embed|lm_head|wte|shared|output_layer")
 _SAVED = re.compile(r"(?P<path>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<part>[^.]+)")
 
 
@@ -145,6 +147,25 @@ def read_adapter(folder: Path) -> Adapter:
     return _sort_tensors(adapter, open_shard(folder / WEIGHTS_FILE).entries)
 
 
+def refuse_dead_values(adapter: Adapter) -> None:
+    """Reads an adapter's tensors once; InputError for NaN, infinity or an update that is all 0."""
+    changes = adapter.saved or adapter.uses_dora
+    for module in adapter.modules:
+        for entry in module.entries:
+            values = read_tensor(entry)
+            if not bool(values.isfinite().all()):
+                raise InputError(
+                    f"--adapter: {adapter.folder}: {entry.name} holds NaN or infinity; its "
+                    "training went wrong, choose an earlier checkpoint"
+                )
+            changes = changes or (entry in (module.b, module.bias) and bool(values.any()))
+    if not changes:
+        raise InputError(
+            f"--adapter: {adapter.folder}: every lora_B is 0, so merging would change nothing; was "
+            "the adapter trained?"
+        )
+
+
 def _refusals(config: Mapping[str, Any]) -> list[str]:
     problems = [f"{name}: {reason}" for name, reason in REFUSED.items() if config.get(name)]
     start = config.get("init_lora_weights")
@@ -201,15 +222,16 @@ def _sort_full_tensor(
     match = _SAVED.fullmatch(key)
     path, part = (match["path"], match["part"]) if match else ("", key)
     module = path.removesuffix(".base_layer")
+    # PEFT takes every module whose name ends so, not at a dot: "norm" is input_layernorm too.
     in_saved = any(
-        f".{module}.".endswith(f".{name}.") or f".{name}." in f".{module}."
+        module.endswith(name) or f"{name}." in f"{module}."
         for name in config.get("modules_to_save") or ()
     )
     if "token_adapter" in key or "trainable_tokens" in key:
         problems.append(f"{entry.name}: trainable tokens (trainable_token_indices) are not merged")
     elif in_saved or (part == "bias" and config.get("bias", "none") != "none"):
         saved[f"{module}.{part}"] = entry
-    elif path.endswith(".base_layer") or part == "weight":
+    elif path.endswith(".base_layer") or (part == "weight" and _EMBEDDINGS.search(module)):
         copies[f"{module}.{part}"] = entry
     else:
         problems.append(f"{entry.name}: belongs to no LoRA module known to this program")

@@ -45,12 +45,22 @@ app = typer.Typer(
 CONFIGS: dict[str, type[Options]] = {}
 
 
-def _add_command(name: str, config: type[Options], function: str, help_text: str) -> None:
+def _add_command(
+    name: str,
+    config: type[Options],
+    function: str,
+    help_text: str,
+    positional: tuple[str, ...] = (),
+) -> None:
     """Registers a subcommand that builds `config` and calls `module:function` with it."""
 
     def command(**values: Any) -> None:
         recipe = values.pop("config")
         flags = {key: value for key, value in values.items() if value not in (None, [])}
+        if recipe is None and (missing := [key.upper() for key in positional if key not in flags]):
+            raise InputError(
+                f"gift {name}: {' and '.join(missing)} missing; see gift {name} --help"
+            )
         module, attribute = function.split(":")
         options = build_config(config, recipe, flags)
         getattr(importlib.import_module(module), attribute)(options)
@@ -68,6 +78,10 @@ def _add_command(name: str, config: type[Options], function: str, help_text: str
     ]
     for key, field in config.model_fields.items():
         kind, option = _flag(key, field)
+        if key in positional:
+            option = typer.Argument(
+                None, metavar=key.upper(), help=field.description, show_default=False
+            )
         parameters.append(
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
         )
@@ -143,6 +157,7 @@ _add_command(
     "gift.diff:diff",
     "What changed between two models, layer by layer: size and rank of the change, and how much of "
     "it bf16 cannot hold. Reads both models once.",
+    positional=("model_a", "model_b"),
 )
 _add_command(
     "unmerge",

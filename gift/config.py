@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     create_model,
     field_validator,
+    model_validator,
 )
 
 from gift.errors import InputError
@@ -29,6 +30,25 @@ class OutputOptions(Options):
 
     output: Path = Field(description="Folder to write; it appears only when it is complete.")
     overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
+
+    @model_validator(mode="after")
+    def _replaces_no_input(self) -> "OutputOptions":
+        """InputError where `overwrite` would remove what another option names."""
+        if not self.overwrite or not self.output.exists():
+            return self
+        place = self.output.resolve()
+        for key in sorted(set(type(self).model_fields) - {"output"}):
+            value = getattr(self, key)
+            for name in value if isinstance(value, list) else [value]:
+                if not isinstance(name, str | Path) or not Path(name).exists():
+                    continue
+                source = Path(name).resolve()
+                if source == place or place in source.parents:
+                    raise InputError(
+                        f"--output: {self.output} is or holds --{key.replace('_', '-')} {name}, "
+                        "which --overwrite would remove; choose another folder"
+                    )
+        return self
 
 
 class DeviceOptions(Options):

@@ -20,7 +20,9 @@ def partial_path(output: Path) -> Path:
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raises InputError where `output` exists and `overwrite` is not given."""
+    """Raises InputError where `output` is a file, or exists and `overwrite` is not given."""
+    if output.is_file():
+        raise InputError(f"--output: {output} is a file; choose the name of a folder")
     if output.exists() and not overwrite:
         raise InputError(
             f"--output: {output} already exists; choose another folder or pass --overwrite"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gift import merge_output
-from gift.adapter import read_adapter
+from gift.adapter import read_adapter, refuse_dead_values
 from gift.config import MergeConfig
 from gift.console import console, print_summary, print_table
 from gift.errors import InputError
@@ -89,6 +89,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     summary = _summary(plan, shards)
     if config.dry_run:
         return summary
+    for adapter in adapters:
+        refuse_dead_values(adapter)
     fingerprint = _fingerprint(config, checkpoint, base, plan, recipe, statistics.fingerprint)
     manifest = {
         "kind": "gift merge",

@@ -27,9 +27,7 @@ def build_config(
     try:
         return model.model_validate({**values, **flags})
     except ValidationError as error:
-        problems = [
-            f"{_place(problem, recipe, flags)}: {_reason(problem)}" for problem in error.errors()
-        ]
+        problems = [_sentence(problem, recipe, flags) for problem in error.errors()]
         raise InputError("; ".join(problems)) from None
 
 
@@ -44,6 +42,13 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"--config: {recipe}: expected a mapping of option names to values")
     return content
+
+
+def _sentence(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:
+    ours = problem.get("ctx", {}).get("error")
+    if isinstance(ours, InputError):
+        return str(ours)
+    return f"{_place(problem, recipe, flags)}: {_reason(problem)}"
 
 
 def _place(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:

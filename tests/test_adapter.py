@@ -16,6 +16,7 @@ from merge_models import (
     run_merge,
     save_adapter,
     save_model,
+    save_pair,
     tensors,
 )
 from peft import IA3Config, get_peft_model
@@ -346,6 +347,43 @@ def test_untrained_copies_of_base_weights_are_noted_and_not_merged(tmp_path: Pat
     torch.testing.assert_close(found.double(), expected)
     notes = json.loads((merged / "gift_merge.json").read_text())["notes"]
     assert any("untrained copies" in note for note in notes)
+
+
+def test_modules_to_save_are_matched_as_peft_matches_them(tmp_path: Path) -> None:
+    """ "norm" is every module whose name ends so: PEFT trains the layers' norms too."""
+    save_model(tmp_path / "model")
+    save_adapter(
+        tmp_path / "adapter",
+        tmp_path / "model",
+        target_modules=["q_proj"],
+        modules_to_save=["norm"],
+    )
+    stored = tensors(tmp_path / "adapter")
+    saved = {name: value for name, value in stored.items() if "norm" in name}
+    assert any("input_layernorm" in name for name in saved)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: stored[name] + (name in saved) for name in stored}, path)
+    merged = tensors(run_merge(tmp_path))
+    for name, value in saved.items():
+        assert torch.equal(merged[name.removeprefix("base_model.model.")], value + 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0.0, "every lora_B is 0"), (float("nan"), "NaN or infinity"), (float("inf"), "NaN or inf")],
+)
+def test_an_adapter_that_says_nothing_or_nonsense_is_refused(
+    value: float, message: str, tmp_path: Path
+) -> None:
+    save_pair(tmp_path)
+    stored = tensors(tmp_path / "adapter")
+    for name in stored:
+        if "lora_B" in name:
+            stored[name] = torch.full_like(stored[name], value)
+    save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        run_merge(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 
 
 @pytest.mark.parametrize(

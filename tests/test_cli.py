@@ -58,7 +58,8 @@ def test_help_explains_the_stage_and_every_option(command):
     assert result.exit_code == 0
     config = cli.CONFIGS[command]
     for name, field in config.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in result.output, name
+        flag = f"--{name.replace('_', '-')}"
+        assert flag in result.output or f" {name.upper()} " in result.output, name
         assert field.description, f"{command} --{name} has no description"
 
 
@@ -116,3 +117,36 @@ def test_full_disk_is_one_line_and_leaves_no_finished_folder(folder, tmp_path, l
     assert result.status == 1, result.stderr
     assert "Traceback" not in result.stderr and "nothing was published" in result.stderr
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the input", "a folder that holds it"])
+def test_overwrite_never_removes_an_input(inside: bool, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "models" / "instruct")
+    output = model.parent if inside else model
+    arguments = ["merge", "--model", str(model), "--adapter", str(model), "--output", str(output)]
+    finished = gift(tmp_path, *arguments, "--overwrite")
+    assert finished.status == 2
+    assert finished.stderr.startswith("gift: --output: ")
+    assert "which --overwrite would remove" in finished.stderr
+    assert (model / "config.json").exists()
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model")
+    finished = gift(
+        tmp_path,
+        *("train", "--model", str(model), "--tokenizer", str(model), "--weighting", "uniform"),
+        *("--data", str(tiny.write_rows(tmp_path / "rows.jsonl")), "--overwrite"),
+        *("--output", str(model / "config.json")),
+    )
+    assert finished.status == 2 and "is a file" in finished.stderr
+    assert (model / "config.json").is_file()
+
+
+def test_diff_takes_two_models_by_their_places(tmp_path: Path) -> None:
+    one, other = (tiny.make_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
+    finished = gift(tmp_path, "diff", str(one), str(other))
+    assert finished.status == 0, finished.stderr
+    assert "changed tensors" in finished.stdout
+    finished = gift(tmp_path, "diff", str(one))
+    assert finished.status == 2 and "MODEL_B missing" in finished.stderr
