@@ -217,7 +217,8 @@ def gpu_cases(quick: bool = False) -> list[Case]:
         MergeCase("llama-3.1-8b up"),
         CECase("llama-3.1-8b", 8192, weighting="guide"),
         CECase("llama-3.1-8b", 8192, data="flat"),
-        CECase("qwen2.5-0.5b", 8192),
+        CECase("gemma-2-9b", 8192),
+        CECase("qwen2.5-7b", 8192),
         MergeCase("llama-3.1-8b up", factor_dtype="bfloat16"),
     ]
     if quick:
@@ -236,10 +237,15 @@ def gpu_cases(quick: bool = False) -> list[Case]:
     cases += [CECase(head, 8192, **confidence) for head in list(HEADS)[1:6]]
     cases += [MergeCase("llama-3.1-8b up", rank=rank) for rank in (8, 256, 500)]
     cases += [MergeCase(name) for name in list(MATRICES)[1:4]]
+    cases += [
+        CECase(head, 8192, weighting=weighting, trainable=weighting == "uniform")
+        for head in ("gemma-2-9b", "qwen2.5-7b")
+        for weighting in ("uniform", "guide")
+    ]
     cases += [CECase(head, 8192, trainable=True) for head in list(HEADS)[1:6]]
     cases += [CECase(head, tokens) for head in list(HEADS)[1:6] for tokens in (2048, 32768)]
     cases += [CECase("llama-3.1-8b", 8192, "float16"), CECase("llama-3.1-8b", 2048, "float32")]
     return cases
 
 
-_SHOWN = ("llama-3.1-8b", "qwen2.5-0.5b")
+_SHOWN = ("llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b")

@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.measure import Call, Contender, Settings, free, take_turns
+from benchmarks.measure import Call, Contender, Settings, failure, free, take_turns
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.providers import Provider
 from gift.annotate import annotate_batch
@@ -152,13 +152,14 @@ def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[rep
     for spec in SIZES[size]:
         steps.append(lambda spec=spec: annotation(spec, dtype, settings))
         steps.append(lambda spec=spec: training(spec, dtype, settings, spec.name))
-    steps.insert(2, lambda: merging(size))
     for label, spec in growth(size):
         steps.append(
             lambda label=label, spec=spec: training(
                 spec, dtype, settings, f"{spec.name}, 4 layers, {label}"
             )
         )
+    # Last on a GPU, whose time it would mostly spend on writing random weights with the CPU.
+    steps.insert(len(steps) if size == "gpu" else 2, lambda: merging(size))
     for number, step in enumerate(steps):
         if time.monotonic() - started > seconds:
             reason = f"not run: the time ended, {len(steps) - number} of {len(steps)} steps left"
@@ -175,11 +176,11 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     batches = plan_batches(examples, spec.annotate_tokens)
     alone = [[example] for batch in batches for example in batch]
 
-    def ours() -> Tensor:
-        return _flat(annotate_batch(model, batch) for batch in batches)
+    def ours() -> list[Tensor]:
+        return [_flat(annotate_batch(model, batch) for batch in batches)]
 
-    def full(groups: Sequence[Sequence[Example]]) -> Tensor:
-        return _flat([_full_logit_confidence(model, group)] for group in groups)
+    def full(groups: Sequence[Sequence[Example]]) -> list[Tensor]:
+        return [_flat([_full_logit_confidence(model, group)] for group in groups)]
 
     ways = {
         OURS: ours,
@@ -220,10 +221,10 @@ def training(
     )
     count = sum(example.targets for example in examples)
 
-    def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
 
-        def run() -> Tensor:
+        def run() -> list[Tensor]:
             loss = losses() / count
             for parameter in trained:
                 assert parameter.grad is not None
@@ -232,7 +233,7 @@ def training(
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return torch.cat([torch.tensor([loss], device=device), gradient])
+            return [torch.tensor([loss], device=device), gradient]
 
         return run
 
@@ -247,7 +248,7 @@ def training(
 
     ways = {
         OURS: step(lambda: float(accumulate_gradients(config, adapted, rows)[0]), parameters),
-        "full logits (Trainer)": step(
+        "full logits, as a Trainer's loss": step(
             lambda: by_micro_batches(_full_logit_loss, adapted), parameters
         ),
     }
@@ -256,9 +257,9 @@ def training(
         missing[LIGER] = "not installed"
     elif device.type != "cuda":
         missing[LIGER] = "not run: needs a GPU"
+    elif failed := _liger_fails(patched := make_adapted(spec, dtype, device)):
+        missing[LIGER] = failed
     else:
-        patched = make_adapted(spec, dtype, device)
-        _use_liger_layers(patched.get_base_model())
         trained = [parameter for parameter in patched.parameters() if parameter.requires_grad]
         ways[LIGER] = step(lambda: by_micro_batches(_liger_loss, patched), trained)
         ways["gift, Liger's layers"] = step(
@@ -299,6 +300,15 @@ def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
     weight = token_weight(TrainConfig(model="", data=Path(), output=Path()), micro, head.device)
     return (weight * nll).sum()
+
+
+def _liger_fails(adapted: Any) -> str:
+    """Gives a model Liger's layers; what went wrong, if anything did."""
+    try:
+        _use_liger_layers(adapted.get_base_model())
+    except Exception as error:  # as in `_compare`
+        return failure(error)
+    return ""
 
 
 def _use_liger_layers(model: Any) -> None:
@@ -387,7 +397,7 @@ def _tokens(examples: Sequence[Example]) -> int:
 def _compare(
     stage: str,
     model: str,
-    ways: dict[str, Callable[[], Tensor]],
+    ways: dict[str, Callable[[], list[Tensor]]],
     tokens: int,
     dtype: torch.dtype,
     settings: Settings,
@@ -399,13 +409,13 @@ def _compare(
     for name, way in ways.items():
         row = rows[name] = {"stage": stage, "model": model, "way": name, "status": "ok"}
         try:
-            found = way().double()
-        except torch.OutOfMemoryError:
-            row["status"] = "failed: out of memory"
+            found = [values.double() for values in way()]
+        except Exception as error:  # other people's code may raise anything
+            row["status"] = failure(error)
             free(settings.device)
             continue
         truth = found if truth is None else truth
-        row["disagrees by"] = float((found - truth).norm() / truth.norm())
+        row["disagrees by"] = disagreement(found, truth)
         if not row["disagrees by"] <= AGREE[dtype]:
             row["status"] = "wrong"
             continue
@@ -413,13 +423,23 @@ def _compare(
         contenders.append(Contender(provider, [Call(_nothing, lambda _, way=way: way(), _nothing)]))
     take_turns(contenders, settings)
     for contender in contenders:
-        name, seconds = contender.provider.name, median(contender.samples)
+        name = contender.provider.name
+        if contender.failed:
+            rows[name]["status"] = contender.failed
+            continue
+        seconds = median(contender.samples)
         rows[name] |= {
             "tokens/s": tokens / seconds,
             "ms": 1e3 * seconds,
             "peak extra MB": peak_extra_bytes(ways[name], settings.device) / 1e6,
         }
     yield from rows.values()
+
+
+def disagreement(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest relative distance of any of the results: a loss must not hide a gradient."""
+    pairs = zip(found, truth, strict=True)
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
 
 
 def _nothing() -> None:

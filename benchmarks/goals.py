@@ -21,6 +21,7 @@ class Goal:
     chosen: Callable[[Row], bool]
     figure: Callable[[Row], float | None]
     provider: str = "gift triton"
+    heads: tuple[str, ...] = HEADS
 
 
 def _weighted(weighting: str, trainable: bool) -> Callable[[Row], bool]:
@@ -76,6 +77,7 @@ GOALS = (
         _merge,
         lambda row: row.get("ratio_floor"),
         provider="gift triton, in place",
+        heads=("llama-3.1-8b up",),
     ),
     Goal(
         "merge, × the fastest peer",
@@ -83,36 +85,25 @@ GOALS = (
         _merge,
         lambda row: row.get("ratio_best_peer"),
         provider="gift triton, in place",
+        heads=("llama-3.1-8b up",),
     ),
 )
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """One row for each goal and case: what was wanted, what was found, and whether it is met."""
+    """One row for each goal and head: what was wanted, what was found, and whether it is met."""
     found: list[Row] = []
     for goal in GOALS:
         cases = [row for row in rows if row["provider"] == goal.provider and goal.chosen(row)]
-        for row in cases:
-            figure = goal.figure(row) if row["status"] == "ok" else None
-            met = "not measured" if figure is None else "yes" if figure <= goal.bound else "no"
-            where = f"{row['head']}, {row['data']}" if row["data"] else row["case"]
-            found.append(
-                {
-                    "goal": goal.name,
-                    "case": where,
-                    "at most": goal.bound,
-                    "found": figure,
-                    "met": met,
-                }
-            )
-        if not cases:
-            found.append(
-                {
-                    "goal": goal.name,
-                    "case": "",
-                    "at most": goal.bound,
-                    "found": None,
-                    "met": "not measured",
-                }
-            )
+        heads = dict.fromkeys([*goal.heads, *(row["head"] for row in cases)])
+        for head in heads:
+            of_head = [row for row in cases if row["head"] == head] or [None]
+            found += [_judged(goal, head, row) for row in of_head]
     return found
+
+
+def _judged(goal: Goal, head: str, row: Row | None) -> Row:
+    figure = goal.figure(row) if row is not None and row["status"] == "ok" else None
+    met = "not measured" if figure is None else "yes" if figure <= goal.bound else "no"
+    case = head if row is None else ", ".join(filter(None, [head, row["data"]]))
+    return {"goal": goal.name, "case": case, "at most": goal.bound, "found": figure, "met": met}

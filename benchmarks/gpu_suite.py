@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,14 @@ import torch
 
 from benchmarks import goals, report
 from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
-from benchmarks.measure import Settings, add_case, check, gate_truth, measure_case
+from benchmarks.measure import (
+    Settings,
+    add_case,
+    check,
+    failure,
+    gate_truth,
+    measure_case,
+)
 from benchmarks.providers import floors, own_providers, providers_of
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +49,7 @@ KERNEL_TESTS = (
     "tests/test_ce_properties.py",
 )
 CANDIDATES_SECONDS = 60  # a case's, most of them for the compiler
+OURS = "gift"  # the way of `end_to_end` that is ours
 SANITIZED = "bfloat16-triton or float32-triton"
 
 
@@ -84,7 +93,15 @@ def main() -> None:
         parser.error("no CUDA device; --dry-run walks through the suite on a CPU")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     environment = report.environment(device)
-    output = arguments.output or ROOT / "benchmarks" / "results" / _folder_name(environment)
+    output = arguments.output
+    if arguments.dry_run:
+        # Its times mean nothing: never among the stored results, nor in README.
+        environment["dry_run"] = True
+        output = output or Path(tempfile.mkdtemp(prefix="gpu_suite_"))
+    elif output is None:
+        output = ROOT / "benchmarks" / "results" / _folder_name(environment)
+    if (output / report.RESULTS_FILE).exists():
+        parser.error(f"--output: {output} holds results already; choose another folder")
     settings = Settings(device, seconds=0.0, rounds=(1, 1))
     if not arguments.dry_run:
         settings = Settings(device, seconds=4.0, rounds=(5, 60))
@@ -97,9 +114,10 @@ def main() -> None:
     finally:
         results.tables["goals"] = goals.judge(results.rows)
         results.save()
+        print(summary(suite), flush=True)
         report.plot(output, results.rows)
-        print(summary(suite))
-    if failures(results):
+    if broken := failures(results):
+        print(f"{len(broken)} failures, the first: {broken[0]}")
         sys.exit(1)
 
 
@@ -112,8 +130,7 @@ def run_part(suite: Suite, name: str) -> None:
     try:
         PARTS[name](suite)
     except Exception as error:  # a GPU's time is short: no part may cost the others theirs
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        suite.add("not run", {"part": name, "reason": reason})
+        suite.add("not run", {"part": name, "reason": failure(error)})
 
 
 def run_tests(suite: Suite) -> None:
@@ -228,7 +245,10 @@ def _run_cases(suite: Suite, cases: Sequence[Case]) -> None:
         if suite.dry_run:
             # Peers' kernels take seconds in the interpreter; tests/test_benchmarks.py runs them.
             providers = [one for one in providers if one.package in (None, "peft")]
-        add_case(suite.results, case, suite.settings, providers)
+        try:
+            add_case(suite.results, case, suite.settings, providers)
+        except Exception as error:  # one case may not cost the others theirs
+            suite.add("not run", {"part": case.label, "reason": failure(error)})
 
 
 def _toy() -> list[Case]:
@@ -325,10 +345,17 @@ def summary(suite: Suite) -> str:
 def failures(results: report.Results) -> list[report.Row]:
     """Rows that say that something of ours is wrong, or that a part could not run."""
     tables = results.tables
-    broken = [row for row in tables.get("tests", []) if row["failed"] or row["error"]]
+    broken = [row for row in tables.get("tests", []) if row["status"] != "ok" or not row["passed"]]
     broken += [row for row in tables.get("accuracy against float64", []) if _bad(row)]
+    broken += [
+        row for row in tables.get("compute-sanitizer", []) if " 0 errors" not in row["found"]
+    ]
+    broken += [row for row in tables.get("end to end", []) if _bad(row) and row["way"] == OURS]
     broken += [row for row in results.rows if row["kind"] == "ours" and _bad(row)]
-    return broken + [row for row in tables.get("not run", []) if "Error" in row["reason"]]
+    broken += [row for row in tables.get("not run", []) if row["reason"].startswith("failed")]
+    if not any(row["kind"] == "ours" and row["status"] == "ok" for row in results.rows):
+        broken.append({"part": "benchmarks", "reason": "nothing of ours was measured"})
+    return broken
 
 
 def _bad(row: report.Row) -> bool:

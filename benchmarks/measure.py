@@ -57,6 +57,7 @@ class Contender:
     provider: Provider
     calls: list["Call"]
     samples: list[float] = field(default_factory=list)
+    failed: str = ""
 
 
 @dataclass
@@ -96,6 +97,9 @@ def measure_case(
     take_turns(contenders, settings)
     for contender in contenders:
         row = rows[contender.provider.name]
+        if contender.failed:
+            row["status"] = contender.failed
+            continue
         row |= time_columns(case, contender.samples)
         row["peak_mb"] = _peak_memory(contender, settings.device)
     add_ratios(list(rows.values()))
@@ -129,9 +133,10 @@ def check(
     """`ok`, `wrong: ...` or `failed: ...`, and the relative errors of what was computed."""
     try:
         found = outputs_of(provider, case, inputs)
+        # The first look at the values: a CUDA error of the provider shows here.
+        errors = {name: relative_error(found.get(name), value) for name, value in truth.items()}
     except Exception as error:  # other people's code may raise anything
-        return _failure(error), {}
-    errors = {name: relative_error(found.get(name), value) for name, value in truth.items()}
+        return failure(error), {}
     rounding = MERGE_ROUNDING if isinstance(case, MergeCase) else ROUNDING
     for name, error in errors.items():
         budget = max(2 * yardstick[name], rounding[case.torch_dtype])
@@ -261,7 +266,7 @@ def _contenders(
             for call in (*calls, calls[0]):
                 _once(call, settings.device)
         except Exception as error:  # as in `check`
-            rows[provider.name]["status"] = _failure(error)
+            rows[provider.name]["status"] = failure(error)
             free(settings.device)
             continue
         rows[provider.name]["status"] = "ok"
@@ -313,15 +318,21 @@ def _once(call: Call, device: torch.device) -> float:
 
 
 def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
-    """Rounds of one timed call each, in the order of `turn_order`."""
+    """Rounds of one timed call each, in the order of `turn_order`; who fails is timed no more."""
     started = time.monotonic()
     least, most = settings.rounds
     for number in range(most):
         if number >= least and time.monotonic() - started > settings.seconds:
             break
         for contender in turn_order(contenders, number):
+            if contender.failed:
+                continue
             call = contender.calls[number % len(contender.calls)]
-            contender.samples.append(_once(call, settings.device))
+            try:
+                contender.samples.append(_once(call, settings.device))
+            except Exception as error:  # as in `check`; out of memory comes and goes
+                contender.failed = failure(error)
+                free(settings.device)
 
 
 def turn_order(items: Sequence[Any], number: int) -> list[Any]:
@@ -384,10 +395,11 @@ def _empty_row(case: Case, provider: Provider) -> dict[str, Any]:
     }
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """A status that says what a provider raised."""
     if isinstance(error, torch.OutOfMemoryError):
         return "failed: out of memory"
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace("|", "/")
     return f"failed: {type(error).__name__}: {text[:120]}"
 
 

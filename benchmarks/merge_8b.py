@@ -124,7 +124,7 @@ def run_ours(model: Path, adapter: Path, output: Path, residual: bool) -> dict[s
     from gift.config import MergeConfig
     from gift.merge import merge
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    before = peak_memory()
     started = time.perf_counter()
     merge(
         MergeConfig(model=str(model), adapter=[str(adapter)], output=output, save_residual=residual)

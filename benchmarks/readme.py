@@ -30,6 +30,8 @@ def newest() -> list[Path]:
     found: dict[bool, tuple[str, Path]] = {}
     for file in RESULTS.glob(f"*/{report.RESULTS_FILE}"):
         environment = report.read_results(file.parent).environment
+        if environment.get("dry_run"):
+            continue
         place = environment["device"].startswith("CPU")
         found[place] = max(found.get(place, ("", file.parent)), (environment["date"], file.parent))
     return [found[place][1] for place in sorted(found)]

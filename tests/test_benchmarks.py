@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite, measure, peers, readme, report
+from benchmarks import end_to_end, goals, gpu_suite, measure, peers, readme, report
 from benchmarks.cases import CECase, toy_cases
 from benchmarks.measure import Settings, check, gate_truth, measure_case
 from benchmarks.providers import own_providers, providers_of
@@ -45,8 +45,7 @@ def test_peers_mean_what_the_specification_means(
     wanted = {"Liger FLCE, chunk 1", "Liger scaled CE", "CCE, torch.compile"}
     wanted |= {"Liger FLCE, token scaling"} if weighting == "self" else set()
     chosen = [peer for peer in peers.PROVIDERS if peer.name in wanted and not peer.missing()]
-    if torch.cuda.is_available():
-        assert len(chosen) == len(wanted), "install the extra 'bench'"
+    assert len(chosen) == len(wanted), "install the extra 'bench'"
     inputs, truth, yardstick = gate_truth(case, CPU)
     with torch.compiler.set_stance("force_eager"):
         for peer in chosen:
@@ -105,17 +104,48 @@ def test_the_suite_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     assert {row["status"] for row in written.rows if row["kind"] == "ours"} == {"ok"}
 
 
-@pytest.mark.parametrize("wrong", ["failed test", "wrong gradient"])
-def test_the_suite_says_so_where_something_is_wrong(wrong: str, tmp_path: Path) -> None:
-    results = report.Results(tmp_path, {})
-    results.tables["tests"] = [
-        {"tests": "kernels", "failed": int(wrong == "failed test"), "error": 0}
-    ]
-    verdict = "wrong: d_hidden off by 1" if wrong == "wrong gradient" else "ok"
-    results.tables["accuracy against float64"] = [{"case": "c", "verdict": verdict}]
-    assert gpu_suite.failures(results)
-    results.tables = {}
-    assert not gpu_suite.failures(results)
+GOOD = {
+    "tests": [{"tests": "kernels", "status": "ok", "passed": 3, "failed": 0, "error": 0}],
+    "accuracy against float64": [{"case": "c", "verdict": "ok"}],
+    "compute-sanitizer": [{"tool": "memcheck", "found": "ERROR SUMMARY: 0 errors"}],
+    "end to end": [{"way": "gift", "status": "ok"}, {"way": "Liger", "status": "failed: no"}],
+    "not run": [{"part": "sanitizer", "reason": "the budget ended"}],
+}
+BAD = {
+    "tests": {"tests": "kernels", "status": "rc 4", "passed": 0, "failed": 0, "error": 0},
+    "accuracy against float64": {"case": "c", "verdict": "wrong: d_hidden off by 1"},
+    "compute-sanitizer": {"tool": "memcheck", "found": "ERROR SUMMARY: 5 errors"},
+    "end to end": {"way": "gift", "status": "wrong"},
+    "not run": {"part": "accuracy", "reason": "failed: RuntimeError: no"},
+}
+
+
+def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
+    rows = [{"kind": "ours", "status": "ok"}, {"kind": "peer", "status": "wrong: loss"}]
+    good = report.Results(tmp_path, {}, rows=rows, tables=GOOD)
+    assert not gpu_suite.failures(good)
+    assert gpu_suite.failures(replace(good, rows=[]))
+    assert gpu_suite.failures(replace(good, rows=[*rows, {"kind": "ours", "status": "wrong: q"}]))
+    for name, row in BAD.items():
+        bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
+        assert gpu_suite.failures(bad) == [row], name
+
+
+def test_goals_are_judged_for_every_head_they_name() -> None:
+    case = CECase("llama-3.1-8b", 8192)
+    row = {**case.describe(), "provider": "gift triton", "status": "ok", "data": "peaked"}
+    judged = goals.judge([{**row, "ratio_floor": 1.05, "ratio_best_peer": 1.2, "peak_mb": 200.0}])
+    verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
+    assert verdicts["frozen head, × one bare product", "llama-3.1-8b, peaked"] == "yes"
+    assert verdicts["frozen head, × the fastest peer", "llama-3.1-8b, peaked"] == "no"
+    assert verdicts["frozen head, × one bare product", "gemma-2-9b"] == "not measured"
+    assert verdicts["merge, × a copy", "llama-3.1-8b up"] == "not measured"
+
+
+def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:
+    loss, gradient = torch.tensor([3.0]), torch.full((8,), 1e-3)
+    assert end_to_end.disagreement([loss, gradient], [loss, gradient]) == 0
+    assert end_to_end.disagreement([loss, 0 * gradient], [loss, gradient]) == 1
 
 
 def test_the_performance_section_of_the_readme_is_that_of_the_stored_results() -> None:
