@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/gift demo --output demo-output --overwrite
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -18,7 +18,7 @@ check: $(READY)
 	$(BIN)/basedpyright
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks --output bench-output
+	$(BIN)/python -m benchmarks --output bench-output --overwrite
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

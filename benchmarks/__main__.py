@@ -1,4 +1,4 @@
-"""`python -m benchmarks --output DIR` measures, `compare A B` compares, `readme` fills README."""
+"""`python -m benchmarks` measures, `compare A B` compares, `readme` fills README."""
 
 import argparse
 import time
@@ -8,13 +8,15 @@ import torch
 
 from benchmarks import readme, report
 from benchmarks.cases import cpu_cases, gpu_cases
-from benchmarks.measure import Settings, add_case
+from benchmarks.measure import add_case
+from benchmarks.turns import LOST, Settings
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
+    parser.add_argument("--overwrite", action="store_true", help="results that --output holds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few cases; toy sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
@@ -33,8 +35,6 @@ def main() -> None:
     if arguments.command == "readme":
         readme.update(arguments.folders)
         return
-    if arguments.output is None:
-        parser.error("--output is required")
     run(arguments)
 
 
@@ -56,7 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
     if device.type == "cpu" and not arguments.quick:
         rounds = (3, 60)
     settings = Settings(device, seconds=arguments.seconds, rounds=rounds)
-    results = report.Results(arguments.output, report.environment(device))
+    environment = report.environment(device)
+    if arguments.quick and device.type == "cpu":
+        environment["dry_run"] = True  # toy sizes: nothing for README
+    output = report.new_folder(arguments.output, environment, arguments.overwrite)
+    results = report.Results(output, environment)
     start = time.monotonic()
     for number, case in enumerate(cases):
         minutes = (time.monotonic() - start) / 60
@@ -64,12 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"the budget ended; {len(cases) - number} of {len(cases)} cases were not begun")
             break
         print(f"[{number + 1}/{len(cases)}] {case.label}", flush=True)
-        add_case(results, case, settings)
+        if not add_case(results, case, settings):
+            raise SystemExit(f"{case.label} {LOST}: the results so far are in {output}")
     if not arguments.quick:
         print("whole stages", flush=True)
         add_stages(results, device, arguments.stage_seconds)
-    report.plot(arguments.output, results.rows)
-    print((arguments.output / "results.md").read_text())
+    report.plot(output, results.rows)
+    print((output / "results.md").read_text())
 
 
 if __name__ == "__main__":

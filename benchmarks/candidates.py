@@ -25,15 +25,12 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     head = Head(inputs.hidden, inputs.weight, None, 1.0, case.shape.softcap)
     default = default_plan(head)
     changes: dict[str, dict[str, Any]] = {"default": {}}
-    narrow = default.logit_tiles in tiles_for(NARROW_LOGIT_TILES, default.machine, case.torch_dtype)
-    tables = {
-        "logit_tiles": NARROW_LOGIT_TILES if narrow else LOGIT_TILES,
-        "product_tiles": PRODUCT_TILES,
-    }
-    for field, table in tables.items():
-        for tiles in tiles_for(table, default.machine, case.torch_dtype):
-            if tiles != getattr(default, field):
-                changes[f"{field} {'-'.join(map(str, tiles))}"] = {field: tiles}
+    tables = {"logit_tiles": (LOGIT_TILES, NARROW_LOGIT_TILES), "product_tiles": (PRODUCT_TILES,)}
+    for field, known in tables.items():
+        for table in known:
+            for tiles in tiles_for(table, default.machine, case.torch_dtype):
+                if tiles != getattr(default, field):
+                    changes[f"{field} {'-'.join(map(str, tiles))}"] = {field: tiles}
     changes["library products"] = {"products": "library"}
     changes["library logits"] = {"logits": "library"}
     changes["library logits and products"] = {"logits": "library", "products": "library"}
@@ -48,7 +45,7 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
                     columns: sizes[1],
                 }
     return [
-        Provider(name, "ours", CE_OPS, _with_plan(change), skip=needs_triton)
+        Provider(name, "candidate", CE_OPS, _with_plan(change), skip=needs_triton)
         for name, change in changes.items()
     ]
 

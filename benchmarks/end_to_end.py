@@ -8,8 +8,9 @@ cross-entropies, as a Trainer subclass computes it; Transformers, PEFT and Liger
 its fused loss with `reduction="none"` times the weights). Merge: `benchmarks/merge_8b.py`.
 
 All ways of a stage share one model, one batch and one process and take turns. Who disagrees with
-ours by more than rounding explains is shown as wrong, without a time. Tokens are those of the rows,
-prompts included, padding not.
+full logits by more than rounding explains is shown as wrong, without a time; where full logits fail
+(their memory), the others are timed and shown as unjudged. Tokens are those of the rows, prompts
+included, padding not.
 """
 
 import argparse
@@ -20,21 +21,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.measure import Call, Contender, Settings, failure, free, take_turns
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.architectures import (
+    SIZES,
+    Spec,
+    growth,
+    make_adapted,
+    make_examples,
+    make_model,
+)
 from benchmarks.providers import Provider
+from benchmarks.turns import (
+    Call,
+    Contender,
+    Settings,
+    failure,
+    free,
+    peak_megabytes,
+    recover,
+    take_turns,
+)
 from gift.annotate import annotate_batch
 from gift.batches import pad_batch, plan_batches, target_ids
 from gift.config import TrainConfig
@@ -44,84 +59,10 @@ from gift.train import accumulate_gradients
 from gift.weights import WeightedRow, token_weight
 
 OURS = "gift"
+FULL = "full logits, in our batches"
+FULL_LOSS = "full logits, as a Trainer's loss"
+TRUTHS = (FULL, FULL_LOSS)  # what all other ways are judged by
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of confidences, losses and gradients
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An architecture by its public config, and the batch it is measured on."""
-
-    name: str
-    config_class: str
-    config: dict[str, Any]
-    rows: int  # of the training step; annotation has four times as many
-    micro_rows: int
-    lengths: tuple[int, int]  # shortest and longest row
-    rank: int = 64
-    annotate_tokens: int = 16384  # a batch
-
-
-def _llama(hidden: int, layers: int, intermediate: int, heads: int, tied: bool) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": tied,
-    }
-
-
-QWEN_HALF_B = {
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "intermediate_size": 4864,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
-SMALL = {
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "intermediate_size": 704,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 16384,
-}
-TOY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-}
-SIZES: dict[str, tuple[Spec, ...]] = {
-    "gpu": (
-        Spec("qwen2.5-0.5b", "Qwen2Config", QWEN_HALF_B, 16, 8, (300, 1200)),
-        Spec("llama-3.1-8b", "LlamaConfig", _llama(4096, 32, 14336, 32, False), 8, 4, (300, 1200)),
-        Spec("llama-3.2-3b", "LlamaConfig", _llama(3072, 28, 8192, 24, True), 8, 4, (300, 1200)),
-    ),
-    "cpu": (Spec("cpu-small", "Qwen2Config", SMALL, 4, 2, (100, 300), annotate_tokens=1024),),
-    "toy": (Spec("toy", "LlamaConfig", TOY, 2, 2, (12, 24), rank=4, annotate_tokens=64),),
-}
-
-
-def growth(size: str) -> Iterator[tuple[str, Spec]]:
-    """The size's first architecture, cut to four layers, with more tokens, vocabulary and rank."""
-    spec = SIZES[size][0]
-    spec = replace(spec, config={**spec.config, "num_hidden_layers": 4})
-    factors = {"gpu": (1, 4, 16), "cpu": (1, 4), "toy": (1,)}[size]
-    for factor in factors:
-        rows = spec.micro_rows * factor // 2 or 1
-        yield f"{rows} rows at once", replace(spec, rows=rows, micro_rows=rows)
-    for factor in factors[1:]:
-        vocab = spec.config["vocab_size"] // 4 * factor
-        yield f"vocabulary {vocab}", replace(spec, config={**spec.config, "vocab_size": vocab})
-    for rank in {"gpu": (8, 256), "cpu": (8, 16), "toy": (8,)}[size]:
-        yield f"rank {rank}", replace(spec, rank=rank)
 
 
 def main() -> None:
@@ -149,15 +90,17 @@ def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[rep
         settings = replace(settings, rounds=(3, 20))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     steps: list[Callable[[], Iterator[report.Row]]] = []
-    for spec in SIZES[size]:
-        steps.append(lambda spec=spec: annotation(spec, dtype, settings))
-        steps.append(lambda spec=spec: training(spec, dtype, settings, spec.name))
+
+    def add(spec: Spec) -> None:
+        steps.append(lambda: annotation(spec, dtype, settings))
+        steps.append(lambda: training(spec, dtype, settings, spec.name))
+
+    add(SIZES[size][0])
     for label, spec in growth(size):
-        steps.append(
-            lambda label=label, spec=spec: training(
-                spec, dtype, settings, f"{spec.name}, 4 layers, {label}"
-            )
-        )
+        label = f"{spec.name}, 4 layers, {label}"
+        steps.append(lambda label=label, spec=spec: training(spec, dtype, settings, label))
+    for spec in SIZES[size][1:]:
+        add(spec)
     # Last on a GPU, whose time it would mostly spend on writing random weights with the CPU.
     steps.insert(len(steps) if size == "gpu" else 2, lambda: merging(size))
     for number, step in enumerate(steps):
@@ -185,7 +128,7 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     ways = {
         OURS: ours,
         "authors' way: one sample at a time, full logits": lambda: full(alone),
-        "full logits, in our batches": lambda: full(batches),
+        FULL: lambda: full(batches),
     }
     yield from _compare("annotate", spec.name, ways, _tokens(examples), dtype, settings)
 
@@ -248,9 +191,7 @@ def training(
 
     ways = {
         OURS: step(lambda: float(accumulate_gradients(config, adapted, rows)[0]), parameters),
-        "full logits, as a Trainer's loss": step(
-            lambda: by_micro_batches(_full_logit_loss, adapted), parameters
-        ),
+        FULL_LOSS: step(lambda: by_micro_batches(_full_logit_loss, adapted), parameters),
     }
     missing: dict[str, str] = {}
     if importlib.util.find_spec("liger_kernel") is None:
@@ -352,44 +293,6 @@ def merging(size: str) -> Iterator[report.Row]:
         }
 
 
-def make_model(spec: Spec, dtype: torch.dtype, device: torch.device) -> Any:
-    """The architecture with random weights, in evaluation mode."""
-    torch.manual_seed(0)
-    config = getattr(transformers, spec.config_class)(**spec.config)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
-
-
-def make_adapted(spec: Spec, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with a LoRA adapter on all linear layers, as `gift train` makes it."""
-    model = make_model(spec, dtype, device)
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=2 * spec.rank,
-        target_modules="all-linear",
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(1)
-    adapted = get_peft_model(model, config)
-    if device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted.train()
-
-
-def make_examples(spec: Spec, count: int) -> list[Example]:
-    """Rows of random tokens, a quarter of each its prompt."""
-    generator = np.random.default_rng(0)
-    shortest, longest = spec.lengths
-    examples = []
-    for row in range(count):
-        length = int(generator.integers(shortest, longest + 1))
-        ids = generator.integers(0, spec.config["vocab_size"], length).astype(np.int32)
-        examples.append(Example(row, ids, np.arange(length) >= length // 4))
-    return examples
-
-
 def _tokens(examples: Sequence[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
@@ -402,23 +305,31 @@ def _compare(
     dtype: torch.dtype,
     settings: Settings,
 ) -> Iterator[report.Row]:
-    """One row a way; ours is the first and what the others are checked against."""
-    rows: dict[str, report.Row] = {}
+    """One row a way, each judged by the way of full logits, which goes first."""
+    rows: dict[str, report.Row] = {
+        name: {"stage": stage, "model": model, "way": name, "status": "ok"} for name in ways
+    }
     contenders = []
     truth = None
-    for name, way in ways.items():
-        row = rows[name] = {"stage": stage, "model": model, "way": name, "status": "ok"}
+    for name in sorted(ways, key=lambda name: name not in TRUTHS):
+        way, row = ways[name], rows[name]
+        found: list[Tensor] = []
         try:
             found = [values.double() for values in way()]
         except Exception as error:  # other people's code may raise anything
             row["status"] = failure(error)
-            free(settings.device)
+        if row["status"] != "ok":
+            recover(name, row["status"], settings.device)
             continue
-        truth = found if truth is None else truth
-        row["disagrees by"] = disagreement(found, truth)
-        if not row["disagrees by"] <= AGREE[dtype]:
-            row["status"] = "wrong"
-            continue
+        if name in TRUTHS:
+            truth = found
+        if truth is None:
+            row["status"] = "unjudged"
+        else:
+            row["disagrees by"] = disagreement(found, truth)
+            if not row["disagrees by"] <= AGREE[dtype]:
+                row["status"] = "wrong"
+                continue
         provider = Provider(name, "", (), lambda *_, way=way: way)
         contenders.append(Contender(provider, [Call(_nothing, lambda _, way=way: way(), _nothing)]))
     take_turns(contenders, settings)
@@ -428,11 +339,10 @@ def _compare(
             rows[name]["status"] = contender.failed
             continue
         seconds = median(contender.samples)
-        rows[name] |= {
-            "tokens/s": tokens / seconds,
-            "ms": 1e3 * seconds,
-            "peak extra MB": peak_extra_bytes(ways[name], settings.device) / 1e6,
-        }
+        rows[name] |= {"tokens/s": tokens / seconds, "ms": 1e3 * seconds}
+        rows[name]["peak extra MB"] = peak_megabytes(contender, settings.device)
+        if contender.failed:
+            rows[name]["status"] = contender.failed
     yield from rows.values()
 
 

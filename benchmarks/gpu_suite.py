@@ -3,8 +3,8 @@
 Tests natively, stored results, accuracy against float64, benchmarks beside all peers, whole stages
 on real architectures, candidates for our tile sizes, compute-sanitizer; then more benchmarks until
 the budget ends. Results are written after every step, so a run that is cut off loses nothing. The
-summary comes last. `--dry-run` walks through all of it on a CPU at toy sizes; its times mean
-nothing.
+summary comes last. Where a provider takes the device with it, the suite goes on without it in a new
+process. `--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
 """
 
 import argparse
@@ -25,15 +25,9 @@ import torch
 
 from benchmarks import goals, report
 from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
-from benchmarks.measure import (
-    Settings,
-    add_case,
-    check,
-    failure,
-    gate_truth,
-    measure_case,
-)
+from benchmarks.measure import add_case, check, gate_truth, measure_case
 from benchmarks.providers import floors, own_providers, providers_of
+from benchmarks.turns import LOST, Settings, device_works, failure
 
 ROOT = Path(__file__).parent.parent
 SUMMARY_CHARACTERS = 10_000
@@ -48,6 +42,8 @@ KERNEL_TESTS = (
     "tests/test_ce_costs.py",
     "tests/test_ce_properties.py",
 )
+END_TO_END_SECONDS = 90  # kept for whole stages
+SANITIZER_SECONDS = 20  # a tool's, at least
 CANDIDATES_SECONDS = 60  # a case's, most of them for the compiler
 OURS = "gift"  # the way of `end_to_end` that is ours
 SANITIZED = "bfloat16-triton or float32-triton"
@@ -55,13 +51,14 @@ SANITIZED = "bfloat16-triton or float32-triton"
 
 @dataclass
 class Suite:
-    """One run: where results go and until when steps may begin."""
+    """One run: its parts, where results go and until when steps may begin."""
 
     results: report.Results
     settings: Settings
     started: float
     seconds: float
     dry_run: bool
+    parts: Sequence[str]
 
     def left(self) -> float:
         """Seconds until the budget ends."""
@@ -82,13 +79,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
+    parser.add_argument("--resume", action="store_true", help="go on with --output's results")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     if arguments.dry_run:
-        # Before Triton is imported, which nothing above does.
-        os.environ["TRITON_INTERPRET"] = "1"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton asks when it is imported, which torch may have done by now.
+            os.environ["TRITON_INTERPRET"] = "1"
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     elif not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run walks through the suite on a CPU")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
@@ -98,16 +98,17 @@ def main() -> None:
         # Its times mean nothing: never among the stored results, nor in README.
         environment["dry_run"] = True
         output = output or Path(tempfile.mkdtemp(prefix="gpu_suite_"))
-    elif output is None:
-        output = ROOT / "benchmarks" / "results" / _folder_name(environment)
-    if (output / report.RESULTS_FILE).exists():
-        parser.error(f"--output: {output} holds results already; choose another folder")
+    if arguments.resume and output is None:
+        parser.error("--resume: give the folder of the results as --output")
+    if not arguments.resume:
+        output = report.new_folder(output, environment)
     settings = Settings(device, seconds=0.0, rounds=(1, 1))
     if not arguments.dry_run:
         settings = Settings(device, seconds=4.0, rounds=(5, 60))
-    results = report.Results(output, environment)
+    resumed = arguments.resume
+    results = report.read_results(output) if resumed else report.Results(output, environment)
     budget = 60 * arguments.budget_minutes
-    suite = Suite(results, settings, time.monotonic(), budget, arguments.dry_run)
+    suite = Suite(results, settings, time.monotonic(), budget, arguments.dry_run, parts)
     try:
         for name in parts:
             run_part(suite, name)
@@ -131,12 +132,27 @@ def run_part(suite: Suite, name: str) -> None:
         PARTS[name](suite)
     except Exception as error:  # a GPU's time is short: no part may cost the others theirs
         suite.add("not run", {"part": name, "reason": failure(error)})
+    if not device_works(suite.settings.device):
+        go_on_in_a_new_process(suite, name)
+
+
+def go_on_in_a_new_process(suite: Suite, name: str) -> None:
+    """The parts after `name`, and what is left of it where it measures case after case."""
+    parts = suite.parts[suite.parts.index(name) :]
+    parts = parts if name in ("benchmarks", "more") else parts[1:]
+    suite.results.save()
+    print(f"{LOST}: {', '.join(parts) or 'nothing'} left for a new process", flush=True)
+    if parts:
+        options = ["--resume", "--output", str(suite.results.output), "--parts", ",".join(parts)]
+        options += ["--budget-minutes", str(max(0.0, suite.left()) / 60)]
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", *options]
+        os.execv(command[0], command)
 
 
 def run_tests(suite: Suite) -> None:
     """Stored results, then the kernels' tests, natively where there is a GPU."""
     if suite.dry_run:
-        selected = [GOLDEN_TESTS[0], "-k", "ce_weights and float32"]
+        selected = [GOLDEN_TESTS[0], "-k", "ce_weights and float32 and confidence"]
         suite.add("tests", pytest_row("stored results", selected, 60, suite.results.output))
         return
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has("xdist") else []
@@ -164,11 +180,13 @@ def pytest_row(name: str, selected: Sequence[str], limit: float, output: Path) -
     return {"tests": name, "status": status, **counts, "seconds": round(seconds, 1)}
 
 
-def run_limited(command: Sequence[str], limit: float) -> tuple[int | None, str]:
+def run_limited(
+    command: Sequence[str], limit: float, variables: dict[str, str] | None = None
+) -> tuple[int | None, str]:
     """Exit status (None if stopped at the limit) and output of a command run in the project."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, **(variables or {})},
     )  # fmt: skip
     try:
         text, _ = process.communicate(timeout=limit)
@@ -205,6 +223,8 @@ def run_accuracy(suite: Suite) -> None:
                 for name, error in (errors or dict.fromkeys(yardstick, float("nan"))).items()
             ),
         )
+        if not device_works(suite.settings.device):
+            return
 
 
 def accuracy_cases(dry_run: bool) -> list[CECase]:
@@ -225,7 +245,8 @@ def accuracy_cases(dry_run: bool) -> list[CECase]:
 
 def run_benchmarks(suite: Suite) -> None:
     """The most telling cases, beside all peers and the floors."""
-    _run_cases(suite, _toy() if suite.dry_run else gpu_cases(quick=True))
+    keep = END_TO_END_SECONDS if "end_to_end" in suite.parts and not suite.dry_run else 0
+    _run_cases(suite, _toy() if suite.dry_run else gpu_cases(quick=True), keep)
 
 
 def run_more(suite: Suite) -> None:
@@ -234,25 +255,30 @@ def run_more(suite: Suite) -> None:
         _run_cases(suite, gpu_cases()[len(gpu_cases(quick=True)) :])
 
 
-def _run_cases(suite: Suite, cases: Sequence[Case]) -> None:
+def _run_cases(suite: Suite, cases: Sequence[Case], keep: float = 0) -> None:
+    """Those not measured before the device was lost, while more than `keep` seconds are left."""
+    results = suite.results
+    lost = {row["provider"] for row in results.rows if LOST in row["status"]}
+    done = {row["case"] for row in results.rows if LOST not in row["status"]}
+    done |= {row["part"] for row in results.tables.get("not run", [])}
     for number, case in enumerate(cases):
-        if suite.left() <= 0:
+        if case.label in done:
+            continue
+        if suite.left() <= keep:
             reason = f"the budget ended; {len(cases) - number} cases were not begun"
             suite.add("not run", {"part": "benchmarks", "reason": reason})
             return
         print(f"  [{number + 1}/{len(cases)}] {case.label}", flush=True)
-        providers = providers_of(case)
+        providers = [one for one in providers_of(case) if one.name not in lost]
         if suite.dry_run:
             # Peers' kernels take seconds in the interpreter; tests/test_benchmarks.py runs them.
             providers = [one for one in providers if one.package in (None, "peft")]
-        try:
-            add_case(suite.results, case, suite.settings, providers)
-        except Exception as error:  # one case may not cost the others theirs
-            suite.add("not run", {"part": case.label, "reason": failure(error)})
+        if not add_case(results, case, suite.settings, providers):
+            return
 
 
 def _toy() -> list[Case]:
-    wanted = ("offline weights, frozen", "guide weights, frozen", "token_confidence", "float32 fac")
+    wanted = ("guide weights, frozen", "token_confidence", "float32 factors")
     return [next(case for case in toy_cases() if text in case.label) for text in wanted]
 
 
@@ -261,7 +287,8 @@ def run_end_to_end(suite: Suite) -> None:
     from benchmarks import end_to_end  # needs gift's packages; the parts above do not
 
     size = "toy" if suite.dry_run else "gpu"
-    for row in end_to_end.measure_all(size, suite.settings.device, 0.35 * suite.left()):
+    seconds = min(suite.left(), max(0.35 * suite.left(), END_TO_END_SECONDS))
+    for row in end_to_end.measure_all(size, suite.settings.device, seconds):
         suite.add("end to end", row)
 
 
@@ -287,6 +314,8 @@ def run_candidates(suite: Suite) -> None:
         rows = measure_case(case, suite.settings, [*providers, *bare])
         suite.results.rows += [{"case": label, **row} for row in rows]
         suite.results.save()
+        if not device_works(suite.settings.device):
+            return
 
 
 def run_sanitizer(suite: Suite) -> None:
@@ -298,9 +327,18 @@ def run_sanitizer(suite: Suite) -> None:
         return
     for check_name in ("memcheck", "racecheck"):
         limit = min(60.0, suite.left())
+        if limit < SANITIZER_SECONDS:
+            reason = f"less than {SANITIZER_SECONDS} s left"
+            suite.add("not run", {"part": check_name, "reason": reason})
+            continue
         tests = ["-m", "pytest", "-p", "no:cacheprovider", GOLDEN_TESTS[0], "-k", SANITIZED]
         command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, *tests]
-        code, text = run_limited(command, limit)
+        # PyTorch's cache of memory would hide reads past the end of a tensor.
+        code, text = run_limited(command, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        if code is None:
+            reason = f"stopped after {limit:.0f} s"
+            suite.add("not run", {"part": check_name, "reason": reason})
+            continue
         last = [line for line in text.splitlines() if "SUMMARY" in line][-1:] or [f"rc {code}"]
         suite.add("compute-sanitizer", {"tool": check_name, "found": last[0].strip("= ")})
 
@@ -348,11 +386,17 @@ def failures(results: report.Results) -> list[report.Row]:
     broken = [row for row in tables.get("tests", []) if row["status"] != "ok" or not row["passed"]]
     broken += [row for row in tables.get("accuracy against float64", []) if _bad(row)]
     broken += [
-        row for row in tables.get("compute-sanitizer", []) if " 0 errors" not in row["found"]
+        row
+        for row in tables.get("compute-sanitizer", [])
+        if not re.search(r"\b0 errors", row["found"])
     ]
-    broken += [row for row in tables.get("end to end", []) if _bad(row) and row["way"] == OURS]
-    broken += [row for row in results.rows if row["kind"] == "ours" and _bad(row)]
-    broken += [row for row in tables.get("not run", []) if row["reason"].startswith("failed")]
+    broken += [row for row in tables.get("end to end", []) if _ours_bad(row) and row["way"] == OURS]
+    broken += [row for row in results.rows if row["kind"] == "ours" and _ours_bad(row)]
+    broken += [
+        row
+        for row in tables.get("not run", [])
+        if row["reason"].startswith(("failed", "not installed"))
+    ]
     if not any(row["kind"] == "ours" and row["status"] == "ok" for row in results.rows):
         broken.append({"part": "benchmarks", "reason": "nothing of ours was measured"})
     return broken
@@ -362,9 +406,9 @@ def _bad(row: report.Row) -> bool:
     return row.get("verdict", row.get("status", "")).startswith(("wrong", "failed"))
 
 
-def _folder_name(environment: report.Row) -> str:
-    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    return f"{device}-{environment['date'][:10]}"
+def _ours_bad(row: report.Row) -> bool:
+    """What is not installed cannot be ours."""
+    return _bad(row) or row["status"].startswith("not installed")
 
 
 def _short(value: object) -> str:

@@ -5,19 +5,16 @@
    gradients under a random upstream factor. The budget is twice the error of the full-logits way
    in the same dtype, and at least what the dtype's rounding allows. Who exceeds it is shown as
    wrong, untimed.
-2. Time. All providers live in one process and take turns in an order that rotates and reverses, so
-   that drift of the machine hits all alike. Inputs rotate so that no cache keeps them. Median, 20th
-   and 80th percentile.
+2. Time (`benchmarks/turns.py`). All providers live in one process and take turns in an order that
+   rotates and reverses, so that drift of the machine hits all alike. Inputs rotate, and CUDA's
+   caches are emptied, so that no cache keeps them. Median, 20th and 80th percentile.
 3. Memory. Largest allocation beyond the inputs in one more call: the allocator's on CUDA, resident
    memory that the kernel counted on Linux.
 """
 
-import gc
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +22,23 @@ from torch import Tensor
 
 from benchmarks.cases import Case, CECase, MergeCase
 from benchmarks.data import CEInputs, MergeInputs, describe_inputs, make_inputs
-from benchmarks.memory import peak_extra_bytes
 from benchmarks.providers import Provider, eager_nll, from_nll, providers_of
 from benchmarks.report import Results
+from benchmarks.turns import (
+    CACHE_BYTES,
+    Call,
+    Contender,
+    DeviceLost,
+    Settings,
+    device_works,
+    failure,
+    free,
+    once,
+    peak_megabytes,
+    percentile,
+    recover,
+    take_turns,
+)
 from gift_kernels import reference
 
 GATE_TOKENS = 1024
@@ -36,50 +47,35 @@ UPSTREAM = 0.7
 # Relative errors that rounding alone explains.
 ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 MERGE_ROUNDING = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-6}
-CACHE_BYTES = 256 << 20  # larger than any L2 of today's devices
 MOST_INPUT_SETS = 8
-
-
-@dataclass
-class Settings:
-    """`seconds` of timing a case; `rounds` at least and at most."""
-
-    device: torch.device
-    seconds: float = 8.0
-    rounds: tuple[int, int] = (5, 60)
-    seed: int = 0
-
-
-@dataclass
-class Contender:
-    """A provider that passed the gate, with one call for each set of inputs."""
-
-    provider: Provider
-    calls: list["Call"]
-    samples: list[float] = field(default_factory=list)
-    failed: str = ""
-
-
-@dataclass
-class Call:
-    """`before` runs outside the clock and its result is handed to `timed`."""
-
-    before: Callable[[], Any]
-    timed: Callable[[Any], Any]
-    after: Callable[[], None]
 
 
 def measure_case(
     case: Case, settings: Settings, providers: Sequence[Provider] | None = None
 ) -> list[dict[str, Any]]:
-    """One result row for each provider, whatever became of it."""
+    """One result row for each provider, whatever became of it.
+
+    Where a provider took the device with it, its row alone: the others would fail by no fault of
+    theirs.
+    """
     providers = providers if providers is not None else providers_of(case)
+    rows = {provider.name: _empty_row(case, provider) for provider in providers}
+    torch.compiler.reset()  # else a process's limit of recompilations ends torch.compile's turns
+    try:
+        _fill_rows(rows, case, settings, providers)
+    except DeviceLost as lost:
+        return [{**rows[lost.provider], "status": lost.status}]
+    add_ratios(list(rows.values()))
+    return list(rows.values())
+
+
+def _fill_rows(
+    rows: dict[str, dict[str, Any]], case: Case, settings: Settings, providers: Sequence[Provider]
+) -> None:
     gate_inputs, truth, yardstick = gate_truth(case, settings)
-    rows: dict[str, dict[str, Any]] = {}
     passed: list[Provider] = []
     for provider in providers:
-        row = _empty_row(case, provider)
-        rows[provider.name] = row
+        row = rows[provider.name]
         reason = provider.missing() or provider.skip(case, settings.device)
         if reason:
             row["status"] = reason if reason == "not installed" else f"not run: {reason}"
@@ -88,6 +84,8 @@ def measure_case(
             status, errors = check(provider, case, gate_inputs, truth, yardstick)
             row["status"] = status
             row |= {f"error_{name}": error for name, error in errors.items()}
+            if status.startswith("failed"):
+                recover(provider.name, status, settings.device)
             if status != "ok":
                 continue
         passed.append(provider)
@@ -97,23 +95,30 @@ def measure_case(
     take_turns(contenders, settings)
     for contender in contenders:
         row = rows[contender.provider.name]
+        if not contender.failed:
+            row["peak_mb"] = peak_megabytes(contender, settings.device)
         if contender.failed:
             row["status"] = contender.failed
             continue
         row |= time_columns(case, contender.samples)
-        row["peak_mb"] = _peak_memory(contender, settings.device)
-    add_ratios(list(rows.values()))
-    return list(rows.values())
 
 
 def add_case(
     results: Results, case: Case, settings: Settings, providers: Sequence[Provider] | None = None
-) -> None:
-    """Measures a case and writes all results."""
-    rows = measure_case(case, settings, providers)
-    results.rows += [{"case": case.label, **row} for row in rows]
-    results.data[case.label] = describe_data(case, settings)
+) -> bool:
+    """Measures a case and writes all results; whether the device still works afterwards."""
+    try:
+        rows = measure_case(case, settings, providers)
+        results.rows += [{"case": case.label, **row} for row in rows]
+        if device_works(settings.device):
+            results.data[case.label] = describe_data(case, settings)
+    except Exception as error:  # one case may not cost the others theirs
+        reason = {"part": case.label, "reason": failure(error)}
+        results.tables.setdefault("not run", []).append(reason)
+        print(f"  not run: {reason['reason']}")
+    free(settings.device)
     results.save()
+    return device_works(settings.device)
 
 
 def describe_data(case: Case, settings: Settings) -> dict[str, float]:
@@ -261,16 +266,17 @@ def _contenders(
     ]
     contenders = []
     for provider in providers:
+        status = "ok"
         try:
             calls = [make_call(provider, case, inputs) for inputs in sets]
             for call in (*calls, calls[0]):
-                _once(call, settings.device)
+                once(call, settings.device)
+            contenders.append(Contender(provider, calls))
         except Exception as error:  # as in `check`
-            rows[provider.name]["status"] = failure(error)
-            free(settings.device)
-            continue
-        rows[provider.name]["status"] = "ok"
-        contenders.append(Contender(provider, calls))
+            status = failure(error)
+        rows[provider.name]["status"] = status
+        if status != "ok":
+            recover(provider.name, status, settings.device)
     return contenders
 
 
@@ -297,62 +303,6 @@ def make_call(provider: Provider, case: Case, inputs: Any) -> Call:
     return Call(nothing, lambda _: run().backward(), clear)
 
 
-def _once(call: Call, device: torch.device) -> float:
-    """Seconds of one call."""
-    state = call.before()
-    if device.type == "cuda":
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        started.record()
-        result = call.timed(state)
-        ended.record()
-        torch.cuda.synchronize(device)
-        seconds = started.elapsed_time(ended) / 1e3
-    else:
-        begun = time.perf_counter()
-        result = call.timed(state)
-        seconds = time.perf_counter() - begun
-    del result, state
-    call.after()
-    return seconds
-
-
-def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
-    """Rounds of one timed call each, in the order of `turn_order`; who fails is timed no more."""
-    started = time.monotonic()
-    least, most = settings.rounds
-    for number in range(most):
-        if number >= least and time.monotonic() - started > settings.seconds:
-            break
-        for contender in turn_order(contenders, number):
-            if contender.failed:
-                continue
-            call = contender.calls[number % len(contender.calls)]
-            try:
-                contender.samples.append(_once(call, settings.device))
-            except Exception as error:  # as in `check`; out of memory comes and goes
-                contender.failed = failure(error)
-                free(settings.device)
-
-
-def turn_order(items: Sequence[Any], number: int) -> list[Any]:
-    """The items rotated by the round, reversed every other time, so that nobody has a fixed place.
-
-    Over 2·len(items) rounds each item stands in each place twice.
-    """
-    if not items:
-        return []
-    shift = (number // 2) % len(items)
-    order = [*items[shift:], *items[:shift]]
-    return order[::-1] if number % 2 else order
-
-
-def _peak_memory(contender: Contender, device: torch.device) -> float:
-    call = contender.calls[0]
-    state_free = peak_extra_bytes(lambda: _once(call, device), device)
-    return state_free / 1e6
-
-
 def time_columns(case: Case, samples: Sequence[float]) -> dict[str, Any]:
     """Median, spread and rates of the samples in seconds."""
     ordered = sorted(samples)
@@ -367,44 +317,29 @@ def time_columns(case: Case, samples: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Linear interpolation in a sorted sequence."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Time over the floor's and over the best other provider's, where these were measured."""
+    """Time over the floor's and over the best other exact provider's, where these were measured."""
     timed = [row for row in rows if row.get("time_ms")]
     floors = [row["time_ms"] for row in timed if row["kind"] == "floor"]
-    others = [row["time_ms"] for row in timed if row["kind"] in ("peer", "baseline")]
+    others = [
+        row["time_ms"]
+        for row in timed
+        if row["kind"] in ("peer", "baseline") and not row.get("approximate")
+    ]
     for row in timed:
         row["ratio_floor"] = row["time_ms"] / floors[0] if floors else None
         row["ratio_best_peer"] = row["time_ms"] / min(others) if others else None
 
 
 def _empty_row(case: Case, provider: Provider) -> dict[str, Any]:
+    # An error budget of one's own is for gradients.
+    approximate = provider.budget is not None and case.describe()["direction"] != "forward"
+    notes = ["approximate" if approximate else "", provider.note(case)]
     return {
         **case.describe(),
         "provider": provider.name,
         "kind": provider.kind,
         "status": "ok",
-        "note": provider.note(case),
+        "note": "; ".join(filter(None, notes)),
+        "approximate": approximate,
     }
-
-
-def failure(error: Exception) -> str:
-    """A status that says what a provider raised."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "failed: out of memory"
-    text = " ".join(str(error).split()).replace("|", "/")
-    return f"failed: {type(error).__name__}: {text[:120]}"
-
-
-def free(device: torch.device) -> None:
-    """Drops what nothing refers to."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

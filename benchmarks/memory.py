@@ -47,14 +47,27 @@ def resident_bytes(entry: str) -> int:
     raise RuntimeError(f"{_STATUS} has no {entry}")
 
 
+def _c_library() -> Any:
+    """glibc, told to give large buffers back when they are freed; None where there is none.
+
+    So at import: all timings are made under the same allocator, before and after measurements of
+    memory.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+_LIBRARY = _c_library()
+
+
 def _return_freed_memory() -> None:
     """So that a buffer freed earlier is not taken for memory that is still held."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        libc.malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+    if _LIBRARY is not None:
+        _LIBRARY.malloc_trim(0)
 
 
 def _sampled_peak(call: Callable[[], Any]) -> int:

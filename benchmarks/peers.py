@@ -127,26 +127,49 @@ def _only_self(case: CECase, device: torch.device) -> str:
     )
 
 
+def _scaled_skip(case: CECase, device: torch.device) -> str:
+    reason = _no_softcap(case, device) or needs_triton(case, device)
+    if not reason and _on_sm90(device) and case.dtype != "bfloat16":
+        return "takes bfloat16 alone on this device"
+    return reason
+
+
+def _scaled_note(case: CECase) -> str:
+    kernel = "its CUTLASS kernel for sm_90" if _on_sm90(torch.device("cuda")) else ""
+    return "; ".join(filter(None, [kernel, _rows_note(case)]))
+
+
+def _on_sm90(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
 def _liger_scaled(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # pyright: ignore
 
     return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
 
 
-def _cce(filter_eps: str | None) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
+def _cce(exact: bool) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
     def nll_of(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore
 
+        options = _cce_exact_options() if exact else {}
+        softcap = case.shape.softcap
         return linear_cross_entropy(
-            hidden,
-            weight,
-            target,
-            softcap=case.shape.softcap,
-            reduction="none",
-            filter_eps=filter_eps,
+            hidden, weight, target, softcap=softcap, reduction="none", **options
         )
 
     return from_nll(nll_of)
+
+
+def _cce_exact_options() -> dict[str, Any]:
+    """An implementation of its own in later versions; 25.1 has only the filter to switch off."""
+    from cut_cross_entropy import LinearCrossEntropyImpl  # pyright: ignore
+
+    known = hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
+    return {"impl": "cce_exact"} if known else {"filter_eps": None}
 
 
 def _cce_compiled(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -260,14 +283,14 @@ PROVIDERS = [
         CE_OPS,
         from_nll(_liger_scaled),
         package="liger_kernel",
-        skip=lambda case, device: _no_softcap(case, device) or needs_triton(case, device),
-        note=_rows_note,
+        skip=_scaled_skip,
+        note=_scaled_note,
     ),
     Provider(
         "CCE",
         "peer",
         CE_OPS,
-        _cce("high"),
+        _cce(exact=False),
         package="cut_cross_entropy",
         skip=_not_float32,
         note=lambda case: "; ".join(filter(None, ["filters its gradient", _rows_note(case)])),
@@ -277,7 +300,7 @@ PROVIDERS = [
         "CCE, exact",
         "peer",
         CE_OPS,
-        _cce(None),
+        _cce(exact=True),
         package="cut_cross_entropy",
         skip=_not_float32,
         note=_rows_note,

@@ -74,11 +74,11 @@ def _device(results: report.Results) -> str:
 
 
 def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
-    """Ours, the usual way and the fastest peer of one case in one row; a dash: not measured."""
+    """Ours, the usual way and the fastest exact peer of a case in one row; a dash: not measured."""
     timed = [row for row in rows if "time_ms" in row]
 
     def first(kind: str) -> report.Row:
-        mine = [row for row in timed if row["kind"] == kind]
+        mine = [row for row in timed if row["kind"] == kind and not row.get("approximate")]
         return min(mine, key=lambda row: row["time_ms"], default={})
 
     ours, usual, peer, floor = map(first, ("ours", "baseline", "peer", "floor"))

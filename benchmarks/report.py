@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -13,8 +15,10 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
 RESULTS_FILE = "results.json"
+RUN = ("device", "commit", "date")  # columns of results.csv that say where rows are from
 CANDIDATES = "candidates: "  # begins the labels of cases that compare our own settings
 PACKAGES = (
     "torch",
@@ -35,9 +39,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions, commit and date of a run."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": f"CPU, {torch.get_num_threads()} threads",
+        "device": ", ".join(filter(None, [f"CPU, {torch.get_num_threads()} threads", _cpu()])),
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"),
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
@@ -50,6 +54,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def new_folder(output: Path | None, environment: Row, overwrite: bool = False) -> Path:
+    """Where a run's results go: by default to a folder named after device and day."""
+    if output is None:
+        device = environment["device"]
+        if of_cpu := re.match(r"CPU, \d+ threads", device):
+            device = of_cpu.group()
+        device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        output = ROOT / "benchmarks" / "results" / f"{device}-{environment['date'][:10]}"
+    if (output / RESULTS_FILE).exists() and not overwrite:
+        raise SystemExit(f"--output: {output} holds results already; choose another folder")
+    return output
 
 
 @dataclass
@@ -72,11 +89,12 @@ class Results:
         temporary = self.output / f".{RESULTS_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.output / RESULTS_FILE)
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        columns = list(dict.fromkeys([*(name for row in self.rows for name in row), *RUN]))
+        run = {name: self.environment.get(name) for name in RUN}
         with (self.output / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows({**row, **run} for row in self.rows)
         (self.output / "results.md").write_text(markdown(self), encoding="utf-8")
 
 
@@ -101,9 +119,9 @@ def markdown(results: Results) -> str:
         if data.get(label):
             lines += [", ".join(f"{k} {v:.3g}" for k, v in data[label].items()), ""]
         lines += [
-            "| provider | ms (p20 to p80) | × floor | × best peer | peak extra MB | TFLOP/s | GB/s "
-            "| error | note |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| provider | ms (p20 to p80) | samples | × floor | × best peer | peak extra MB "
+            "| TFLOP/s | GB/s | error | note |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         mine = [row for row in rows if row["case"] == label]
         for row in sorted(mine, key=lambda row: row.get("time_ms", float("inf"))):
@@ -126,22 +144,25 @@ def _markdown_row(row: Row) -> str:
     errors = [row[name] for name in row if name.startswith("error_")]
     error = f"{max(errors):.1e}" if errors else ""
     if "time_ms" not in row:
-        return f"| {row['provider']} | {row['status']} | | | | | | {error} | {row['note']} |"
+        return f"| {row['provider']} | {row['status']} | | | | | | | {error} | {row['note']} |"
     ratios = " | ".join(
         "" if row.get(name) is None else f"{row[name]:.2f}"
         for name in ("ratio_floor", "ratio_best_peer")
     )
     return (
         f"| {row['provider']} | {row['time_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}) "
-        f"| {ratios} | {row['peak_mb']:.3g} | {row['tflops']:.3g} | {row['gb_per_s']:.3g} "
-        f"| {error} | {row['note']} |"
+        f"| {row['samples']} | {ratios} | {row['peak_mb']:.3g} | {row['tflops']:.3g} "
+        f"| {row['gb_per_s']:.3g} | {error} | {row['note']} |"
     )
 
 
 def plot(output: Path, rows: Sequence[Row]) -> None:
     """time.png and memory.png against tokens, and ratios.png, of every case that was timed."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("figures not made: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -178,38 +199,85 @@ def plot(output: Path, rows: Sequence[Row]) -> None:
         pyplot.close(figure)
 
 
+# Of a row of any table: what it is about; the rest are figures, but for those that follow others.
+NAMES = ("case", "provider", "stage", "model", "way", "tests", "of", "goal", "tool", "part")
+FOLLOWING = (
+    *KEY, "kind", "note", "approximate", "vocab", "hidden", "p20_ms", "p80_ms", "samples", "tflops",
+    "gb_per_s", "ratio_floor", "ratio_best_peer", "at most", "seconds",
+)  # fmt: skip
+NOTABLE = 0.05  # relative change of a figure without a spread
+
+
 def compare(before: Path, after: Path) -> str:
-    """Markdown table of times that both results have; a warning where the devices differ."""
+    """Markdown of all that moved, but times within their spreads; what else differs comes first."""
     old, new = (read_results(path) for path in (before, after))
-    devices = [result.environment["device"] for result in (old, new)]
     lines = []
+    devices = [result.environment["device"] for result in (old, new)]
     if devices[0] != devices[1]:
         lines += [f"Different devices ({devices[0]}; {devices[1]}): times do not compare.", ""]
-    lines += [
-        "| case | provider | before, ms | after, ms | after / before |",
-        "|---|---|---|---|---|",
-    ]
-    times = {_key(row): row for row in old.rows}
-    for row in new.rows:
-        other = times.get(_key(row), {})
-        if "time_ms" in row and "time_ms" in other:
-            lines.append(
-                f"| {row['case']} | {row['provider']} | {other['time_ms']:.3g} "
-                f"| {row['time_ms']:.3g} | {row['time_ms'] / other['time_ms']:.2f} |"
-            )
-        elif row["status"] != other.get("status"):
-            was = other.get("status", "absent")
-            lines.append(f"| {row['case']} | {row['provider']} | {was} | {row['status']} | |")
+    for name in dict.fromkeys([*old.environment, *new.environment]):
+        was, now = old.environment.get(name), new.environment.get(name)
+        if was != now and name not in ("device", "date"):
+            lines += [f"- {name}: {was}, now {now}"]
+    lines += ["", "| what | figure | before | after | after / before |", "|---|---|---|---|---|"]
+    rows = [_named_rows(result) for result in (old, new)]
+    for name in dict.fromkeys([*rows[0], *rows[1]]):
+        for cells in _moves(rows[0].get(name), rows[1].get(name)):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEY)
+def _named_rows(results: Results) -> dict[str, Row]:
+    """All rows of cases and tables, by what they are about."""
+    found = {}
+    for title, rows in {"": results.rows, **results.tables}.items():
+        for row in rows:
+            found["; ".join(filter(None, [title, *(row.get(name) for name in NAMES)]))] = row
+    return found
+
+
+def _moves(old: Row | None, new: Row | None) -> Iterator[tuple[str, str, str, str]]:
+    if old is None or new is None:
+        yield ("row", "absent", "added", "") if old is None else ("row", "", "removed", "")
+        return
+    for name in dict.fromkeys([*old, *new]):
+        was, now = old.get(name), new.get(name)
+        if name in (*NAMES, *FOLLOWING) or not _moved(was, now):
+            continue
+        if name == "time_ms" and was is not None and now is not None and _spreads_meet(old, new):
+            continue
+        both = isinstance(was, float) and isinstance(now, float) and was
+        yield name, _cell(was), _cell(now), f"{now / was:.2f}" if both else ""
+
+
+def _moved(was: Any, now: Any) -> bool:
+    if isinstance(was, float) and isinstance(now, float):
+        alike = math.isclose(was, now, rel_tol=NOTABLE) or (math.isnan(was) and math.isnan(now))
+        return not alike
+    return was != now
+
+
+def _spreads_meet(old: Row, new: Row) -> bool:
+    return old["p20_ms"] <= new["p80_ms"] and new["p20_ms"] <= old["p80_ms"]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _cpu() -> str:
+    """The processor's name, where Linux says it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
 
 
 def _output(*command: str) -> str:
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"

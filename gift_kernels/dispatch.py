@@ -2,30 +2,35 @@
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "eager"]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_TARGETS_VARIABLE = "GIFT_KERNELS_CHECK_TARGETS"
 
 
 def resolve_impl(impl: Impl, tensor: Tensor) -> Literal["triton", "eager"]:
-    """`auto` is Triton for CUDA tensors where Triton is installed, else eager; eager for float64.
+    """`auto` is Triton where Triton is installed and can run the kernels, else eager.
 
-    An explicit request is obeyed or refused with ValueError, never replaced.
+    It can on NVIDIA's GPUs of compute capability 8.0 (Ampere) or more, but not for float64. An
+    explicit request is obeyed or refused with ValueError, never replaced.
     """
     if impl == "auto":
-        usable = tensor.is_cuda and tensor.dtype != torch.float64
-        return "triton" if usable and _triton_installed() else "eager"
+        usable = tensor.is_cuda and tensor.dtype != torch.float64 and _triton_installed()
+        return "triton" if usable and not _gpu_lacks(tensor.device) else "eager"
     if impl == "eager":
         return "eager"
     if impl != "triton":
         raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
     if not _triton_installed():
         raise ValueError('impl="triton": Triton is not installed; install it or use impl="eager"')
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if tensor.is_cuda:
+        if lacks := _gpu_lacks(tensor.device):
+            raise ValueError(f'impl="triton" needs {lacks}; use impl="auto" or "eager"')
+    elif os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f'impl="triton" needs CUDA tensors, got {tensor.device}; use impl="eager", or set '
             "TRITON_INTERPRET=1 before the first import of triton to run the interpreter"
@@ -33,8 +38,25 @@ def resolve_impl(impl: Impl, tensor: Tensor) -> Literal["triton", "eager"]:
     return "triton"
 
 
+def _constant_under_compile(function: Any) -> Any:
+    """As `torch.compiler.assume_constant_result`, whose call imports Dynamo, and Triton with it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_under_compile
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@_constant_under_compile
+def _gpu_lacks(device: torch.device) -> str:
+    """What the kernels need and this GPU has not; empty where it has all."""
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        return f"a GPU of NVIDIA's, got {name}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability 8.0 or more, {name} has {major}.{minor}"
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -53,8 +75,9 @@ def check_head(
     if weight.ndim != 2:
         raise ValueError(f"{weight_name}: expected shape [V, D], got {list(weight.shape)}")
     check_tensor(hidden_name, hidden, (*batch, weight.shape[1]), weight)
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"{weight_name}: expected a floating-point dtype, got {weight.dtype}")
+    if weight.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{weight_name}: expected one of {known}, got {weight.dtype}")
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{hidden_name} and {weight_name}: expected one dtype, got {hidden.dtype} and "
@@ -102,12 +125,17 @@ def autocast_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as `torch.nn.functional.linear` would under torch.autocast; else returns the inputs."""
     device = hidden.device.type
-    # Some devices, such as meta, know no autocast.
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    enabled = _knows_autocast(device) and torch.is_autocast_enabled(device)
     if not enabled or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+
+
+@_constant_under_compile
+def _knows_autocast(device: str) -> bool:
+    """Some devices, such as meta, know no autocast. Dynamo before torch 2.13 cannot ask."""
+    return torch.amp.is_autocast_available(device)
 
 
 def check_shard(process_group: object, vocab_start: int) -> None:

@@ -10,6 +10,8 @@ Saved for the backward: dH float32 [N, D], the row weights and, for a trainable 
 Rows that are ignored, and rows of weight 0 unless `keep_zero_rows`, are left out of all products.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,8 +92,15 @@ def linear_ce(
         shard=shard,
         chunk_size=chunk_size,
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _on_device_of(hidden):
         return _backend(impl).solve(problem)
+
+
+@contextlib.contextmanager
+def _on_device_of(hidden: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the one of the tensors."""
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        yield
 
 
 def _backend(impl: str) -> Any:
@@ -160,7 +169,7 @@ def head_gradient(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _on_device_of(hidden):
         head = Head(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
         return _backend(impl).solve_head_gradient(
             head,
@@ -189,7 +198,8 @@ def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """rows float32 [N, D] times factor [N] in `dtype`, by Triton; N · D is too much for a copy."""
     from gift_kernels import triton_ce
 
-    return triton_ce.scaled_rows(rows, factor, dtype)
+    with torch.cuda.device_of(rows):
+        return triton_ce.scaled_rows(rows, factor, dtype)
 
 
 @scaled_rows.register_fake

@@ -56,6 +56,7 @@ def token_confidence(
     Raises:
         ValueError, TypeError: naming the argument, as in `weighted_ce`.
     """
+    dispatch.check_positive("logit_scale", logit_scale)
     dispatch.check_positive("temperature", temperature)
     dispatch.check_positive("logit_softcap", logit_softcap)
     if chunk_size is not None and chunk_size < 1:

@@ -4,14 +4,14 @@ Statistics and dH, one pass (one unit of 2 N V D flops for each of its two produ
 
     for a chunk of rows that count, gathered side by side:
         for a chunk of C columns of the vocabulary:
-            E = exp(x − ref) in the dtype of the head, and the partial sums of every row
+            E = 2^(x − ref) in the dtype of the head, and the partial sums of every row
             sums join the state of their rows; dH += E W
     dH = factor · dH + target_factor · W_y              once the log-sum-exp is known
 
 Statistics alone are the same without E. dW and db need the probabilities of all rows for one chunk
-of the vocabulary, hence the log-sum-exp beforehand: they come from a second pass, which starts from
-P = exp(x − lse) and makes dH too. So a trainable head costs four products; three where only dW is
-asked for.
+of the vocabulary, hence the log-sum-exp beforehand: they come from a second pass, which knows the
+final references and makes dH too. So a trainable head costs four products; three where only
+dW is asked for, and for rows whose E is kept (see `triton_head`).
 
 A guide's tiles run in the launches of the model's first chunk of columns, and the weights are made
 of both results, unless a threshold lets the guide leave rows out of the model's products: then the
@@ -46,7 +46,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     want_db = problem.want_db and not problem.rowwise
     kept = target != problem.ignore_index
     rows = rows_that_count(target, problem.ignore_index)
-    weight = torch.where(kept, 1.0, 0.0)
+    weight = kept.float()
     together = problem.guide if shares_launches(problem, plan) else None
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
 
@@ -124,7 +124,7 @@ def solve_head_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
     check_dtype(head.hidden)
-    head = with_contiguous_bias(head)
+    head, target = with_contiguous_bias(head), target.contiguous()
     plan = plan or default_plan(head)
     weight = row_factor.float()
     rows = rows_that_count(target, ignore_index, weight)

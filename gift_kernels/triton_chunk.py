@@ -5,6 +5,7 @@ N rows of the caller, D hidden, V vocabulary. A chunk is at most Plan.rows × Pl
 kernel, sizes of the model decide on code.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -15,13 +16,11 @@ from torch import Tensor
 from gift_kernels import triton_logits, triton_products, triton_rows
 from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_tiles import (
-    GUIDED_NARROW_LOGIT_TILES,
-    LOGIT_TILES,
-    NARROW_LOGIT_TILES,
     PRODUCT_TILES,
     Machine,
     Tiles,
     can_use_tma,
+    logit_tiles,
     machine_of,
     operand,
     tile_options,
@@ -37,12 +36,13 @@ ROWS, COLUMNS = 2048, 24576
 # Where dW is made: many rows at once, for dW is read and written once for each chunk of rows.
 HEAD_ROWS, HEAD_COLUMNS = 8192, 6144
 INTERPRETER_ROWS, INTERPRETER_COLUMNS = 64, 256
+# Where nothing is stored but the partial sums of all columns.
 STATISTICS_ROWS = 4096
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
-# How far logits may exceed the reference of their exponentials, and how far below its guess that is
-# put. float16 reaches from e^−17 to e^11; bfloat16 and float32 from e^−87 to e^88.
-MARGIN = {torch.float16: (9.5, 7.0), torch.bfloat16: (44.0, 0.0), torch.float32: (44.0, 0.0)}
+# How far logits, in base 2, may exceed the reference of their exponentials, and how far below its
+# guess that is put. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
+MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     products: Literal["triton", "library"]
     head_rows: int
     head_columns: int
+    statistics_rows: int
     logit_tiles: Tiles
     product_tiles: Tiles
     row_block: tuple[int, int]
@@ -67,15 +68,16 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
     dtype = head.hidden.dtype
     interpreted = machine.arch == 0
     share = 2 / dtype.itemsize
-    wide = not with_entropy and all(
-        can_use_tma(machine, one.weight)
-        and one.weight.shape[1] % 8 == 0
-        and one.logit_softcap is None
-        for one in (head, guide)
-        if one is not None
+    heads = [one for one in (head, guide) if one is not None]
+    tiles = logit_tiles(
+        machine,
+        dtype,
+        # A chunk's own rows are aligned if D is a multiple of 8.
+        tma=all(can_use_tma(machine, h.weight) and h.weight.shape[1] % 8 == 0 for h in heads),
+        capped=any(h.logit_softcap is not None for h in heads),
+        entropy=with_entropy,
+        guided=guide is not None,
     )
-    narrow = NARROW_LOGIT_TILES if guide is None else GUIDED_NARROW_LOGIT_TILES
-    logit_tiles = LOGIT_TILES if wide else narrow
     return Plan(
         machine,
         INTERPRETER_ROWS if interpreted else ROWS,
@@ -84,7 +86,8 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
         "triton",
         INTERPRETER_ROWS if interpreted else HEAD_ROWS,
         INTERPRETER_COLUMNS if interpreted else int(HEAD_COLUMNS * share),
-        tiles_for(logit_tiles, machine, dtype)[0],
+        INTERPRETER_ROWS if interpreted else STATISTICS_ROWS,
+        tiles[0],
         tiles_for(PRODUCT_TILES, machine, dtype)[0],
         INTERPRETER_ROW_BLOCK if interpreted else ROW_BLOCK,
     )
@@ -103,19 +106,19 @@ class Chunk:
         temperature: float = 1.0,
         with_entropy: bool = False,
         exponentials: bool = True,
-        normalised: bool = False,
+        final: bool = False,
     ) -> None:
         """`count` is N, `most` the largest number of rows and of columns.
 
-        Without `exponentials` there is no E; `normalised`: E is P, and there are no partial sums.
+        Without `exponentials` there is no E; with `final` there are references and no sums to make.
         """
         self.head, self.plan = head, plan
         self.with_entropy, self.exponentials = with_entropy, exponentials
-        self.normalised = normalised
+        self.final = final
         self.dtype = head.hidden.dtype
         self.vocab_size, self.hidden_size = head.weight.shape
         tiles, device = plan.logit_tiles, head.hidden.device
-        self.width = tiles.block_n // tiles.parts
+        self.width = tiles.block_n
         all_columns = triton.cdiv(self.vocab_size, tiles.block_n) * tiles.block_n
         self.columns = min(most[1], all_columns)
         self.slices = self.columns // self.width
@@ -130,13 +133,15 @@ class Chunk:
         self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
         self.tma = can_use_tma(plan.machine, self.hidden, head.weight)
         self.partial = torch.empty(
-            (2 + with_entropy) * self.slices * self.rows if not normalised else 0, device=device
+            (2 + with_entropy) * self.slices * self.rows if not final else 0,
+            dtype=torch.float32,
+            device=device,
         )
         size = (self.rows, self.columns) if exponentials else (0, 0)
         self.exp = torch.empty(size, dtype=self.dtype, device=device)
         self.product = None
         if plan.logits == "library":
-            self.product = torch.empty(self.rows, self.columns, device=device)
+            self.product = torch.empty(self.rows, self.columns, dtype=torch.float32, device=device)
         self.dh_rows: Tensor | None = None
 
     def gather(
@@ -198,7 +203,7 @@ class Chunk:
             "HAS_CAP": self.head.logit_softcap is not None,
             "ENTROPY": self.with_entropy,
             "EXPONENTIALS": self.exponentials,
-            "NORMALISED": self.normalised,
+            "FINAL": self.final,
             "MARGIN": self.margin,
             "DTYPE": DTYPES[self.dtype],
         }
@@ -217,13 +222,15 @@ class Chunk:
                 *scalars,
                 BLOCK_N=tiles.block_m,
                 WIDTH=self.width,
+                PARTS=tiles.parts,
                 num_warps=8 if self.plan.machine.arch else 1,
                 **options,
             )
             return
         options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
         options |= {"TMA": self.tma, **tile_options(tiles)}
-        exp = operand(self.exp, (tiles.block_m, self.width), self.tma and self.exponentials)
+        stored = (tiles.block_m, tiles.block_n // tiles.parts)
+        exp = operand(self.exp, stored, self.tma and self.exponentials)
         matrices = (*self._operands(), *self._outputs(state, first_row), exp)
         sizes = (self.hidden_size, *self.head.weight.stride(), *scalars)
         if guide is None:
@@ -277,6 +284,7 @@ class Chunk:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         index, sums = self._dh_places(rows, dh)
         block_n = self.plan.row_block[0] * 2
+        block_t = triton.next_power_of_2(self.slices)
         triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
             self.partial,
             state.parts[:, first_row:],
@@ -290,7 +298,7 @@ class Chunk:
             self.slices,
             self.rows,
             self.hidden_size,
-            BLOCK_T=triton.next_power_of_2(self.slices),
+            BLOCK_T=block_t,
             WIDTH=self.width,
             ENTROPY=self.with_entropy,
             EXPONENTIALS=self.exponentials,
@@ -298,6 +306,7 @@ class Chunk:
             MARGIN=self.margin,
             BLOCK_N=block_n,
             BLOCK_D=256,
+            num_warps=8 if block_t > 256 else 4,
         )
 
     def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
@@ -366,7 +375,7 @@ class Chunk:
             columns,
             self.rows,
             self.columns,
-            ALL_ROWS=self.plan.products == "library",
+            self.rows if self.plan.products == "library" else self.pad,
             BLOCK_N=block[0],
             BLOCK_C=block[1],
         )
@@ -441,18 +450,19 @@ class Chunk:
         if dh is None or self.plan.products == "triton":
             return rows.index, dh
         if self.dh_rows is None:
-            self.dh_rows = torch.empty(self.rows, self.hidden_size, device=dh.device)
+            self.dh_rows = dh.new_empty(self.rows, self.hidden_size)
             places = torch.arange(dh.shape[0], dtype=torch.int32, device=dh.device)
             self.dh_index = places % self.rows
         return self.dh_index, self.dh_rows
 
 
 def logit_factors(head: Head, temperature: float) -> tuple[float, float]:
-    """inner and outer of x = outer · tanh(inner · a), or of x = outer · a."""
+    """inner and outer of x = outer · tanh(inner · a), or of x = outer · a; x is in base 2."""
+    unit = math.log(2) * temperature
     if head.logit_softcap is None:
-        return 1.0, head.logit_scale / temperature
+        return 1.0, head.logit_scale / unit
     cap = head.logit_softcap
-    return head.logit_scale / cap, cap / temperature
+    return head.logit_scale / cap, cap / unit
 
 
 def float32_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:

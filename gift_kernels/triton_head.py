@@ -4,15 +4,15 @@
 
 G needs the log-sum-exp, known after the pass over all columns. Two ways:
 
-- Kept: the pass stores E = exp(x − ref) of all columns for as many rows as fit in the memory of dW
+- Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
   itself (float32 [V, D] holds 16-bit [2 D, V]), and brings it to w G when dW is made: three units
   in all. E of chunk c lies where dW of chunk c − 1 will be, E of chunk 0 in a buffer of its own; dW
   is made from the last chunk to the first, so that what it overwrites has just been used.
-- Again: rows beyond that are multiplied a second time, from exp(x − lse). Four units.
+- Again: rows beyond that are multiplied a second time, from the final references. Four units.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,9 +58,9 @@ def head_gradients(
     """Statistics and gradients; `weigh` makes the weights [N] of the statistics."""
     (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
     new = torch.zeros if count == 0 else torch.empty
-    device = head.hidden.device
-    dw = new(vocab_size, hidden_size, device=device) if want_dw else None
-    db = new(vocab_size, device=device) if want_db else None
+    options: dict[str, Any] = {"dtype": torch.float32, "device": head.hidden.device}
+    dw = new(vocab_size, hidden_size, **options) if want_dw else None
+    db = new(vocab_size, **options) if want_db else None
     kept = kept_rows(head, plan, count, with_entropy, dw) if dw is not None else None
     found, dh = row_pass(
         head,
@@ -75,18 +75,22 @@ def head_gradients(
         guide_temperature=guide_temperature,
     )
     if want_dh and dh is None:
-        dh = torch.empty(count, hidden_size, device=device)
+        dh = torch.empty(count, hidden_size, **options)
     weight = weigh(found)
-    # float16 reaches 65504: weights enter it relative to the largest.
-    scale = torch.ones(1, device=device)
+    scale = torch.ones(1, **options)
     if head.hidden.dtype == torch.float16 and count > 0:
-        largest = weight.abs().amax()
-        scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1).reshape(1)
+        # float16 ends at 65504, and what it loses at its lower end no later loss scale brings back:
+        # weights enter E so that the largest becomes 2^14.
+        largest = weight.abs().amax() * max(1.0, head.logit_scale)
+        usable = (largest > 0) & torch.isfinite(largest)
+        scale = torch.where(usable, largest / 2**14, 1).reshape(1)
     index = rows.index.long()
     order = _WeightsInOrder(
+        weight[index] == 0,
         (weight / scale)[index],
         torch.where(weight == 0, 0, weight * found.target_factor / scale)[index],
-        found.lse[index],
+        found.ref[index],
+        found.share[index],
         scale,
     )
     first_rest, chunk = 0, None
@@ -95,11 +99,12 @@ def head_gradients(
         first_rest, chunk = kept.chunk.rows, kept.chunk
     if chunk is None or first_rest < count:
         most = (plan.head_rows, plan.head_columns)
-        chunk = Chunk(head, plan, count - first_rest, most, normalised=True)
+        chunk = Chunk(head, plan, count - first_rest, most, final=True)
     for first_row in range(first_rest, count, chunk.rows):
         _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
     if dh is not None:
-        factor = torch.where(rows.place < first_rest, found.factor, head.logit_scale)
+        factor = head.logit_scale * found.share * 2**-chunk.below
+        factor = torch.where(rows.place < first_rest, found.factor, factor)
         finish_dh(dh, chunk, rows, found.local_target, factor, found.target_factor, shard)
     return HeadResult(found, weight, dh, dw, db)
 
@@ -107,9 +112,11 @@ def head_gradients(
 class _WeightsInOrder(NamedTuple):
     """Of the rows that count, in their order; and a common factor taken out of the weights."""
 
+    is_zero: Tensor  # [N] bool; a small weight may become 0 where the factor is taken out
     weight: Tensor  # [N]
     target_factor: Tensor  # [N] the weighted gradient of the target's logit
-    lse: Tensor  # [N]
+    ref: Tensor  # [N]
+    share: Tensor  # [N]
     scale: Tensor  # [1]
 
 
@@ -143,10 +150,10 @@ def _of_kept_rows(
     db: Tensor | None,
 ) -> None:
     chunk, count = kept.chunk, kept.references.shape[1]
-    powers = torch.exp(kept.references - order.lse[:count])
+    powers = torch.exp2(kept.references - order.ref[:count]) * order.share[:count]
     # 0 · NaN is NaN, here too.
-    weight = order.weight[:count]
-    factors = torch.where(weight == 0, 0, weight * chunk.head.logit_scale * powers)
+    factors = order.weight[:count] * chunk.head.logit_scale * powers
+    factors = torch.where(order.is_zero[:count], 0, factors)
     _shut_out_zero_rows(chunk, order, 0)
     for number in reversed(range(len(kept.exponentials))):
         chunk.exp = kept.exponentials[number]
@@ -165,8 +172,10 @@ def _of_rows_again(
     first_row: int,
     shard: VocabShard | None,
 ) -> None:
-    state = RowState(order.lse.unsqueeze(0), None, found.local_target)
-    factor = order.weight[first_row:] * chunk.head.logit_scale
+    # The references are the rows' largest logits: float16 has room above them.
+    state = RowState((order.ref - chunk.below).unsqueeze(0), None, found.local_target)
+    factor = order.weight * chunk.head.logit_scale * order.share * 2**-chunk.below
+    factor = torch.where(order.is_zero, 0, factor)[first_row:]
     chunk.gather(target, rows, state, first_row, shard)
     _shut_out_zero_rows(chunk, order, first_row)
     for first_v in range(0, chunk.vocab_size, chunk.columns):
@@ -199,5 +208,5 @@ def _add_columns(
 
 def _shut_out_zero_rows(chunk: Chunk, order: _WeightsInOrder, first_row: int) -> None:
     """0 · NaN is NaN: hidden states of rows of weight 0 must not reach dW."""
-    weight = order.weight[first_row : first_row + chunk.rows]
-    chunk.hidden[: weight.shape[0]].masked_fill_((weight == 0).unsqueeze(1), 0)
+    is_zero = order.is_zero[first_row : first_row + chunk.rows]
+    chunk.hidden[: is_zero.shape[0]].masked_fill_(is_zero.unsqueeze(1), 0)

@@ -1,18 +1,21 @@
 """Tiles of hidden @ head.T that end as partial sums of exponentials: no logit leaves the chip.
 
 Letters: n rows that count, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
-buffers. For a tile of float32 accumulators a:
+buffers. Logits are kept in base 2, x = z / ln 2, for the hardware's exponential is 2^x and the
+factor joins the one that a head has anyway. For a tile of float32 accumulators a:
 
-    x = outer · tanh(inner · a)   with a soft-cap, else   x = outer · a
-    m = max x,  r = ref, or m where m > ref + MARGIN,  e = exp(x − r),  s = Σ e,  s2 = Σ e (x − r)
+    x = outer · tanh(inner · a)   with a soft-cap, else   x = outer · a            outer > 0
+    m = max x,  r = ref, or m where m > ref + MARGIN,  e = 2^(x − r),  s = Σ e,  s2 = Σ e (x − r)
 
 The target's column takes no part in m, s and s2: its x is stored by itself, from the same
-accumulator. So −log p = log(1 + s / e_target) keeps its relative accuracy when p → 1.
+accumulator. So −log p = log(1 + s / e_target) keeps its relative accuracy when p → 1. Most slices
+hold no target and no column beyond C: what is done for these stands in a branch, and a logit costs
+a multiply-add, an exponential, a maximum and a sum.
 
 With EXPONENTIALS the tile e · (1 − tanh²) is stored too, rounded once to the dtype of the head: the
-gradient of the logits up to a factor of the row. bfloat16 reaches from e^−87 to e^88, therefore
-`ref` is guessed once and replaced only where a row exceeds it e^MARGIN-fold; `triton_rows` brings
-the slices of such a row to one reference. NORMALISED: ref is the log-sum-exp, so e is p.
+gradient of the logits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128, therefore
+`ref` is guessed once and replaced only where a row exceeds it 2^MARGIN-fold; `triton_rows` brings
+the slices of such a row to one reference. FINAL: an earlier pass has done all that, e is wanted.
 
 Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
 head comes from L2 for all but the first. No atomics, no locks: each number has one writer.
@@ -81,10 +84,31 @@ def _logit_tile(
 def soft_capped(a, inner, outer, HAS_CAP: tl.constexpr):
     """outer · tanh(inner · a), or outer · a. The error is below 2⁻²² of `outer`."""
     if HAS_CAP:
-        small = tl.exp2(-2.8853900817779268 * tl.abs(inner * a))
-        size = outer * ((1.0 - small) / (1.0 + small))
-        return tl.where(a < 0, -size, size)
+        # 1 − tanh u = 2 / (1 + e²ᵘ), right for any sign and for e²ᵘ = ∞.
+        growth = tl.exp2((2.8853900817779268 * inner) * a)
+        return outer - (2.0 * outer) / (1.0 + growth)
     return outer * a
+
+
+@triton.jit
+def _is_column(c, WIDTH: tl.constexpr):
+    """Whether a column of a tile is column c [N] of it: bool [N, WIDTH].
+
+    Columns are eights and rests: a thread's eights are known to the compiler, so that a comparison
+    needs no register for its column.
+    """
+    rest = tl.arange(0, 8)[None, :]
+    eight = tl.where((c[:, None] >= 0) & (c[:, None] % 8 == rest), c[:, None] // 8, -1)
+    is_column = eight[:, None, :] == tl.arange(0, WIDTH // 8)[None, :, None]
+    return tl.reshape(is_column, (c.shape[0], WIDTH))
+
+
+@triton.jit
+def _is_below(c, WIDTH: tl.constexpr):
+    """Whether a column of a tile is below column c > 0 of it: bool [1, WIDTH]."""
+    eights = (c + 7 - tl.arange(0, 8)) // 8
+    is_below = tl.arange(0, WIDTH // 8)[None, :, None] < eights[None, None, :]
+    return tl.reshape(is_below, (1, WIDTH))
 
 
 @triton.jit
@@ -105,53 +129,69 @@ def _finish_tile(
     outer,
     rows,
     slices,
+    PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    FINAL: tl.constexpr,
     MARGIN: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Partial sums, target logit and exponentials of products a, columns first_c on of the call."""
     WIDTH: tl.constexpr = a.shape[1]
+    PART: tl.constexpr = WIDTH // PARTS
     offs_n = first_n + tl.arange(0, a.shape[0])
     offs_c = first_c + tl.arange(0, WIDTH)
     mask_n = offs_n < n
-    mask_c = offs_c < C
     if HAS_BIAS:
-        a += tl.load(bias_ptr + first_v + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + first_v + offs_c, mask=offs_c < C, other=0.0)
+        a += bias.to(tl.float32)[None, :]
     x = soft_capped(a, inner, outer, HAS_CAP)
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v
-    hit = offs_c[None, :] == target[:, None]
-    if not NORMALISED:
-        here = (target >= first_c) & (target < tl.minimum(first_c + WIDTH, C))
-        tl.store(target_logit_ptr + offs_n, tl.sum(tl.where(hit, x, 0.0), 1), mask=mask_n & here)
-    x = tl.where(mask_c[None, :] & (hit == 0), x, float("-inf"))
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+    here = (target >= 0) & (target < tl.minimum(WIDTH, C - first_c))
+    if C - first_c < WIDTH:
+        x = tl.where(_is_below(C - first_c, WIDTH), x, float("-inf"))
     ref = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
-    if not NORMALISED:
+    partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
+    if not FINAL:
+        if tl.max(here.to(tl.int32), 0) > 0:
+            x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
+            tl.store(target_logit_ptr + offs_n, x_target, mask=here)
         m = tl.max(x, 1)
         ref = tl.where(m > ref + MARGIN, m, ref)
-    e = tl.exp(x - ref[:, None])
-    if not NORMALISED:
-        partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
         tl.store(partial_ptrs, m, mask=mask_n)
-        tl.store(partial_ptrs + slices * rows, tl.sum(e, 1), mask=mask_n)
+    # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+    halves = tl.reshape(x, (x.shape[0], PARTS, PART)).permute(0, 2, 1)
+    parts = (x,) if PARTS == 1 else halves.split()
+    s = tl.zeros((a.shape[0],), tl.float32)
+    s2 = tl.zeros((a.shape[0],), tl.float32)
+    for number in tl.static_range(PARTS):
+        x = parts[number]
+        e = tl.exp2(x - ref[:, None])
+        e = tl.where(_is_column(target - number * PART, PART), 0.0, e)
+        if not FINAL:
+            s += tl.sum(e, 1)
         if ENTROPY:
-            s2 = tl.sum(tl.where(e > 0, e * (x - ref[:, None]), 0.0), 1)
-            tl.store(partial_ptrs + 2 * slices * rows, s2, mask=mask_n)
-    if EXPONENTIALS:
-        if HAS_CAP:
-            # Rather from x again than kept: registers. The bound is for x = −inf, where e is 0.
-            tanh = tl.maximum(x, -outer) * (1.0 / outer)
-            e *= 1.0 - tanh * tanh
-        e = tl.where(mask_n[:, None], e, 0.0).to(DTYPE)
-        if TMA:
-            exp.store([first_n, first_c], e)
-        else:
-            exp_ptrs = exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH) + offs_c[None, :]
-            tl.store(exp_ptrs, e)
+            s2 += tl.sum(tl.where(e > 0, e * (x - ref[:, None]), 0.0), 1)
+        if EXPONENTIALS:
+            if HAS_CAP:
+                # Rather from x again than kept: registers. The bound is for −inf, where e is 0.
+                tanh = tl.maximum(x, -outer) * (1.0 / outer)
+                e *= 1.0 - tanh * tanh
+            e = e.to(DTYPE)
+            if TMA:
+                exp.store([first_n, first_c + number * PART], e)
+            else:
+                exp_ptrs = exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH)
+                offs_part = first_c + number * PART + tl.arange(0, PART)
+                tl.store(exp_ptrs + offs_part[None, :], e)
+    if not FINAL:
+        tl.store(partial_ptrs + slices * rows, s, mask=mask_n)
+    if ENTROPY:
+        tl.store(partial_ptrs + 2 * slices * rows, s2, mask=mask_n)
 
 
 @triton.jit
@@ -184,7 +224,7 @@ def _whole_tile(
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    FINAL: tl.constexpr,
     MARGIN: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -196,21 +236,11 @@ def _whole_tile(
         hidden, head, pid_n * BLOCK_N, first_v + first_c, first_v + C, D,
         stride_head_v, stride_head_d, BLOCK_N, BLOCK_V, BLOCK_D, TMA,
     )  # fmt: skip
-    if PARTS == 1:
-        _finish_tile(
-            a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n,
-            pid_n * BLOCK_N, first_c, first_v, C, inner, outer, rows, slices,
-            HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
-        )  # fmt: skip
-    else:
-        halves = tl.reshape(a, (BLOCK_N, 2, BLOCK_V // 2)).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            _finish_tile(
-                halves[half], bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr,
-                exp, n, pid_n * BLOCK_N, first_c + half * (BLOCK_V // 2), first_v, C,
-                inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-                NORMALISED, MARGIN, TMA, DTYPE,
-            )  # fmt: skip
+    _finish_tile(
+        a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, pid_n * BLOCK_N,
+        first_c, first_v, C, inner, outer, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY,
+        EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -244,7 +274,7 @@ def _logits_kernel(
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    FINAL: tl.constexpr,
     MARGIN: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -256,7 +286,7 @@ def _logits_kernel(
             tile, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp,
             n, first_v, C, D, stride_head_v, stride_head_d, inner, outer, rows, slices,
             BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-            NORMALISED, MARGIN, TMA, DTYPE,
+            FINAL, MARGIN, TMA, DTYPE,
         )  # fmt: skip
 
 
@@ -305,7 +335,7 @@ def _two_heads_kernel(
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    FINAL: tl.constexpr,
     MARGIN: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -336,7 +366,7 @@ def _two_heads_kernel(
                 tile - guide_tiles, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr,
                 partial_ptr, exp, n, first_v, C, D, stride_head_v, stride_head_d, inner, outer,
                 rows, slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP,
-                ENTROPY, EXPONENTIALS, NORMALISED, MARGIN, TMA, DTYPE,
+                ENTROPY, EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
             )  # fmt: skip
 
 
@@ -359,11 +389,12 @@ def _exponentials_kernel(
     slices,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    FINAL: tl.constexpr,
     MARGIN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -380,6 +411,6 @@ def _exponentials_kernel(
     a = tl.load(product_ptrs, mask=mask, other=0.0)
     _finish_tile(
         a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, first_n, first_c,
-        first_v, C, inner, outer, rows, slices, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-        NORMALISED, MARGIN, False, DTYPE,
+        first_v, C, inner, outer, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
+        FINAL, MARGIN, False, DTYPE,
     )  # fmt: skip

@@ -17,7 +17,6 @@ from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_chunk import (
     INTERPRETER_ROW_BLOCK,
     ROW_BLOCK,
-    STATISTICS_ROWS,
     Chunk,
     Plan,
 )
@@ -46,6 +45,8 @@ class RowResult(NamedTuple):
     top1: Tensor  # [N] bool
     factor: Tensor  # [N] of the sum of E W
     target_factor: Tensor  # [N] of the target's row of the head
+    ref: Tensor  # [N], and
+    share: Tensor  # [N] that makes 2^(x − ref) the probability
     local_target: Tensor  # [N] int32, as in RowState
     guide_nll: Tensor | None = None  # [N]
 
@@ -130,7 +131,8 @@ def row_pass(
         first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
     stored = exponentials or plan.logits == "library"
-    most = (plan.rows, plan.columns) if stored else (STATISTICS_ROWS, head.weight.shape[0] + 4096)
+    all_columns = head.weight.shape[0] + 4096
+    most = (plan.rows, plan.columns) if stored else (plan.statistics_rows, all_columns)
     chunk = Chunk(
         head,
         plan,
@@ -157,10 +159,10 @@ def row_pass(
 def new_state(head: Head) -> RowState:
     """The state of all rows before the first column."""
     count, device = head.hidden.shape[0], head.hidden.device
-    parts = torch.zeros(4, count, device=device)
+    parts = torch.zeros(4, count, dtype=torch.float32, device=device)
     parts[0] = NO_REFERENCE.value
     parts[3] = -torch.inf
-    target_logit = torch.full((count,), torch.nan, device=device)
+    target_logit = torch.full((count,), torch.nan, dtype=torch.float32, device=device)
     return RowState(parts, target_logit, torch.empty(count, dtype=torch.int32, device=device))
 
 
@@ -201,7 +203,7 @@ def combine_shards(state: RowState, shard: VocabShard) -> None:
     local_ref = parts[0].clone()
     dist.all_reduce(parts[0], op=dist.ReduceOp.MAX, group=shard.group)
     dist.all_reduce(parts[3], op=dist.ReduceOp.MAX, group=shard.group)
-    power = torch.exp(local_ref - parts[0])
+    power = torch.exp2(local_ref - parts[0])
     parts[2] = power * (parts[2] + (local_ref - parts[0]) * parts[1])
     parts[1] *= power
     # NaN marks a target of another rank; a logit that is NaN is seen through the sums.
@@ -221,9 +223,9 @@ def finish_rows(
         local_ref = local_ref.clone()
         combine_shards(state, shard)
     count, device = local_ref.shape[0], local_ref.device
-    stats = torch.zeros(3 if with_entropy else 2, count, device=device)
+    stats = state.parts.new_zeros(3 if with_entropy else 2, count)
     top1 = torch.zeros(count, dtype=torch.bool, device=device)
-    factors = torch.zeros(2, count, device=device)
+    factors = state.parts.new_zeros(4, count)
     if count > 0:
         triton_rows._finish_kernel[(triton.cdiv(count, LINE_BLOCK),)](
             state.parts,

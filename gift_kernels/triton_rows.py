@@ -2,13 +2,16 @@
 
 Letters: N rows of the caller, n rows that count (on the device only), D hidden, `rows` of a buffer,
 C columns and T slices of columns of a chunk. State of a row, over the columns seen so far without
-the target's, with x its logits:
+the target's, with x its logits in base 2 (z / ln 2):
 
-    ref     S = Σ exp(x − ref)     S2 = Σ exp(x − ref) (x − ref)     M = max x
+    ref     S = Σ 2^(x − ref)     S2 = Σ 2^(x − ref) (x − ref)     M = max x
 
-With x_y the target's logit and d = log S + ref − x_y, all with relative accuracy as p → 1:
+With x_y the target's logit and d = log S + ln 2 (ref − x_y), all with relative accuracy as p → 1:
 
-    nll = log(1 + e^d)     p = 1 / (1 + e^d)     1 − p = e^d / (1 + e^d)     lse = x_y + nll
+    nll = log(1 + e^d)     p = 1 / (1 + e^d)     1 − p = e^d / (1 + e^d)     lse = ln 2 x_y + nll
+
+The share (1 − p) / S turns exponentials 2^(x − ref) into probabilities. It is not made of the
+log-sum-exp, whose rounding grows with the size of the logits.
 """
 
 import triton
@@ -18,6 +21,8 @@ from gift_kernels.interpreter import correct_bfloat16
 from gift_kernels.triton_logits import NO_REFERENCE, soft_capped
 
 correct_bfloat16()
+
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def _gather_kernel(
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Zeros complete the last tile: garbage there would meet real rows in a sum over rows.
-    copied = offs_n < tl.cdiv(n, pad) * pad
+    copied = offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad
     mask_n = offs_n < n
     source = tl.load(index_ptr + first_row + offs_n, mask=mask_n, other=0).to(tl.int64)
     target = tl.load(target_ptr + source, mask=mask_n, other=-1) - vocab_start
@@ -156,8 +161,8 @@ def _merge_kernel(
     s_t = tl.load(partial_ptrs + most_slices * rows, mask=mask, other=0.0)
     ref_t = tl.where(m_t > ref[None, :] + MARGIN, m_t, ref[None, :])
     new = tl.maximum(ref, tl.max(ref_t, 0))
-    factor = tl.exp(ref - new)
-    factor_t = tl.exp(ref_t - new[None, :])
+    factor = tl.exp2(ref - new)
+    factor_t = tl.exp2(ref_t - new[None, :])
     if ENTROPY:
         s2 = tl.load(state_ptrs + 2 * stride_state, mask=mask_n, other=0.0)
         s2_t = tl.load(partial_ptrs + 2 * most_slices * rows, mask=mask, other=0.0)
@@ -174,7 +179,7 @@ def _merge_kernel(
             exp_ptrs += tl.arange(0, WIDTH)[None, :]
             for t in range(0, slices):
                 m = tl.load(partial_ptr + t * rows + offs_n, mask=mask_n, other=float("-inf"))
-                power = tl.exp(tl.where(m > ref + MARGIN, m, ref) - new)
+                power = tl.exp2(tl.where(m > ref + MARGIN, m, ref) - new)
                 changed = mask_n & (power != 1.0)
                 e = tl.load(exp_ptrs + t * WIDTH, mask=changed[:, None], other=0.0)
                 e = (e.to(tl.float32) * power[:, None]).to(exp_ptr.dtype.element_ty)
@@ -212,7 +217,7 @@ def _finish_kernel(
     count_ptr,  # [1] int32
     stats_ptr,  # [3, N] in the caller's order: nll, lse, entropy
     top1_ptr,  # [N] in the caller's order
-    factor_ptr,  # [2, N] so too: of Σ E W, and of the target's row of the head
+    factor_ptr,  # [4, N] so too: of Σ E W, of the target's row of the head; ref, its share
     N,
     scale,
     outer,
@@ -228,11 +233,11 @@ def _finish_kernel(
     largest = tl.load(state_ptr + 3 * N + offs_n, mask=mask, other=0.0)
     x = tl.load(target_logit_ptr + offs_n, mask=mask, other=0.0)
     # The difference of the two large numbers first. +inf is to give NaN, as inf − inf does in nll.
-    d = tl.where(x == float("inf"), float("nan"), tl.log(s) + (ref - x))
+    d = tl.where(x == float("inf"), float("nan"), tl.log(s) + (ref - x) * LN_2)
     u = tl.exp(-tl.abs(d))
     log_one_u = _log1p(u)
     nll = tl.maximum(d, 0.0) + log_one_u
-    lse = tl.where(d > 0, tl.log(s) + ref, x) + log_one_u
+    lse = tl.where(d > 0, tl.log(s) + ref * LN_2, x * LN_2) + log_one_u
     not_p = tl.where(d > 0, 1.0, u) / (1.0 + u)
     # Maxima need not hand NaN on.
     nll = tl.where(d != d, d, nll)
@@ -244,19 +249,22 @@ def _finish_kernel(
     if ENTROPY:
         s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0)
         new = tl.maximum(largest, x)
-        power = tl.exp(ref - new)
-        e = tl.exp(x - new)
+        power = tl.exp2(ref - new)
+        e = tl.exp2(x - new)
         total = s * power + e
         moment = power * (s2 + (ref - new) * s) + tl.where(e > 0, e * (x - new), 0.0)
-        entropy = tl.log(total) - moment / total
+        entropy = (tl.log2(total) - moment / total) * LN_2
         tl.store(stats_ptr + 2 * N + rows, tl.where(d != d, d, entropy), mask=mask)
     slope = scale
     if HAS_CAP:
         tanh = tl.maximum(x, -outer) / outer
         slope = scale * (1.0 - tanh * tanh)
     local_ref = tl.load(local_ref_ptr + offs_n, mask=mask, other=0.0)
-    tl.store(factor_ptr + rows, scale * tl.exp(local_ref - lse), mask=mask)
+    share = tl.where(s == 0.0, 0.0, not_p / s)
+    tl.store(factor_ptr + rows, scale * tl.exp2(local_ref - ref) * share, mask=mask)
     tl.store(factor_ptr + N + rows, -not_p * slope, mask=mask)
+    tl.store(factor_ptr + 2 * N + rows, ref, mask=mask)
+    tl.store(factor_ptr + 3 * N + rows, share, mask=mask)
 
 
 @triton.jit
@@ -303,7 +311,7 @@ def _weigh_kernel(
     C,
     rows,
     columns,
-    ALL_ROWS: tl.constexpr,
+    pad,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -322,10 +330,9 @@ def _weigh_kernel(
     # the target's entry does not depend on it.
     e = tl.where((factor == 0.0)[:, None], 0.0, e)
     e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
-    if ALL_ROWS:
-        # A library multiplies all rows of the buffer.
-        mask = (offs_n < rows)[:, None] & (offs_c < C)[None, :]
-        e = tl.where(mask_n[:, None], e, 0.0)
+    # Zeros complete the last tile, as in `_gather_kernel`: 0 times NaN is NaN.
+    mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
+    e = tl.where(mask_n[:, None], e, 0.0)
     tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)
 
 

@@ -47,27 +47,22 @@ FLOAT32_TILES = Tiles(64, 64, 32, 8, 4, 3, 1, 1, False)
 LOGIT_TILES = {
     0: (INTERPRETER_LOGIT_TILES,),
     80: (
-        Tiles(128, 128, 64, 8, 8, 3, 2, 1, False),
-        Tiles(128, 128, 32, 16, 8, 4, 2, 1, False),
+        Tiles(128, 128, 64, 8, 8, 3, 1, 1, False),
+        Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),
     ),
     90: (
         Tiles(128, 256, 64, 8, 8, 4, 2, 1, True),
         Tiles(128, 256, 64, 16, 8, 4, 2, 1, False),
-        Tiles(128, 128, 64, 16, 4, 3, 2, 2, False),
+        Tiles(128, 128, 64, 16, 4, 3, 1, 2, False),
     ),
-    100: (Tiles(128, 128, 64, 16, 4, 3, 2, 2, False),),
-}
-# Soft-caps, entropies and plain loads need more registers than the widest tiles leave.
-NARROW_LOGIT_TILES = {
-    arch: tuple(tiles for tiles in candidates if tiles.block_n <= 128)
-    for arch, candidates in LOGIT_TILES.items()
-}
-# So do two heads in one launch, a little more: more warps share a tile.
-GUIDED_NARROW_LOGIT_TILES = {
-    **NARROW_LOGIT_TILES,
-    90: (Tiles(128, 128, 64, 16, 8, 3, 2, 1, False),),
     100: (Tiles(128, 128, 64, 16, 8, 3, 1, 1, False),),
+    # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
+    120: (Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
+# A soft-cap or an entropy needs registers that a fourth stage of the pipeline would take; both, or
+# an entropy with two heads, or plain loads, more than the widest tiles leave.
+LEAN_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 256, 64, 8, 8, 3, 1, 1, True),)}
+NARROW_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
 PRODUCT_TILES = {
     0: (INTERPRETER_PRODUCT_TILES,),
     80: (Tiles(128, 128, 64, 8, 8, 3, 2, 1, False),),
@@ -76,6 +71,7 @@ PRODUCT_TILES = {
         Tiles(128, 256, 64, 16, 8, 3, 2, 1, False),
     ),
     100: (Tiles(128, 256, 64, 8, 8, 3, 2, 1, False),),
+    120: (Tiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
 }
 
 
@@ -94,12 +90,25 @@ def tiles_for(
     if machine.arch > 0 and dtype == torch.float32:
         return (FLOAT32_TILES,)
     known = [arch for arch in table if min(1, machine.arch) <= arch <= machine.arch]
-    if not known:
-        raise ValueError(
-            f'impl="triton": needs compute capability 8.0 or more, got {machine.arch / 10}; '
-            'use impl="eager"'
-        )
     return table[max(known)]
+
+
+def logit_tiles(
+    machine: Machine,
+    dtype: torch.dtype,
+    *,
+    tma: bool,
+    capped: bool,
+    entropy: bool,
+    guided: bool,
+) -> tuple[Tiles, ...]:
+    """The candidates for the kernels of logits with these options, the default first."""
+    table = LOGIT_TILES
+    if not tma or (entropy and (guided or capped)):
+        table = NARROW_LOGIT_TILES
+    elif not guided and (capped or entropy):
+        table = LEAN_LOGIT_TILES
+    return tiles_for(table, machine, dtype)
 
 
 def can_use_tma(machine: Machine, *matrices: Tensor) -> bool:

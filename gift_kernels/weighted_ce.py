@@ -65,7 +65,7 @@ def weighted_ce(
         weight_power, weight_floor, weight_threshold: w becomes max(w, floor) ** power, and 0 where
             w < threshold; applied to weights of every origin.
         bias: [V], added to the logits before the scale.
-        logit_scale: factor of the logits (Cohere's `logit_scale`; Granite divides: pass
+        logit_scale: positive factor of the logits (Cohere's `logit_scale`; Granite divides: pass
             1 / `logits_scaling`).
         logit_softcap: c of c · tanh(z / c), after the scale (Gemma's `final_logit_softcapping`).
         reduction: `none` [*B]; `sum`; `mean`: divided by the number of rows that are not ignored;
@@ -96,6 +96,8 @@ def weighted_ce(
     _check_weighting(token_weight, guide_hidden, guide_lm_head_weight, target)
     _check_options(reduction, normalizer, weight_power, weight_floor, chunk_size)
     for name, value in (
+        ("logit_scale", logit_scale),
+        ("guide_logit_scale", guide_logit_scale),
         ("guide_temperature", guide_temperature),
         ("logit_softcap", logit_softcap),
         ("guide_logit_softcap", guide_logit_softcap),

@@ -344,6 +344,19 @@ def check_token_confidence(
     judge({"confidence": alone}, truth, naive, single, dtype)
 
 
+def one_tile_chunks(plan: Any) -> Any:
+    """A plan of the Triton implementation with chunks as small as its tiles allow."""
+    tiles, products = plan.logit_tiles, plan.product_tiles
+    rows = max(tiles.block_m, products.block_m, products.block_k)
+    return plan._replace(
+        rows=rows,
+        columns=tiles.block_n,
+        head_rows=rows,
+        head_columns=tiles.block_n,
+        statistics_rows=rows,
+    )
+
+
 def judge(found: Values, truth: Values, naive: Values, single: Values, dtype: torch.dtype) -> None:
     """Compares all values of `found` with the truth; the message holds every error and budget.
 

@@ -1,4 +1,4 @@
-"""Compile Triton kernels for sm_80, sm_90 and sm_100 on any machine, and read what came out.
+"""Compile Triton kernels for NVIDIA's architectures on any machine, and read what came out.
 
 A helper for tests, not a test. Where there is no GPU the tests run with TRITON_INTERPRET=1, under
 which `@triton.jit` yields an interpreted function that cannot be compiled. So the kernels are
@@ -9,7 +9,7 @@ written to Triton's own cache.
 
 Use, in a file `tests/test_<op>_compiles.py`:
 
-    from compiling import KernelRequest, compile_kernels, config_options, shared_memory_limit
+    from compiling import ARCHITECTURES, KernelRequest, compile_kernels, shared_memory_limit
 
     REQUESTS = [
         KernelRequest(
@@ -17,11 +17,11 @@ Use, in a file `tests/test_<op>_compiles.py`:
             signature={"weight_ptr": "*bf16", "n_columns": "i32"},   # all that is no constexpr
             constexprs={"BLOCK_N": 128, "DTYPE": "tl.bfloat16", "stride_k": 1},
             divisible=("n_columns",),              # integers that are multiples of 16 at launch
-            arch=arch,                             # 80, 90 or 100
+            arch=arch,
             num_warps=4,
             num_stages=2,
         )
-        for arch in (80, 90, 100)
+        for arch in ARCHITECTURES
     ]
 
     @pytest.fixture(scope="module")
@@ -70,13 +70,16 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical
-# specifications by compute capability: the opt-in maximum), and that one SM holds.
-_BLOCK_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_SM_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+# Ampere, Ada (with the shared memory of consumer Ampere), Hopper, Blackwell, consumer Blackwell.
+ARCHITECTURES = (80, 89, 90, 100, 120)
+# KiB of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications
+# by compute capability: the opt-in maximum), and that one SM holds; warps and blocks of an SM.
+_BLOCK_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+_SM_SHARED = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
+_SM_WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+_SM_BLOCKS = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
 _RESERVED_SHARED = 1024  # the driver takes this much of every block
-_SM_REGISTERS, _SM_WARPS, _SM_BLOCKS = 65536, 64, 32
+_SM_REGISTERS = 65536
 
 
 class _FrozenDict(dict[str, Any]):
@@ -135,17 +138,19 @@ class CompiledKernel:
         """Blocks of this kernel that one SM can hold, by registers, shared memory and warps."""
         per_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out 256 at a time
         by_registers = _SM_REGISTERS // (per_warp * self.num_warps)
-        by_shared = _SM_SHARED[self.request.arch] // (self.shared + _RESERVED_SHARED)
-        return min(by_registers, by_shared, _SM_WARPS // self.num_warps, _SM_BLOCKS)
+        arch = self.request.arch
+        by_shared = 1024 * _SM_SHARED[arch] // (self.shared + _RESERVED_SHARED)
+        by_warps = _SM_WARPS[arch] // self.num_warps
+        return min(by_registers, by_shared, by_warps, _SM_BLOCKS[arch])
 
     def occupancy(self) -> float:
         """Share of an SM's warp slots that this kernel fills."""
-        return self.blocks_per_sm() * self.num_warps / _SM_WARPS
+        return self.blocks_per_sm() * self.num_warps / _SM_WARPS[self.request.arch]
 
 
 def shared_memory_limit(arch: int) -> int:
     """Bytes of shared memory that a block may use on this architecture."""
-    return _BLOCK_SHARED[arch]
+    return 1024 * _BLOCK_SHARED[arch]
 
 
 def config_options(config: Any) -> dict[str, Any]:

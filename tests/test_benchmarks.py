@@ -2,19 +2,36 @@
 
 import csv
 import json
+import math
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end, goals, gpu_suite, measure, peers, readme, report
+from benchmarks import (
+    end_to_end,
+    goals,
+    gpu_suite,
+    measure,
+    peers,
+    providers,
+    readme,
+    report,
+    turns,
+)
+from benchmarks.architectures import SIZES, growth
 from benchmarks.cases import CECase, toy_cases
-from benchmarks.measure import Settings, check, gate_truth, measure_case
-from benchmarks.providers import own_providers, providers_of
+from benchmarks.data import make_inputs
+from benchmarks.measure import add_ratios, check, gate_truth, measure_case, time_columns
+from benchmarks.providers import needs_triton, own_providers, providers_of
+from benchmarks.turns import LOST, Call, Contender, Settings
 
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
@@ -32,6 +49,20 @@ def test_whoever_runs_here_is_right(case, monkeypatch: pytest.MonkeyPatch) -> No
             row["status"],
         )
         assert ("time_ms" in row) == (row["status"] == "ok")
+    assert {name for name in by_name if "time_ms" in by_name[name]} == expected_to_run(case)
+
+
+def expected_to_run(case) -> set[str]:
+    """The providers without a package, and PEFT, that a CPU can run."""
+    triton = not needs_triton(case, CPU.device)
+    if case.op == "lora_merge":
+        names = {"gift eager, in place", "plain PyTorch, in place", "floor: copy"}
+        names |= {"PEFT, in place", "PEFT, safe_merge"}
+        return names | ({"gift triton", "gift triton, in place"} if triton else set())
+    names = {"gift eager", "full logits", "full logits, checkpointed chunks", "floor: products"}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions") and case.shape.softcap is None:
+        names |= {"torch linear_cross_entropy"}
+    return names | ({"gift triton"} if triton else set())
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -46,6 +77,12 @@ def test_peers_mean_what_the_specification_means(
     wanted |= {"Liger FLCE, token scaling"} if weighting == "self" else set()
     chosen = [peer for peer in peers.PROVIDERS if peer.name in wanted and not peer.missing()]
     assert len(chosen) == len(wanted), "install the extra 'bench'"
+    running = {
+        peer.name
+        for peer in peers.PROVIDERS
+        if peer.package and not peer.missing() and not peer.skip(case, CPU.device)
+    }
+    assert running == {"Liger FLCE, chunk 16", *wanted} - {"CCE, torch.compile"}
     inputs, truth, yardstick = gate_truth(case, CPU)
     with torch.compiler.set_stance("force_eager"):
         for peer in chosen:
@@ -82,19 +119,76 @@ def test_results_are_written_and_compared(tmp_path: Path) -> None:
     for name in ("time", "memory", "ratios"):
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for row in written["rows"]:
-        if "time_ms" in row:
-            row["time_ms"] *= 2
+        for name in row.keys() & {"time_ms", "p20_ms", "p80_ms"}:
+            row[name] *= 20
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / report.RESULTS_FILE).write_text(json.dumps(written))
     table = report.compare(tmp_path / "a", tmp_path / "b")
-    assert "| 2.00 |" in table and "do not compare" not in table
+    assert "| 20.00 |" in table and "do not compare" not in table
+
+
+def test_a_comparison_shows_all_that_moved_beyond_its_spread(tmp_path: Path) -> None:
+    row = {
+        "case": "c", "provider": "p", "status": "ok", "note": "", "time_ms": 10.0, "p20_ms": 9.0,
+        "p80_ms": 11.0, "peak_mb": 100.0, "error_loss": 1e-6, "samples": 5, "tflops": 1.0,
+        "gb_per_s": 1.0,
+    }  # fmt: skip
+    stage = {"stage": "train step", "model": "m", "way": "gift", "status": "ok", "ms": 5.0}
+    environment = {"device": "CPU", "date": "d", "torch": "1"}
+    tables = {"end to end": [stage]}
+    old = report.Results(tmp_path / "a", environment, [row, {**row, "case": "gone"}], {}, tables)
+    within = {**row, "time_ms": 10.9, "p20_ms": 10.5, "p80_ms": 12.0}
+    new = {**within, "peak_mb": 200.0, "error_loss": 1e-3}
+    tables = {"end to end": [{**stage, "ms": 10.0}]}
+    rows = [new, {**row, "case": "came"}]
+    report.Results(tmp_path / "b", {**environment, "torch": "2"}, rows, {}, tables).save()
+    old.save()
+    found = report.compare(tmp_path / "a", tmp_path / "b").splitlines()
+    assert found == [
+        "- torch: 1, now 2",
+        "",
+        "| what | figure | before | after | after / before |",
+        "|---|---|---|---|---|",
+        "| c; p | peak_mb | 100 | 200 | 2.00 |",
+        "| c; p | error_loss | 1e-06 | 0.001 | 1000.00 |",
+        "| gone; p | row |  | removed |  |",
+        "| end to end; train step; m; gift | ms | 5 | 10 | 2.00 |",
+        "| came; p | row | absent | added |  |",
+    ]
+
+
+def test_results_say_where_they_are_from(tmp_path: Path) -> None:
+    environment = report.environment(CPU.device)
+    assert environment["device"].startswith(f"CPU, {torch.get_num_threads()} threads")
+    folder = report.new_folder(None, environment)
+    assert folder.name == f"cpu-{torch.get_num_threads()}-threads-{environment['date'][:10]}"
+    row = {"case": "c", "provider": "p", "status": "not installed", "note": ""}
+    report.Results(tmp_path, environment, [row]).save()
+    with (tmp_path / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {name: row[name] for name in report.RUN} == {n: environment[n] for n in report.RUN}
+    with pytest.raises(SystemExit, match="holds results already"):
+        report.new_folder(tmp_path, environment)
+    assert report.new_folder(tmp_path, environment, overwrite=True) == tmp_path
+
+
+def test_figures_need_matplotlib_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.plot(tmp_path, [])
+    assert capsys.readouterr().out == "figures not made: matplotlib is not installed\n"
 
 
 def test_the_suite_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     output = tmp_path / "suite"
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--output", output]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 45, "seconds of a processor"
     summary = finished.stdout[finished.stdout.index("# CPU") :]
     assert len(summary) <= 10_001
     for part in ("stored results | ok", "8 of 8 within budget", "candidates: ", "train step"):
@@ -102,19 +196,26 @@ def test_the_suite_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     written = report.read_results(output)
     assert written.tables["goals"] and written.tables["end to end"]
     assert {row["status"] for row in written.rows if row["kind"] == "ours"} == {"ok"}
+    assert {row["status"] for row in written.rows if row["kind"] == "candidate"} == {"ok"}
 
 
 GOOD = {
     "tests": [{"tests": "kernels", "status": "ok", "passed": 3, "failed": 0, "error": 0}],
     "accuracy against float64": [{"case": "c", "verdict": "ok"}],
-    "compute-sanitizer": [{"tool": "memcheck", "found": "ERROR SUMMARY: 0 errors"}],
+    "compute-sanitizer": [
+        {"tool": "memcheck", "found": "ERROR SUMMARY: 0 errors"},
+        {
+            "tool": "racecheck",
+            "found": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+        },
+    ],
     "end to end": [{"way": "gift", "status": "ok"}, {"way": "Liger", "status": "failed: no"}],
     "not run": [{"part": "sanitizer", "reason": "the budget ended"}],
 }
 BAD = {
     "tests": {"tests": "kernels", "status": "rc 4", "passed": 0, "failed": 0, "error": 0},
     "accuracy against float64": {"case": "c", "verdict": "wrong: d_hidden off by 1"},
-    "compute-sanitizer": {"tool": "memcheck", "found": "ERROR SUMMARY: 5 errors"},
+    "compute-sanitizer": {"tool": "memcheck", "found": "ERROR SUMMARY: 10 errors"},
     "end to end": {"way": "gift", "status": "wrong"},
     "not run": {"part": "accuracy", "reason": "failed: RuntimeError: no"},
 }
@@ -122,10 +223,13 @@ BAD = {
 
 def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
     rows = [{"kind": "ours", "status": "ok"}, {"kind": "peer", "status": "wrong: loss"}]
+    rows += [{"kind": "candidate", "status": "failed: out of shared memory"}]
     good = report.Results(tmp_path, {}, rows=rows, tables=GOOD)
     assert not gpu_suite.failures(good)
     assert gpu_suite.failures(replace(good, rows=[]))
     assert gpu_suite.failures(replace(good, rows=[*rows, {"kind": "ours", "status": "wrong: q"}]))
+    absent = {"kind": "ours", "status": "not installed: No module named 'gift_kernels'"}
+    assert gpu_suite.failures(replace(good, rows=[*rows, absent])) == [absent]
     for name, row in BAD.items():
         bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
         assert gpu_suite.failures(bad) == [row], name
@@ -146,6 +250,162 @@ def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:
     loss, gradient = torch.tensor([3.0]), torch.full((8,), 1e-3)
     assert end_to_end.disagreement([loss, gradient], [loss, gradient]) == 0
     assert end_to_end.disagreement([loss, 0 * gradient], [loss, gradient]) == 1
+
+
+def test_ours_is_wrong_where_full_logits_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = end_to_end.annotate_batch
+    monkeypatch.setattr(
+        end_to_end, "annotate_batch", lambda *given: [row / 2 for row in right(*given)]
+    )
+    rows = list(end_to_end.annotation(SIZES["toy"][0], torch.float32, CPU))
+    assert [row["status"] for row in rows] == ["wrong", "ok", "ok"]
+    results = report.Results(tmp_path, {}, rows=[{"kind": "ours", "status": "ok"}])
+    results.tables["end to end"] = rows
+    assert gpu_suite.failures(results) == [rows[0]]
+
+
+def test_nobody_is_called_wrong_where_full_logits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(end_to_end, "_full_logit_confidence", fail)
+    ours, *others = end_to_end.annotation(SIZES["toy"][0], torch.float32, CPU)
+    assert ours["status"] == "unjudged" and "ms" in ours
+    assert {row["status"] for row in others} == {"failed: out of memory"}
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_growth_measures_nothing_twice(size: str) -> None:
+    specs = [spec for _, spec in growth(size)]
+    assert all(one not in specs[:place] for place, one in enumerate(specs))
+
+
+@pytest.mark.parametrize("case", [c for c in toy_cases() if isinstance(c, CECase)], ids=str)
+def test_the_floor_does_the_products_that_are_counted(
+    case: CECase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "FLOOR_ROWS", 16)
+    floor = next(one for one in providers.floors() if case.op in one.ops)
+    run = floor.prepare(case, make_inputs(case, CPU.device))
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == case.flops
+
+
+def test_ratios_are_over_the_floor_and_the_fastest_exact_peer() -> None:
+    times = (("ours", 6.0), ("floor", 4.0), ("peer", 3.0), ("peer", 12.0), ("baseline", 8.0))
+    rows = [{"kind": kind, "time_ms": time} for kind, time in times]
+    rows[2]["approximate"] = True
+    rows.append({"kind": "candidate", "time_ms": 1.0})
+    add_ratios([*rows, {"kind": "peer"}])
+    assert [row["ratio_floor"] for row in rows] == [1.5, 1.0, 0.75, 3.0, 2.0, 0.25]
+    assert [row["ratio_best_peer"] for row in rows] == [0.75, 0.5, 0.375, 1.5, 1.0, 0.125]
+    (alone,) = [{"kind": "ours", "time_ms": 6.0}]
+    add_ratios([alone])
+    assert alone["ratio_floor"] is None and alone["ratio_best_peer"] is None
+
+
+def test_times_are_medians_with_percentiles_between_samples() -> None:
+    assert turns.percentile([1.0, 2.0, 4.0], 0.25) == 1.5
+    assert turns.percentile([1.0, 2.0, 4.0], 1.0) == 4.0
+    found = time_columns(CECase("toy", 40), [0.005, 0.001, 0.002, 0.003, 0.104, 0.004])
+    assert found["samples"] == 6
+    wanted = {"time_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0}
+    assert {name: pytest.approx(found[name]) for name in wanted} == wanted
+
+
+def test_turns_rotate_and_reverse() -> None:
+    orders = ["".join(turns.turn_order("abc", number)) for number in range(6)]
+    assert orders == ["abc", "cba", "bca", "acb", "cab", "bac"]
+    assert turns.turn_order([], 3) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_no_turn_finds_the_inputs_of_the_one_before(count: int) -> None:
+    seen: list[tuple[str, int]] = []
+    contenders = recorded([f"provider {number}" for number in range(count)], seen, sets=2)
+    turns.take_turns(contenders, replace(CPU, rounds=(8, 8)))
+    assert len(seen) == 8 * count
+    assert all(one[1] != other[1] for one, other in pairwise(seen))
+    assert len(set(seen)) == 2 * count  # nobody is left with one set
+
+
+def recorded(names: list[str], seen: list[tuple[str, int]], sets: int) -> list[Contender]:
+    def nothing() -> None:
+        return None
+
+    def call(name: str, number: int) -> Call:
+        return Call(nothing, lambda _: seen.append((name, number)), nothing)
+
+    own = own_providers()[0]
+    return [
+        Contender(replace(own, name=name), [call(name, number) for number in range(sets)])
+        for name in names
+    ]
+
+
+def test_slow_ones_sit_out_three_rounds_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = recorded(["slow", "a", "b"], [], sets=1)
+    seconds = {id(one.calls[0]): 5.0 if one.provider.name == "slow" else 1.0 for one in contenders}
+    monkeypatch.setattr(turns, "once", lambda call, device: seconds[id(call)])
+    turns.take_turns(contenders, replace(CPU, rounds=(12, 12)))
+    # Its rounds: 0, 1 and 2 as everybody's, then 4 and 8.
+    assert [len(one.samples) for one in contenders] == [5, 12, 12]
+
+
+def test_what_cannot_be_imported_is_not_installed() -> None:
+    assert turns.failure(ModuleNotFoundError("no cutlass")) == "not installed: no cutlass"
+    assert turns.failure(ValueError("a|b")) == "failed: ValueError: a/b"
+    assert turns.failure(torch.OutOfMemoryError()) == "failed: out of memory"
+
+
+def test_the_suite_goes_on_without_who_took_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(case, inputs):
+        raise RuntimeError("an illegal memory access")
+
+    case = toy_cases()[0]
+    ours = next(provider for provider in own_providers() if provider.name == "gift eager")
+    monkeypatch.setattr(turns, "device_works", lambda device: False)
+    rows = measure_case(case, CPU, [ours, replace(ours, name="culprit", prepare=fail), ours])
+    status = f"failed: RuntimeError: an illegal memory access {LOST}"
+    assert [(row["provider"], row["status"]) for row in rows] == [("culprit", status)]
+
+    environment = {"device": "GPU", "date": "d"}
+    results = report.Results(tmp_path, environment, rows=[{"case": case.label, **rows[0]}])
+    parts = ("tests", "benchmarks", "more")
+    suite = gpu_suite.Suite(results, CPU, 0.0, math.inf, False, parts)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
+    gpu_suite.go_on_in_a_new_process(replace(suite, seconds=0.0), "benchmarks")
+    assert started[0][-6:] == [
+        "--output", str(tmp_path), "--parts", "benchmarks,more", "--budget-minutes", "0.0",
+    ]  # fmt: skip
+
+    measured: list[str] = []
+    known = [ours, replace(ours, name="culprit")]
+    monkeypatch.setattr(gpu_suite, "providers_of", lambda case: known)
+
+    def add_case(results, case, settings, providers) -> bool:
+        measured.extend(provider.name for provider in providers)
+        results.rows.append({"case": case.label, "provider": "gift eager", "status": "ok"})
+        return True
+
+    monkeypatch.setattr(gpu_suite, "add_case", add_case)
+    for _ in range(2):  # the second time there is nothing left to do
+        gpu_suite._run_cases(suite, [case])
+    assert measured == ["gift eager"]
+
+
+def test_freeing_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    turns.free(torch.device("cuda"))
 
 
 def test_the_performance_section_of_the_readme_is_that_of_the_stored_results() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"lm_head_weight": zeros(VOCAB, SIZE, dtype=torch.int32)},
         TypeError,
-        "lm_head_weight: expected a floating-point dtype, got torch.int32",
+        "lm_head_weight: expected one of bfloat16, float16, float32, float64, got torch.int32",
     ),
     (
         {"hidden": zeros(COUNT, SIZE, dtype=torch.bfloat16)},
@@ -71,6 +72,7 @@ BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "target: expected int64 or int32, got torch.float32",
     ),
+    ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a positive number, got -1.0"),
     ({"logit_softcap": 0.0}, ValueError, "logit_softcap: expected a positive number, got 0.0"),
     ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
     ({"vocab_start": 5}, ValueError, "vocab_start: 5 needs a process_group"),
@@ -239,6 +241,36 @@ def test_an_explicit_request_for_triton_never_falls_back(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
     with pytest.raises(ValueError, match='impl="triton": Triton is not installed; install it'):
         token_confidence(**proper(), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "lacks"),
+    [
+        ((7, 5), None, "compute capability 8.0 or more, X has 7.5"),
+        ((9, 4), "6.4", "a GPU of NVIDIA's, got X"),
+        ((8, 0), None, ""),
+        ((12, 0), None, ""),
+    ],
+)
+def test_auto_is_eager_on_gpus_that_the_kernels_do_not_know(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, lacks: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    assert dispatch.resolve_impl("auto", tensor) == ("eager" if lacks else "triton")
+    assert dispatch._gpu_lacks(tensor.device) == lacks
+    if lacks:
+        with pytest.raises(ValueError, match=f'impl="triton" needs {lacks}; use impl="auto"'):
+            dispatch.resolve_impl("triton", tensor)
+    torch.compiler.reset()
+    asks = torch.compile(
+        lambda x: x + 1 if dispatch._gpu_lacks(torch.device("cuda", 0)) else x,
+        fullgraph=True,
+        backend="eager",
+    )
+    assert asks(torch.zeros(())) == bool(lacks)
 
 
 def test_auto_is_eager_on_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""The merge kernel compiled for sm_80, sm_90 and sm_100: spills, shared memory, instructions."""
+"""The merge kernel compiled for each architecture: spills, shared memory, instructions."""
 
 import re
 from typing import Any, get_args
@@ -15,6 +15,7 @@ from compiling import (
 
 from gift_kernels.triton_lora_merge import Path, block_r, configs
 
+pytestmark = pytest.mark.xdist_group("merge kernels compiled")
 STRIDES = ("stride_w_e", "stride_w_m", "stride_out_e", "stride_out_m")
 DTYPES = {"native": ("*bf16", "*bf16"), "split": ("*bf16", "*fp32"), "wide": ("*fp32", "*fp32")}
 
@@ -63,8 +64,10 @@ def _request(
     )
 
 
+# With 99 KiB of shared memory the autotuner passes over one configuration for ranks above 64.
+NATIVE_RANK = dict.fromkeys(ARCHITECTURES, 128) | {89: 64, 120: 64}
 EVERY_CONFIGURATION = [
-    _request(arch, path, config, 128 if path == "native" else 64)
+    _request(arch, path, config, NATIVE_RANK[arch] if path == "native" else 64)
     for arch in ARCHITECTURES
     for path in get_args(Path)
     for config in configs(path, stochastic=False)
@@ -112,7 +115,7 @@ def test_products_take_the_units_they_should(compiled, request_):
         assert not products and "fma.rn.f32" in ptx
         return
     tall = request_.constexprs["BLOCK_M"] >= 64
-    fast = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[request_.arch]
+    fast = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(request_.arch, "mma.sync")
     assert set(products) == {fast if tall else "mma.sync"}
 
 

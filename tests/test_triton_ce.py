@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from ce_cases import CASE, Case, generate, judge, model_side, norm_error, outcome, poisoned_memory
+from ce_cases import (
+    CASE,
+    Case,
+    generate,
+    judge,
+    model_side,
+    norm_error,
+    one_tile_chunks,
+    outcome,
+    poisoned_memory,
+)
 from torch import Tensor
 
 from gift_kernels import reference, weighted_ce
@@ -86,6 +96,11 @@ def check(problem: Problem, plan: Any = None, precision: float = 1.0) -> Any:
             error = norm_error(value, true.detach())
             assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
     return found
+
+
+def small_plan(problem: Problem, guide: Head | None = None) -> Any:
+    """The plan of this device with chunks of one tile."""
+    return one_tile_chunks(chunks.default_plan(problem.head, guide))
 
 
 def random_targets(count: int, device: str) -> Tensor:
@@ -223,18 +238,19 @@ def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
         hidden=guide.hidden.to(device, BF16), weight=guide.weight.to(device, BF16)
     )
     changes = {"row_weight": None, "guide": guide, "target": target, "temperature": 1.3}
-    together = ce.solve(problem._replace(**changes))
+    plan = small_plan(problem, guide)
+    together = ce.solve(problem._replace(**changes), plan)
     one_launch = dict(launches)
     launches.clear()
     # No row is below this threshold, but one might be.
     transform = WeightTransform(1.0, 0.0, 1e-30)
-    apart = ce.solve(problem._replace(**changes, transform=transform))
+    apart = ce.solve(problem._replace(**changes, transform=transform), plan)
     assert one_launch["_two_heads_kernel"] >= 2
-    assert one_launch["_logits_kernel"] < launches["_logits_kernel"]
+    assert one_launch.get("_logits_kernel", 0) < launches["_logits_kernel"]
     assert "_two_heads_kernel" not in launches
     assert (together.weight > 0).sum() == (target != -100).sum()
     for name, value in together._asdict().items():
-        # A GPU takes narrower tiles where a launch serves both, and sums in their order.
+        # A GPU has a plan of its own for a guide that goes first, and sums in its order.
         if device == "cpu":
             assert torch.equal(value, getattr(apart, name)), name
         elif value.numel() > 0:
@@ -252,10 +268,10 @@ def test_an_answer_is_the_same_bit_by_bit_each_time(dtype: torch.dtype, device: 
 
 def test_sizes_of_chunks_change_results_by_rounding_only(device: str) -> None:
     problem = random_problem(100, 40, 700, FP32, device)
-    plan = chunks.default_plan(problem.head)
-    for rows, columns in ((32, 128), (64, 640), (128, 1024)):
-        sizes = {"rows": rows, "columns": columns, "head_rows": rows, "head_columns": columns}
-        check(problem, plan._replace(**sizes))
+    plan = small_plan(problem)
+    for rows, columns in ((1, 1), (2, 2), (2, 5), (4, 8)):
+        sizes = {"rows": rows * plan.rows, "columns": columns * plan.columns}
+        check(problem, plan._replace(**sizes, **{f"head_{k}": v for k, v in sizes.items()}))
 
 
 def test_a_target_outside_the_vocabulary_spoils_its_row_only(device: str) -> None:
@@ -291,13 +307,13 @@ def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -
     problem = random_problem(40, 24, 130, FP32, device, want_dw=want_dw, want_db=want_dw)
     bias = torch.randn(130, device=device)
     guide = Head(problem.head.hidden, problem.head.weight, bias, 1.0, None)
-    plain = problem._replace(
-        head=problem.head._replace(bias=bias), target=torch.full_like(problem.target, 7)
-    )
+    plain = problem._replace(head=problem.head._replace(bias=bias))
+    # What lies between the values would be taken for a row of another target, or of another weight.
+    between = torch.stack([plain.target, torch.full_like(plain.target, 3)], 1)
     strided = plain._replace(
         head=plain.head._replace(bias=bias.repeat_interleave(3)[::3]),
-        target=plain.target[:1].expand(40),
-        row_weight=plain.row_weight.repeat_interleave(2)[::2],
+        target=between[:, 0],
+        row_weight=torch.stack([plain.row_weight, plain.row_weight + 1], 1)[:, 0],
     )
     for one, other in (
         (plain, strided),
@@ -319,15 +335,86 @@ def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -
     assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
 
 
+@pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
+def test_the_default_dtype_of_pytorch_changes_nothing(default: torch.dtype, device: str) -> None:
+    problem = random_problem(40, 24, 130, BF16, device)
+    expected = ce.solve(problem)
+    torch.set_default_dtype(default)
+    try:
+        found = ce.solve(problem)
+    finally:
+        torch.set_default_dtype(FP32)
+    for name, value in found._asdict().items():
+        assert value.dtype == getattr(expected, name).dtype, name
+        assert torch.equal(value, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("size", [8, 64], ids=["multiplied-again", "kept"])
+def test_rows_of_weight_0_are_shut_out_of_dw_where_the_head_itself_is_nan(
+    size: int, device: str
+) -> None:
+    """The last tile is completed by zeros, which meet the NaN too."""
+    problem = random_problem(5, size, 130, BF16, device, keep_zero_rows=True)
+    problem.head.weight[7] = NAN
+    found = ce.solve(problem._replace(row_weight=torch.zeros(5, device=device)))
+    assert not found.dw.any() and not found.db.any() and found.total == 0
+
+
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+@pytest.mark.parametrize("size", [96, 8], ids=["kept", "multiplied-again"])
+def test_a_large_offset_of_all_logits_costs_no_more_than_in_plain_pytorch(
+    size: int, offset: float, device: str
+) -> None:
+    """Probabilities are not made of the log-sum-exp, whose rounding grows with the offset."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, size, generator=generator)
+    head = torch.randn(600, size, generator=generator) * 0.1
+    hidden[:, 0] = head[:, 0] = offset**0.5
+    target = torch.randint(600, (40,), generator=generator)
+    problem = problem_of(hidden.to(device), head.to(device), target.to(device), want_db=False)
+    true = truth_of(problem)
+    logits = (problem.head.hidden @ problem.head.weight.T).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        reference.token_stats(logits, problem.target).nll.sum(), logits
+    )
+    plain = {"dh": gradient @ problem.head.weight, "dw": gradient.T @ problem.head.hidden}
+    for want_dw in (False, True):
+        found = ce.solve(problem._replace(want_dw=want_dw))
+        for name in ("dh", "dw") if want_dw else ("dh",):
+            error = norm_error(getattr(found, name), true[name])
+            budget = max(2 * norm_error(plain[name], true[name]), 3e-6)
+            assert error <= budget, f"{name}: error {error:.1e}, budget {budget:.1e}"
+
+
+@pytest.mark.parametrize("size", [8, 32], ids=["multiplied-again", "kept"])
+@pytest.mark.parametrize("weight", [1.0, 1e6, 1e-9])
+def test_rare_tokens_keep_their_dw_in_float16(weight: float, size: int, device: str) -> None:
+    """Their probabilities are 1e-7, and weights may exceed what float16 can hold."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(300, size, generator=generator) * 0.05
+    head[:, 0] = (torch.arange(300) < 20).float()
+    hidden = torch.randn(40, size, generator=generator)
+    hidden[:, 0] = 16
+    target = torch.randint(20, (40,), generator=generator)
+    problem = problem_of(hidden.to(device, FP16), head.to(device, FP16), target.to(device))
+    problem = problem._replace(row_weight=torch.full((40,), weight, device=device))
+    found, true = ce.solve(problem), truth_of(problem)
+    assert norm_error(found.dw[20:], true["dw"][20:].detach()) < 1e-3
+    assert norm_error(found.dw, true["dw"].detach()) < 1e-3
+
+
 def test_float64_is_refused(device: str) -> None:
     problem = random_problem(4, 8, 9, torch.float64, device)
     with pytest.raises(ValueError, match=r'torch.float64; use impl="eager"'):
         ce.solve(problem)
 
 
-def test_a_head_whose_last_row_lies_beyond_2_to_the_31_elements(device: str) -> None:
+@pytest.mark.parametrize("unaligned", [0, 1], ids=["copy-engine", "plain-loads"])
+def test_a_head_whose_last_row_lies_beyond_2_to_the_31_elements(
+    unaligned: int, device: str
+) -> None:
     """A view of memory of which only a few pages are ever touched."""
-    size, stride = 24, 2**30 + 8
+    size, stride = 24, 2**30 + 8 + unaligned
     memory = torch.empty(2 * stride + size, dtype=BF16, device=device)
     head = memory.as_strided((3, size), (stride, 1))
     generator = torch.Generator().manual_seed(0)

@@ -1,32 +1,43 @@
-"""The cross-entropy kernels for sm_80, sm_90 and sm_100: registers, shared memory, instructions."""
+"""The cross-entropy kernels compiled: registers, shared memory, instructions."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from compiling import CompiledKernel, KernelRequest, compile_kernels, shared_memory_limit
+import torch
+from compiling import (
+    ARCHITECTURES,
+    CompiledKernel,
+    KernelRequest,
+    compile_kernels,
+    shared_memory_limit,
+)
 
 from gift_kernels import triton_chunk
 from gift_kernels.triton_tiles import (
     FLOAT32_TILES,
-    GUIDED_NARROW_LOGIT_TILES,
+    LEAN_LOGIT_TILES,
     LOGIT_TILES,
     NARROW_LOGIT_TILES,
     PRODUCT_TILES,
+    Machine,
     Tiles,
+    logit_tiles,
     tile_options,
+    tiles_for,
 )
 
-ARCHITECTURES = (80, 90, 100)
-MARGIN = 44.0
+pytestmark = pytest.mark.xdist_group("cross-entropy kernels compiled")
 # Gemma's head with everything that a training step with statistics asks for: the longest epilogue.
 ALL_OPTIONS = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True, "EXPONENTIALS": True}
 LOSS = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": True}
-CAPPED_LOSS = {**LOSS, "HAS_CAP": True}
-LOSS_WITH_BIAS = {**LOSS, "HAS_BIAS": True}
-CONFIDENCE = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": False}
+CONFIDENCE = {**LOSS, "EXPONENTIALS": False}
+OPTIONS = [
+    dict(zip(LOSS, values, strict=True)) for values in itertools.product((False, True), repeat=4)
+]
 
 
 def operand(dtype: str, rows: int, columns: int, tma: bool) -> str:
@@ -68,8 +79,8 @@ def logits(
             "BLOCK_D": tiles.block_k,
             **constexprs,
             **options,
-            "NORMALISED": False,
-            "MARGIN": MARGIN,
+            "FINAL": False,
+            "MARGIN": triton_chunk.MARGIN[torch.bfloat16][0],
             "TMA": tma,
             "DTYPE": names[dtype],
         },
@@ -150,27 +161,42 @@ def requests() -> list[KernelRequest]:
     """Everything that may run for 16-bit heads, and the main path of float32 ones."""
     found = []
     for arch in ARCHITECTURES:
-        for tiles in LOGIT_TILES[arch]:
-            found += [logits(arch, tiles, CONFIDENCE), logits(arch, tiles, LOSS)]
-        for tiles in NARROW_LOGIT_TILES[arch]:
-            found.append(logits(arch, tiles, CAPPED_LOSS))
-        for tiles in PRODUCT_TILES[arch]:
-            found.append(product(arch, tiles, transposed=False))
-        found.append(product(arch, PRODUCT_TILES[arch][0], transposed=True))
-        found.append(two_heads(arch, LOGIT_TILES[arch][0], LOSS))
-        found.append(two_heads(arch, LOGIT_TILES[arch][0], LOSS_WITH_BIAS))
-        found.append(two_heads(arch, GUIDED_NARROW_LOGIT_TILES[arch][0], CAPPED_LOSS))
-    found.append(two_heads(90, LOGIT_TILES[90][0], CONFIDENCE))
-    for arch in (90, 100):
-        found.append(two_heads(arch, GUIDED_NARROW_LOGIT_TILES[arch][0], ALL_OPTIONS))
-    found.append(two_heads(90, GUIDED_NARROW_LOGIT_TILES[90][0], CAPPED_LOSS, tma=False))
-    found.append(logits(90, NARROW_LOGIT_TILES[90][0], ALL_OPTIONS))
-    found.append(logits(90, LOGIT_TILES[90][0], LOSS_WITH_BIAS))
+        machine, tma = Machine(arch, 132), arch >= 90
+        # Hopper's widest tiles leave few registers: every combination. Elsewhere the extremes.
+        for options in OPTIONS if arch == 90 else (CONFIDENCE, LOSS, ALL_OPTIONS):
+            for tiles in tiles_of(machine, options, tma=tma, guided=False):
+                found.append(logits(arch, tiles, options))
+            if options["EXPONENTIALS"]:
+                for tiles in tiles_of(machine, options, tma=tma, guided=True)[:1]:
+                    found.append(two_heads(arch, tiles, options))
+        products = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)
+        found += [product(arch, tiles, transposed=False) for tiles in products]
+        found.append(product(arch, products[0], transposed=True))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
-    found.append(logits(90, NARROW_LOGIT_TILES[90][0], CAPPED_LOSS, tma=False))
-    found.append(logits(90, FLOAT32_TILES, LOSS, "fp32"))
+    hopper = Machine(90, 132)
+    for options in (LOSS, ALL_OPTIONS):
+        tiles = tiles_of(hopper, options, tma=False, guided=False)[0]
+        found.append(logits(90, tiles, options, tma=False))
+    guided = tiles_of(hopper, ALL_OPTIONS, tma=False, guided=True)[0]
+    found.append(two_heads(90, guided, ALL_OPTIONS, tma=False))
+    found.append(two_heads(90, LOGIT_TILES[90][0], CONFIDENCE))
+    found.append(logits(90, FLOAT32_TILES, ALL_OPTIONS, "fp32"))
     found.append(product(90, FLOAT32_TILES, False, "fp32"))
     return found
+
+
+def tiles_of(
+    machine: Machine, options: dict[str, bool], tma: bool, guided: bool
+) -> tuple[Tiles, ...]:
+    """The tiles that a call with these options may run with."""
+    return logit_tiles(
+        machine,
+        torch.bfloat16,
+        tma=tma,
+        capped=options["HAS_CAP"],
+        entropy=options["ENTROPY"],
+        guided=guided,
+    )
 
 
 REQUESTS = requests()
@@ -183,7 +209,7 @@ def compiled() -> dict[KernelRequest, CompiledKernel]:
 
 
 def test_at_most_eight_candidates() -> None:
-    for table in (LOGIT_TILES, NARROW_LOGIT_TILES, GUIDED_NARROW_LOGIT_TILES, PRODUCT_TILES):
+    for table in (LOGIT_TILES, LEAN_LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES):
         assert all(1 <= len(candidates) <= 8 for candidates in table.values())
 
 
