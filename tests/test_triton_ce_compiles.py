@@ -241,6 +241,22 @@ def test_hopper_moves_tiles_with_the_copy_engine_where_it_can(
     assert uses == request_.constexprs["TMA"]
 
 
+def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel]) -> None:
+    """Tensor cores idle through it. Branches that most tiles skip are in the count: about 6.
+
+    The kernel whose loops are not joined, for its code holds the end of a tile once.
+    """
+    tiles = LOGIT_TILES[90][1]
+    assert not tiles.flatten
+    logits_of_a_thread = tiles.block_m * tiles.block_n / (32 * tiles.num_warps)
+    for options, most in ((CONFIDENCE, 15), (LOSS, 16)):
+        lines = [
+            line for line in compiled[logits(90, tiles, options)].sass.splitlines() if ";" in line
+        ]
+        last = max(number for number, line in enumerate(lines) if "HGMMA" in line)
+        assert (len(lines) - last) / logits_of_a_thread < most
+
+
 def test_plain_loads_are_16_bytes_wide_and_64_bit_addressed(
     compiled: dict[KernelRequest, CompiledKernel],
 ) -> None:
