@@ -149,21 +149,23 @@ def _finish_tile(
         bias = tl.load(bias_ptr + first_v + offs_c, mask=offs_c < C, other=0.0)
         a += bias.to(tl.float32)[None, :]
     x = soft_capped(a, inner, outer, HAS_CAP)
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
-    here = (target >= 0) & (target < tl.minimum(WIDTH, C - first_c))
     if C - first_c < WIDTH:
         x = tl.where(_is_below(C - first_c, WIDTH), x, float("-inf"))
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+    here = (target >= 0) & (target < tl.minimum(WIDTH, C - first_c))
+    if tl.max(here.to(tl.int32), 0) > 0:
+        if not FINAL:
+            x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
+            tl.store(target_logit_ptr + offs_n, x_target, mask=here)
+        # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
+        target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+        x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
     ref = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
     partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
     if not FINAL:
-        if tl.max(here.to(tl.int32), 0) > 0:
-            x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
-            tl.store(target_logit_ptr + offs_n, x_target, mask=here)
         m = tl.max(x, 1)
         ref = tl.where(m > ref + MARGIN, m, ref)
         tl.store(partial_ptrs, m, mask=mask_n)
-    # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
     halves = tl.reshape(x, (x.shape[0], PARTS, PART)).permute(0, 2, 1)
     parts = (x,) if PARTS == 1 else halves.split()
     s = tl.zeros((a.shape[0],), tl.float32)
@@ -171,7 +173,6 @@ def _finish_tile(
     for number in tl.static_range(PARTS):
         x = parts[number]
         e = tl.exp2(x - ref[:, None])
-        e = tl.where(_is_column(target - number * PART, PART), 0.0, e)
         if not FINAL:
             s += tl.sum(e, 1)
         if ENTROPY:

@@ -43,6 +43,9 @@ class Machine(NamedTuple):
 INTERPRETER_LOGIT_TILES = Tiles(32, 128, 32, 2, 1, 1, 2, 1, False)
 INTERPRETER_PRODUCT_TILES = Tiles(32, 64, 32, 2, 1, 1, 2, 1, False)
 FLOAT32_TILES = Tiles(64, 64, 32, 8, 4, 3, 1, 1, False)
+# Hopper: one pipeline over all tiles, or a fourth stage, which needs slices to have registers left.
+HOPPER_FLAT_TILES = Tiles(128, 256, 64, 8, 8, 3, 1, 1, True)
+HOPPER_TILES = Tiles(128, 256, 64, 16, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter.
 LOGIT_TILES = {
     0: (INTERPRETER_LOGIT_TILES,),
@@ -50,18 +53,15 @@ LOGIT_TILES = {
         Tiles(128, 128, 64, 8, 8, 3, 1, 1, False),
         Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),
     ),
-    90: (
-        Tiles(128, 256, 64, 8, 8, 4, 2, 1, True),
-        Tiles(128, 256, 64, 16, 8, 4, 2, 1, False),
-        Tiles(128, 128, 64, 16, 4, 3, 1, 2, False),
-    ),
+    90: (HOPPER_FLAT_TILES, HOPPER_TILES, Tiles(128, 128, 64, 16, 4, 3, 1, 2, False)),
     100: (Tiles(128, 128, 64, 16, 8, 3, 1, 1, False),),
     # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
     120: (Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
-# A soft-cap or an entropy needs registers that a fourth stage of the pipeline would take; both, or
-# an entropy with two heads, or plain loads, more than the widest tiles leave.
-LEAN_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 256, 64, 8, 8, 3, 1, 1, True),)}
+# What leaves no register to spill with a soft-cap or an entropy; with two heads, whose loops make
+# no single pipeline; with both or with plain loads.
+LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_FLAT_TILES,)}
+GUIDED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
 NARROW_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
 PRODUCT_TILES = {
     0: (INTERPRETER_PRODUCT_TILES,),
@@ -106,7 +106,9 @@ def logit_tiles(
     table = LOGIT_TILES
     if not tma or (entropy and (guided or capped)):
         table = NARROW_LOGIT_TILES
-    elif not guided and (capped or entropy):
+    elif guided:
+        table = GUIDED_LOGIT_TILES
+    elif capped or entropy:
         table = LEAN_LOGIT_TILES
     return tiles_for(table, machine, dtype)
 
