@@ -14,7 +14,7 @@ from benchmarks.data import CEInputs
 from benchmarks.providers import CE_OPS, Provider, gift_ce, needs_triton
 from gift_kernels import triton_ce
 from gift_kernels.problem import Head
-from gift_kernels.triton_chunk import Plan, default_plan
+from gift_kernels.triton_plan import Plan, default_plan
 from gift_kernels.triton_tiles import LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES, tiles_for
 
 Change = Callable[[Plan], Plan]
@@ -38,8 +38,10 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     for factor in (2, 4):
         for grown, shrunk in (("rows", "columns"), ("columns", "rows")):
             rows, columns = f"{prefix}{grown}", f"{prefix}{shrunk}"
-            sizes = (getattr(default, rows) * factor, getattr(default, columns) // factor)
-            if sizes[1] % 256 == 0:
+            # Whole tiles, 256 columns the widest.
+            width = getattr(default, columns) // factor // 256 * 256
+            sizes = (getattr(default, rows) * factor, width)
+            if width > 0:
                 changes[f"{sizes[0]} {grown}, {sizes[1]} {shrunk}"] = {
                     rows: sizes[0],
                     columns: sizes[1],

@@ -34,6 +34,8 @@ SUMMARY_CHARACTERS = 10_000
 GOLDEN_TESTS = ("tests/test_ce_golden.py", "tests/test_lora_merge.py")
 KERNEL_TESTS = (
     "tests/test_triton_ce.py",
+    "tests/test_triton_ce_large.py",
+    "tests/test_triton_ce_numbers.py",
     "tests/test_lora_merge_kernel.py",
     "tests/test_lora_merge_rounding.py",
     "tests/test_weighted_ce.py",

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from gift_kernels.problem import Head, LinearCE, Problem, VocabShard
 from gift_kernels.reference import transform_weight
-from gift_kernels.triton_chunk import Plan, default_plan
 from gift_kernels.triton_head import head_gradients
 from gift_kernels.triton_passes import RowResult, row_pass, rows_that_count, scaled_rows
+from gift_kernels.triton_plan import Plan, default_plan
 
 __all__ = ["scaled_rows", "solve", "solve_head_gradient"]
 

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from gift_kernels.problem import Head, VocabShard
-from gift_kernels.triton_chunk import Chunk, Plan
+from gift_kernels.triton_chunk import Chunk
 from gift_kernels.triton_passes import (
     KeptRows,
     RowResult,
@@ -28,6 +28,7 @@ from gift_kernels.triton_passes import (
     finish_dh,
     row_pass,
 )
+from gift_kernels.triton_plan import MARGIN, Plan
 
 
 class HeadResult(NamedTuple):
@@ -93,19 +94,20 @@ def head_gradients(
         found.share[index],
         scale,
     )
-    first_rest, chunk = 0, None
+    first_rest = 0
     if kept is not None:
         _of_kept_rows(kept, rows, found, order, dw, db)
-        first_rest, chunk = kept.chunk.rows, kept.chunk
-    if chunk is None or first_rest < count:
+        first_rest = kept.chunk.rows
+        kept = None  # and its buffers
+    if first_rest < count:
         most = (plan.head_rows, plan.head_columns)
         chunk = Chunk(head, plan, count - first_rest, most, final=True)
-    for first_row in range(first_rest, count, chunk.rows):
-        _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
+        for first_row in range(first_rest, count, chunk.rows):
+            _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
     if dh is not None:
-        factor = head.logit_scale * found.share * 2**-chunk.below
+        factor = head.logit_scale * found.share * 2 ** -MARGIN[head.hidden.dtype][1]
         factor = torch.where(rows.place < first_rest, found.factor, factor)
-        finish_dh(dh, chunk, rows, found.local_target, factor, found.target_factor, shard)
+        finish_dh(dh, head, plan, rows, found.local_target, factor, found.target_factor, shard)
     return HeadResult(found, weight, dh, dw, db)
 
 

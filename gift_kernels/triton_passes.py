@@ -14,13 +14,9 @@ from triton import knobs
 
 from gift_kernels import triton_rows
 from gift_kernels.problem import Head, VocabShard
-from gift_kernels.triton_chunk import (
-    INTERPRETER_ROW_BLOCK,
-    ROW_BLOCK,
-    Chunk,
-    Plan,
-)
+from gift_kernels.triton_chunk import Chunk
 from gift_kernels.triton_logits import NO_REFERENCE
+from gift_kernels.triton_plan import INTERPRETER_ROW_BLOCK, ROW_BLOCK, Plan, logit_factors
 
 LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
 
@@ -65,6 +61,14 @@ class RowState(NamedTuple):
     parts: Tensor  # [4, N] ref, S, S2, M: see triton_rows
     target_logit: Tensor | None  # [N], NaN where not seen
     local_target: Tensor  # [N] int32, row of this head or −1
+
+
+class Guide(NamedTuple):
+    """A second head whose statistics are wanted of the same rows."""
+
+    head: Head
+    temperature: float
+    state: RowState
 
 
 class GuideSide(NamedTuple):
@@ -113,21 +117,12 @@ def row_pass(
     With `kept` the exponentials of its rows are kept, dH of all others is left undefined, and it is
     the caller who finishes dH. With `guide` the guide's nll comes from the same launches.
     """
-    count, hidden_size = head.hidden.shape
+    count = head.hidden.shape[0]
     state = new_state(head)
-    guide_state = new_state(guide) if guide is not None else None
-    dh = state.parts.new_empty(count, hidden_size) if want_dh else None
-
-    def beside(chunk: Chunk) -> GuideSide | None:
-        if guide is None or guide_state is None:
-            return None
-        most = (chunk.rows, guide.weight.shape[0] + 4096)
-        options = {"temperature": guide_temperature, "exponentials": False}
-        return GuideSide(Chunk(guide, plan, count, most, **options), guide_state)
-
-    first_rest = 0
+    beside = Guide(guide, guide_temperature, new_state(guide)) if guide is not None else None
+    dh, first_rest = None, 0
     if kept is not None:
-        _of_row_chunk(kept.chunk, target, rows, state, dh, 0, shard, beside(kept.chunk), kept)
+        dh = _of_row_chunk(kept.chunk, target, rows, state, None, want_dh, 0, shard, beside, kept)
         first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
     stored = exponentials or plan.logits == "library"
@@ -142,17 +137,20 @@ def row_pass(
         with_entropy=with_entropy,
         exponentials=exponentials,
     )
-    side = beside(chunk)
-    sums = dh if exponentials else None
+    sums = None
     for first_row in range(first_rest, count, chunk.rows):
-        _of_row_chunk(chunk, target, rows, state, sums, first_row, shard, side)
-    found = finish_rows(state, rows, chunk, with_entropy, shard)
-    if side is not None:
-        found = found._replace(
-            guide_nll=finish_rows(side.state, rows, side.chunk, False, shard).nll
+        sums = _of_row_chunk(
+            chunk, target, rows, state, sums, exponentials, first_row, shard, beside
         )
-    if sums is not None:
-        finish_dh(sums, chunk, rows, state.local_target, found.factor, found.target_factor, shard)
+    found = finish_rows(state, rows, head, temperature, with_entropy, shard)
+    if beside is not None:
+        of_guide = finish_rows(beside.state, rows, beside.head, beside.temperature, False, shard)
+        found = found._replace(guide_nll=of_guide.nll)
+    if exponentials:
+        dh = sums if sums is not None else state.parts.new_empty(head.hidden.shape)
+        finish_dh(
+            dh, head, plan, rows, state.local_target, found.factor, found.target_factor, shard
+        )
     return found, dh
 
 
@@ -172,28 +170,45 @@ def _of_row_chunk(
     rows: Rows,
     state: RowState,
     dh: Tensor | None,
+    want_dh: bool,
     first_row: int,
     shard: VocabShard | None,
-    guide: GuideSide | None,
+    guide: Guide | None,
     kept: KeptRows | None = None,
-) -> None:
-    """All columns for the rows of a chunk; the guide's in the launch of the first ones."""
+) -> Tensor | None:
+    """All columns for the rows of a chunk; the guide's in the launch of the first ones.
+
+    Returns dH, which is made after the guide's buffers are gone where there was none before.
+    """
     chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
-    if guide is not None:
-        guide.chunk.gather(target, rows, guide.state, first_row, shard)
+    side = _side(guide, chunk) if guide is not None else None
+    if side is not None:
+        side.chunk.gather(target, rows, side.state, first_row, shard)
     for number, first_v in enumerate(range(0, chunk.vocab_size, chunk.columns)):
         if kept is not None:
             chunk.exp = kept.exponentials[number]
-        chunk.logits(rows, state, first_row, first_v, guide if number == 0 else None)
+        chunk.logits(rows, state, first_row, first_v, side)
+        if side is not None:
+            side.chunk.merge(rows, side.state, None, first_row, 0)
+            side = None
+        if want_dh and dh is None:
+            dh = state.parts.new_empty(chunk.head.hidden.shape)
         chunk.merge(rows, state, dh, first_row, first_v)
         if dh is not None:
             chunk.add_to_dh(rows, dh, first_row, first_v)
         if kept is not None:
             kept.references[number] = state.parts[0, : kept.references.shape[1]]
-    if guide is not None:
-        guide.chunk.merge(rows, guide.state, None, first_row, 0)
     if dh is not None:
         chunk.deliver_dh(rows, dh, first_row)
+    return dh
+
+
+def _side(guide: Guide, chunk: Chunk) -> GuideSide:
+    """Buffers for the guide's rows of a chunk, and all of its columns at once."""
+    head = guide.head
+    most = (chunk.rows, head.weight.shape[0] + 4096)
+    options = {"temperature": guide.temperature, "exponentials": False}
+    return GuideSide(Chunk(head, chunk.plan, head.hidden.shape[0], most, **options), guide.state)
 
 
 def combine_shards(state: RowState, shard: VocabShard) -> None:
@@ -215,7 +230,12 @@ def combine_shards(state: RowState, shard: VocabShard) -> None:
 
 
 def finish_rows(
-    state: RowState, rows: Rows, chunk: Chunk, with_entropy: bool, shard: VocabShard | None
+    state: RowState,
+    rows: Rows,
+    head: Head,
+    temperature: float,
+    with_entropy: bool,
+    shard: VocabShard | None,
 ) -> RowResult:
     """Statistics and factors once all columns of this rank are seen."""
     local_ref = state.parts[0]
@@ -237,9 +257,9 @@ def finish_rows(
             top1,
             factors,
             count,
-            chunk.head.logit_scale,
-            chunk.outer,
-            HAS_CAP=chunk.head.logit_softcap is not None,
+            head.logit_scale,
+            logit_factors(head, temperature)[1],
+            HAS_CAP=head.logit_softcap is not None,
             ENTROPY=with_entropy,
             BLOCK_N=LINE_BLOCK,
         )
@@ -251,7 +271,8 @@ def finish_rows(
 
 def finish_dh(
     dh: Tensor,
-    chunk: Chunk,
+    head: Head,
+    plan: Plan,
     rows: Rows,
     local_target: Tensor,
     factor: Tensor,
@@ -259,7 +280,7 @@ def finish_dh(
     shard: VocabShard | None,
 ) -> None:
     """Scales dH [N, D], adds the targets' terms, sums over the slices of the vocabulary."""
-    (count, hidden_size), head, block = dh.shape, chunk.head, chunk.plan.row_block
+    (count, hidden_size), block = dh.shape, plan.row_block
     if count > 0:
         triton_rows._finish_dh_kernel[
             (triton.cdiv(count, block[0]), triton.cdiv(hidden_size, block[1]))

@@ -17,7 +17,7 @@ from compiling import (
     shared_memory_limit,
 )
 
-from gift_kernels import triton_chunk
+from gift_kernels.triton_plan import MARGIN
 from gift_kernels.triton_tiles import (
     FLOAT32_TILES,
     HOPPER_TILES,
@@ -80,7 +80,7 @@ def logits(
             **constexprs,
             **options,
             "FINAL": False,
-            "MARGIN": triton_chunk.MARGIN[torch.bfloat16][0],
+            "MARGIN": MARGIN[torch.bfloat16][0],
             "TMA": tma,
             "DTYPE": names[dtype],
         },
@@ -273,12 +273,3 @@ def test_plain_loads_are_16_bytes_wide_and_64_bit_addressed(
     ptx = compiled[request].ptx
     assert "cp.async.cg.shared.global" in ptx
     assert "mul.lo.s64" in ptx or "mad.lo.s64" in ptx or "mul.wide" in ptx
-
-
-def test_memory_of_a_chunk_is_as_documented() -> None:
-    """Exponentials of a chunk, in 16 bits: 96 MiB with a frozen head and with a trainable one."""
-    for rows, columns in (
-        (triton_chunk.ROWS, triton_chunk.COLUMNS),
-        (triton_chunk.HEAD_ROWS, triton_chunk.HEAD_COLUMNS),
-    ):
-        assert 2 * rows * columns == 96 << 20

@@ -20,7 +20,7 @@ from gift_kernels import reference, weighted_ce
 from gift_kernels.triton_tiles import Machine
 
 ce: Any = importlib.import_module("gift_kernels.triton_ce")
-chunks: Any = importlib.import_module("gift_kernels.triton_chunk")
+plans: Any = importlib.import_module("gift_kernels.triton_plan")
 pytestmark = pytest.mark.skipif(
     not knobs.runtime.interpret, reason="only the interpreter shows addresses"
 )
@@ -61,7 +61,7 @@ def test_programs_stay_inside_tensors_and_out_of_each_others_way(
     """Several chunks of rows and columns, none of them full; results as everywhere."""
     case = Case(**{**vars(CASE[name]), "batch": (150,), "hidden_size": 40, "vocab_size": 300})
     if arch:
-        monkeypatch.setattr(chunks, "machine_of", lambda device: Machine(arch, 3))
+        monkeypatch.setattr(plans, "machine_of", lambda device: Machine(arch, 3))
     plan = ce.default_plan
     monkeypatch.setattr(
         ce, "default_plan", lambda *a, **options: one_tile_chunks(plan(*a, **options))
