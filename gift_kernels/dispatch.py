@@ -59,8 +59,20 @@ def _gpu_lacks(device: torch.device) -> str:
     return "" if major >= 8 else f"compute capability 8.0 or more, {name} has {major}.{minor}"
 
 
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a DTensor: its gradient would have to be reduced as its module does."""
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor, as parameters of FSDP2 are outside "
+            "their module's forward; compute the loss inside that forward, or pass "
+            f"{name}.full_tensor(), or for a head that is sharded over the vocabulary "
+            f"{name}.to_local() with process_group and vocab_start"
+        )
+
+
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raises ValueError where a tensor's shape or device differs from what `like` calls for."""
+    check_plain(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != like.device:
@@ -72,6 +84,7 @@ def check_head(
 ) -> None:
     """Checks hidden [*batch, D], head weight [V, D] and bias [V] of one model."""
     hidden_name, weight_name = f"{prefix}hidden", f"{prefix}lm_head_weight"
+    check_plain(weight_name, weight)
     if weight.ndim != 2:
         raise ValueError(f"{weight_name}: expected shape [V, D], got {list(weight.shape)}")
     check_tensor(hidden_name, hidden, (*batch, weight.shape[1]), weight)
@@ -95,6 +108,7 @@ def check_positive(name: str, value: float | None) -> None:
 
 def check_target(target: Tensor, hidden: Tensor) -> None:
     """Raises TypeError unless targets are int64 or int32, ValueError on another device."""
+    check_plain("target", target)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: expected int64 or int32, got {target.dtype}")
     if target.device != hidden.device:

@@ -108,20 +108,31 @@ def reduce_loss(
 ) -> Tensor:
     """Weighted sum of nll [*B] over kept rows, divided as `reduction` says.
 
-    A row of weight exactly 0 contributes exactly 0, even where its nll is infinite or NaN; an empty
-    sum divided by an empty count is 0.
+    A row of weight exactly 0 contributes exactly 0, even where its nll is infinite or NaN.
     """
     counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
     rows = torch.where(kept, weight * counted, 0)
     if reduction == "none":
         return rows
-    total = rows.sum()
+    return normalized(rows.sum(), weight, kept, reduction, normalizer)
+
+
+def normalized(
+    total: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    reduction: Reduction,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    """A sum of losses divided as `reduction` says; 0 / 0 is 0, for a sum of nothing counts 0."""
     if reduction == "sum":
         return total
     if normalizer is None:
         normalizer = kept.sum() if reduction == "mean" else torch.where(kept, weight, 0).sum()
-        return total / torch.where(normalizer == 0, 1, normalizer)
-    return total / normalizer
+    elif not isinstance(normalizer, Tensor):
+        normalizer = total.new_full((), normalizer)
+    normalizer = normalizer.to(total.dtype).reshape(())
+    return total / torch.where((total == 0) & (normalizer == 0), 1, normalizer)
 
 
 def weighted_ce(

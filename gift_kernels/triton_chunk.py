@@ -143,17 +143,18 @@ class Chunk:
             assert guide is None, "a library multiplies one head at a time"
             block = self.head.weight[first_v : first_v + columns]
             float32_mm(self.hidden, block.T, self.product[:, :columns])
-            grid = (self.rows // tiles.block_m, triton.cdiv(columns, self.width))
+            # Without products to hold, fewer rows at a time.
+            block_n = tiles.block_m // 4
+            grid = (self.rows // block_n, triton.cdiv(columns, self.width))
             triton_logits._exponentials_kernel[grid](
                 self.product,
                 *self._outputs(state, first_row),
                 self.exp,
                 *where,
                 *scalars,
-                BLOCK_N=tiles.block_m,
+                BLOCK_N=block_n,
                 WIDTH=self.width,
-                PARTS=tiles.parts,
-                num_warps=8 if self.plan.machine.arch else 1,
+                PARTS=1,
                 **options,
             )
             return
@@ -214,7 +215,6 @@ class Chunk:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         index, sums = self._dh_places(rows, dh)
         block_n = self.plan.row_block[0] * 2
-        block_t = triton.next_power_of_2(self.slices)
         triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
             self.partial,
             state.parts[:, first_row:],
@@ -228,7 +228,7 @@ class Chunk:
             self.slices,
             self.rows,
             self.hidden_size,
-            BLOCK_T=block_t,
+            BLOCK_T=min(64, triton.next_power_of_2(self.slices)),
             WIDTH=self.width,
             ENTROPY=self.with_entropy,
             EXPONENTIALS=self.exponentials,
@@ -236,7 +236,6 @@ class Chunk:
             MARGIN=self.margin,
             BLOCK_N=block_n,
             BLOCK_D=256,
-            num_warps=8 if block_t > 256 else 4,
         )
 
     def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:

@@ -154,26 +154,36 @@ def _merge_kernel(
     s = tl.load(state_ptrs + stride_state, mask=mask_n, other=0.0)
     largest = tl.load(state_ptrs + 3 * stride_state, mask=mask_n, other=0.0)
 
-    offs_t = tl.arange(0, BLOCK_T)
-    mask = (offs_t < slices)[:, None] & mask_n[None, :]
-    partial_ptrs = partial_ptr + offs_t[:, None] * rows + offs_n[None, :]
-    m_t = tl.load(partial_ptrs, mask=mask, other=float("-inf"))
-    s_t = tl.load(partial_ptrs + most_slices * rows, mask=mask, other=0.0)
-    ref_t = tl.where(m_t > ref[None, :] + MARGIN, m_t, ref[None, :])
-    new = tl.maximum(ref, tl.max(ref_t, 0))
-    factor = tl.exp2(ref - new)
-    factor_t = tl.exp2(ref_t - new[None, :])
+    s2 = tl.zeros((BLOCK_N,), tl.float32)
     if ENTROPY:
         s2 = tl.load(state_ptrs + 2 * stride_state, mask=mask_n, other=0.0)
-        s2_t = tl.load(partial_ptrs + 2 * most_slices * rows, mask=mask, other=0.0)
-        s2 = factor * (s2 + (ref - new) * s)
-        s2 += tl.sum(factor_t * (s2_t + (ref_t - new[None, :]) * s_t), 0)
-        tl.store(state_ptrs + 2 * stride_state, s2, mask=mask_n)
+    new = ref
+    lowest = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    for first_t in range(0, slices, BLOCK_T):
+        offs_t = first_t + tl.arange(0, BLOCK_T)
+        mask = (offs_t < slices)[:, None] & mask_n[None, :]
+        partial_ptrs = partial_ptr + offs_t[:, None] * rows + offs_n[None, :]
+        m_t = tl.load(partial_ptrs, mask=mask, other=float("-inf"))
+        s_t = tl.load(partial_ptrs + most_slices * rows, mask=mask, other=0.0)
+        ref_t = tl.where(m_t > ref[None, :] + MARGIN, m_t, ref[None, :])
+        before = new
+        new = tl.maximum(before, tl.max(ref_t, 0))
+        power = tl.exp2(before - new)
+        power_t = tl.exp2(ref_t - new[None, :])
+        if ENTROPY:
+            s2_t = tl.load(partial_ptrs + 2 * most_slices * rows, mask=mask, other=0.0)
+            s2 = power * (s2 + (before - new) * s)
+            s2 += tl.sum(power_t * (s2_t + (ref_t - new[None, :]) * s_t), 0)
+        s = s * power + tl.sum(s_t * power_t, 0)
+        largest = tl.maximum(largest, tl.max(m_t, 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(mask, ref_t, float("inf")), 0))
     tl.store(state_ptrs, new, mask=mask_n)
-    tl.store(state_ptrs + stride_state, s * factor + tl.sum(s_t * factor_t, 0), mask=mask_n)
-    tl.store(state_ptrs + 3 * stride_state, tl.maximum(largest, tl.max(m_t, 0)), mask=mask_n)
+    tl.store(state_ptrs + stride_state, s, mask=mask_n)
+    tl.store(state_ptrs + 3 * stride_state, largest, mask=mask_n)
+    if ENTROPY:
+        tl.store(state_ptrs + 2 * stride_state, s2, mask=mask_n)
     if EXPONENTIALS:
-        stale = tl.max(tl.max(tl.where(mask, (factor_t != 1.0).to(tl.int32), 0), 1), 0)
+        stale = tl.max((mask_n & (lowest < new)).to(tl.int32), 0)
         if stale > 0:
             exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * (most_slices * WIDTH)
             exp_ptrs += tl.arange(0, WIDTH)[None, :]
@@ -185,6 +195,7 @@ def _merge_kernel(
                 e = (e.to(tl.float32) * power[:, None]).to(exp_ptr.dtype.element_ty)
                 tl.store(exp_ptrs + t * WIDTH, e, mask=changed[:, None])
     if HAS_DH:
+        factor = tl.exp2(ref - new)
         changed = mask_n & (factor != 1.0)
         stale = tl.max(changed.to(tl.int32), 0)
         if stale > 0:

@@ -14,7 +14,13 @@ from torch import Tensor
 from gift_kernels import dispatch
 from gift_kernels.linear_ce import linear_ce
 from gift_kernels.problem import LinearCE, accumulation_dtype
-from gift_kernels.reference import Reduction, TokenStats, reduce_loss, transform_weight
+from gift_kernels.reference import (
+    Reduction,
+    TokenStats,
+    normalized,
+    reduce_loss,
+    transform_weight,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +77,7 @@ def weighted_ce(
         reduction: `none` [*B]; `sum`; `mean`: divided by the number of rows that are not ignored;
             `weighted_mean`: divided by the sum of their weights. An empty `mean` is 0.
         normalizer: replaces the divisor of `mean` and `weighted_mean`, for example the count over a
-            global batch.
+            global batch. A loss of 0 divided by 0 is 0.
         ignore_index: rows with this target cost nothing and have zero loss and gradient.
         return_stats: also return `TokenStats` of every row, without gradient.
         process_group, vocab_start: for a vocabulary-parallel head: each rank passes its slice of
@@ -169,28 +175,11 @@ def weighted_ce(
     if reduction == "none":
         loss = reduce_loss(result.nll, weight, kept, "none").reshape(target.shape)
     else:
-        loss = _normalize(result.total, weight, kept, reduction, normalizer)
+        loss = normalized(result.total, weight, kept, reduction, normalizer)
     if not return_stats:
         return loss
     stats = (value.detach().reshape(target.shape) for value in _stats(result, kept, weight))
     return loss, TokenStats(*stats)
-
-
-def _normalize(
-    total: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    reduction: Reduction,
-    normalizer: Tensor | float | None,
-) -> Tensor:
-    if reduction == "sum":
-        return total
-    if normalizer is None:
-        normalizer = kept.sum() if reduction == "mean" else weight.sum()
-        return total / torch.where(normalizer == 0, 1, normalizer)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(total.dtype).reshape(())
-    return total / normalizer
 
 
 def _stats(result: LinearCE, kept: Tensor, weight: Tensor) -> TokenStats:

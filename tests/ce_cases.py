@@ -118,6 +118,7 @@ CASES = [
     Case("no-row-guide-none", (0, 3), weighting="guide", reduction="none"),
     Case("all-ignored", ignored=1),
     Case("all-ignored-weighted_mean", ignored=1, reduction="weighted_mean"),
+    Case("all-ignored-normalizer-0", ignored=1, options={"normalizer": 0.0}),
     Case("all-ignored-guide-none", ignored=1, weighting="guide", reduction="none"),
     Case("one-token", (5,), 8, 1),
     Case("two-tokens", (20,), 3, 2, flat=True),

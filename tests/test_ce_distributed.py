@@ -161,6 +161,11 @@ def work(rank: int, folder: str, device: str) -> None:
         own = [part.chunk(WORLD)[rank] for part in batch]
         # Gradients are averaged over the ranks: each divides by its share of the count.
         results[wrapper] = train(wrapped, own, 17 / WORLD)
+    sharded = fully_shard(new_model()[0])
+    try:  # outside the forward a parameter is a shard
+        weighted_ce(torch.zeros(1, 16), sharded.head.weight, torch.zeros(1, dtype=torch.long))
+    except TypeError as error:
+        results["refusal"] = str(error)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -211,6 +216,12 @@ def test_what_one_slice_holds_reaches_every_rank(
         torch.testing.assert_close(found["first rank masked"], masked)
         assert torch.equal(found["first rank NaN"].isnan(), given["target"] != -100)
         assert "target: value 130 at row 4 is outside [0, 130)" in found["refusal"]
+
+
+def test_a_shard_of_fsdp2_is_refused_with_a_way_out(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert "lm_head_weight: expected a plain tensor, got a DTensor" in results["refusal"]
+        assert "inside that forward, or pass lm_head_weight.full_tensor()" in results["refusal"]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
