@@ -14,7 +14,7 @@ from benchmarks.data import CEInputs
 from benchmarks.providers import CE_OPS, Provider, gift_ce, needs_triton
 from gift_kernels import triton_ce
 from gift_kernels.problem import Head
-from gift_kernels.triton_plan import Plan, default_plan
+from gift_kernels.triton_plan import Plan, Shape, default_plan
 from gift_kernels.triton_tiles import LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES, tiles_for
 
 Change = Callable[[Plan], Plan]
@@ -34,18 +34,15 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     changes["library products"] = {"products": "library"}
     changes["library logits"] = {"logits": "library"}
     changes["library logits and products"] = {"logits": "library", "products": "library"}
-    prefix = "head_" if case.trainable else ""
-    for factor in (2, 4):
-        for grown, shrunk in (("rows", "columns"), ("columns", "rows")):
-            rows, columns = f"{prefix}{grown}", f"{prefix}{shrunk}"
-            # Whole tiles, 256 columns the widest.
-            width = getattr(default, columns) // factor // 256 * 256
-            sizes = (getattr(default, rows) * factor, width)
-            if width > 0:
-                changes[f"{sizes[0]} {grown}, {sizes[1]} {shrunk}"] = {
-                    rows: sizes[0],
-                    columns: sizes[1],
-                }
+    field = "kept" if case.trainable else "chunk"
+    shape: Shape = getattr(default, field)
+    for rows, columns in ((2, 0.5), (4, 0.25), (0.5, 2), (0.25, 4), (1, 0.5), (1, 2)):
+        # Whole tiles: 128 rows and 256 columns the largest.
+        changed = Shape(
+            int(shape.rows * rows) // 128 * 128, int(shape.columns * columns) // 256 * 256
+        )
+        if min(changed) > 0:
+            changes[f"{changed.rows} rows, {changed.columns} columns"] = {field: changed}
     return [
         Provider(name, "candidate", CE_OPS, _with_plan(change), skip=needs_triton)
         for name, change in changes.items()

@@ -96,7 +96,7 @@ def turn_order(items: Sequence[Any], number: int) -> list[Any]:
 
 def rests(contender: Contender, contenders: Sequence[Contender], number: int) -> bool:
     """Slow ones sit out three rounds of four: their time would cost the others samples."""
-    if number % 4 == 0 or len(contender.samples) < 3:
+    if number % 4 == 0 or not contender.samples:
         return False
     medians = [statistics.median(other.samples) for other in contenders if other.samples]
     return statistics.median(contender.samples) > SLOW * statistics.median(medians)

@@ -100,8 +100,7 @@ def head_gradients(
         first_rest = kept.chunk.rows
         kept = None  # and its buffers
     if first_rest < count:
-        most = (plan.head_rows, plan.head_columns)
-        chunk = Chunk(head, plan, count - first_rest, most, final=True)
+        chunk = Chunk(head, plan, count - first_rest, plan.again, final=True)
         for first_row in range(first_rest, count, chunk.rows):
             _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
     if dh is not None:
@@ -128,10 +127,10 @@ def kept_rows(
     """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())
     pad = max(plan.logit_tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
-    most = min(most // pad * pad, plan.head_rows)
+    most = min(most // pad * pad, plan.kept.rows)
     if count == 0 or most == 0:
         return None
-    chunk = Chunk(head, plan, count, (most, plan.head_columns), with_entropy=with_entropy)
+    chunk = Chunk(head, plan, count, (most, plan.kept.columns), with_entropy=with_entropy)
     memory = dw.view(-1).view(chunk.dtype)
     rows, columns = chunk.exp.shape
     exponentials = [chunk.exp]

@@ -10,7 +10,7 @@ factor joins the one that a head has anyway. For a tile of float32 accumulators 
 The target's column takes no part in m, s and s2: its x is stored by itself, from the same
 accumulator. So −log p = log(1 + s / e_target) keeps its relative accuracy when p → 1. Most slices
 hold no target and no column beyond C: what is done for these stands in a branch, and a logit costs
-a multiply-add, an exponential, a maximum and a sum.
+a multiplication, a maximum, a subtraction, an exponential and a sum.
 
 With EXPONENTIALS the tile e · (1 − tanh²) is stored too, rounded once to the dtype of the head: the
 gradient of the logits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128, therefore

@@ -126,8 +126,9 @@ def row_pass(
         first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
     stored = exponentials or plan.logits == "library"
-    all_columns = head.weight.shape[0] + 4096
-    most = (plan.rows, plan.columns) if stored else (plan.statistics_rows, all_columns)
+    most = plan.chunk if stored else plan.statistics
+    if not stored and kept is None:
+        most = most._replace(columns=head.weight.shape[0] + 4096)
     chunk = Chunk(
         head,
         plan,

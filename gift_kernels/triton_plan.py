@@ -3,10 +3,12 @@
 A chunk has at most `rows` × `columns` logits, or their exponentials E; see `triton_chunk`.
 """
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
 import torch
+import triton
 
 from gift_kernels.problem import Head
 from gift_kernels.triton_tiles import (
@@ -19,14 +21,18 @@ from gift_kernels.triton_tiles import (
     tiles_for,
 )
 
-# E in 16 bits: 96 MiB. Rows: the output [2048, D] of E W is two waves of tiles at D 4096, and the
-# head is read from memory N / 2048 times; columns: dH is read and written V / 24576 times.
-ROWS, COLUMNS = 2048, 24576
-# Where dW is made, 84 MiB: many rows, for dW is read and written once for each chunk of rows.
-HEAD_ROWS, HEAD_COLUMNS = 8192, 5376
-INTERPRETER_ROWS, INTERPRETER_COLUMNS = 64, 256
-# Where nothing is stored but the partial sums of all columns.
-STATISTICS_ROWS = 4096
+# Bytes of a chunk's hidden states and exponentials; what a guide may add, which has its own; and
+# exponentials of a chunk where dW is made.
+CHUNK_BYTES, GUIDE_BYTES, HEAD_BYTES = 120_000_000, 26_000_000, 88_000_000
+# Fewer rows read the head too often.
+ROWS = (2048, 4096)
+HEAD_ROWS = 8192
+# Where nothing is stored but partial sums: of all columns, or of so many beside kept rows' buffers.
+STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
+# What a tile takes beside its loop over K, and a chunk beside its tiles, in steps of that loop. By
+# count: a step of 128 × 256 is 8 cycles of an H100's SM; the end of a tile issues 1800 cycles of
+# instructions and stores 64 KiB; a tile that is added moves 256 KiB; three launches idle for 15 μs.
+END_OF_TILE, ADDED_TILE, LAUNCHES = 400, 1500, 3000
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
 # How far logits, in base 2, may exceed the reference of their exponentials, and how far below its
@@ -34,17 +40,27 @@ INTERPRETER_ROW_BLOCK = (16, 64)
 MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
 
 
-class Plan(NamedTuple):
-    """Sizes of a chunk, who multiplies (Triton or PyTorch's library), and with which tiles."""
+class Shape(NamedTuple):
+    """Rows and columns of a chunk, at most."""
 
-    machine: Machine
     rows: int
     columns: int
+
+
+class Plan(NamedTuple):
+    """Sizes of a chunk, who multiplies (Triton or PyTorch's library), and with which tiles.
+
+    Chunks with E: `chunk` for dH, `kept` for rows whose E stays for dW, `again` for other rows of
+    dW; without: `statistics`.
+    """
+
+    machine: Machine
+    chunk: Shape
+    kept: Shape
+    again: Shape
+    statistics: Shape
     logits: Literal["triton", "library"]
     products: Literal["triton", "library"]
-    head_rows: int
-    head_columns: int
-    statistics_rows: int
     logit_tiles: Tiles
     product_tiles: Tiles
     row_block: tuple[int, int]
@@ -54,8 +70,6 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
     """What `impl="triton"` uses on the device of this head, or of two heads in one launch."""
     machine = machine_of(head.hidden.device)
     dtype = head.hidden.dtype
-    interpreted = machine.arch == 0
-    share = 2 / dtype.itemsize
     heads = [one for one in (head, guide) if one is not None]
     tiles = logit_tiles(
         machine,
@@ -65,20 +79,76 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
         capped=any(h.logit_softcap is not None for h in heads),
         entropy=with_entropy,
         guided=guide is not None,
-    )
-    return Plan(
-        machine,
-        INTERPRETER_ROWS if interpreted else ROWS,
-        INTERPRETER_COLUMNS if interpreted else int(COLUMNS * share),
-        "triton",
-        "triton",
-        INTERPRETER_ROWS if interpreted else HEAD_ROWS,
-        INTERPRETER_COLUMNS if interpreted else int(HEAD_COLUMNS * share),
-        INTERPRETER_ROWS if interpreted else STATISTICS_ROWS,
-        tiles[0],
-        tiles_for(PRODUCT_TILES, machine, dtype)[0],
-        INTERPRETER_ROW_BLOCK if interpreted else ROW_BLOCK,
-    )
+    )[0]
+    product_tiles = tiles_for(PRODUCT_TILES, machine, dtype)[0]
+    small = Shape(64, 256)
+    shapes, row_block = (small, small, small, small), INTERPRETER_ROW_BLOCK
+    if machine.arch > 0:
+        size = head.weight.shape[1]
+        of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
+        fixed = (machine.sms, tiles, product_tiles, size, dtype.itemsize)
+        kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
+        shapes, row_block = (
+            (
+                chunk_shape(*fixed, *of_guide),
+                head_chunk_shape(*fixed, kept),
+                head_chunk_shape(*fixed, HEAD_ROWS),
+                Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
+            ),
+            ROW_BLOCK,
+        )
+    return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, row_block)
+
+
+@functools.cache
+def chunk_shape(
+    sms: int,
+    logit: Tiles,
+    product: Tiles,
+    hidden_size: int,
+    itemsize: int,
+    guide_vocab: int = 0,
+    guide_hidden: int = 0,
+) -> Shape:
+    """The shape for dH that takes the least time for a logit, within CHUNK_BYTES."""
+
+    def time(shape: Shape) -> float:
+        rows, columns = shape
+        logits = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE)
+        dh = waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
+        return (logits + dh + LAUNCHES) / (rows * columns)
+
+    step = max(logit.block_m, product.block_m)
+    of_row = itemsize * (hidden_size + guide_hidden) + 8 * (guide_vocab // logit.block_n)
+    most = CHUNK_BYTES + (GUIDE_BYTES if guide_vocab else 0)
+    shapes = []
+    for rows in range(ROWS[0], ROWS[1] + 1, step):
+        columns = (most // rows - of_row) // itemsize // logit.block_n * logit.block_n
+        shapes.append(Shape(rows, max(columns, logit.block_n)))
+    return min(shapes, key=time)
+
+
+@functools.cache
+def head_chunk_shape(
+    sms: int, logit: Tiles, product: Tiles, hidden_size: int, itemsize: int, rows: int
+) -> Shape:
+    """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
+
+    def time(columns: int) -> float:
+        logits = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE)
+        dh = waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
+        dw = waves(columns, hidden_size, product, sms) * (rows + END_OF_TILE)
+        return (logits + dh + dw + 2 * LAUNCHES) / columns
+
+    most = max(1, HEAD_BYTES // (rows * itemsize) // logit.block_n)
+    columns = [number * logit.block_n for number in range((most + 1) // 2, most + 1)]
+    return Shape(rows, min(columns, key=time))
+
+
+def waves(rows: int, columns: int, tiles: Tiles, sms: int) -> float:
+    """Rounds in which all SMs make a tile of [rows, columns], in tiles of 128 × 256."""
+    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+    return triton.cdiv(count, sms) * tiles.block_m * tiles.block_n / (128 * 256)
 
 
 def logit_factors(head: Head, temperature: float) -> tuple[float, float]:

@@ -349,13 +349,8 @@ def one_tile_chunks(plan: Any) -> Any:
     """A plan of the Triton implementation with chunks as small as its tiles allow."""
     tiles, products = plan.logit_tiles, plan.product_tiles
     rows = max(tiles.block_m, products.block_m, products.block_k)
-    return plan._replace(
-        rows=rows,
-        columns=tiles.block_n,
-        head_rows=rows,
-        head_columns=tiles.block_n,
-        statistics_rows=rows,
-    )
+    one = type(plan.chunk)(rows, tiles.block_n)
+    return plan._replace(chunk=one, kept=one, again=one, statistics=one)
 
 
 def judge(found: Values, truth: Values, naive: Values, single: Values, dtype: torch.dtype) -> None:

@@ -119,7 +119,8 @@ def test_rows_whose_exponentials_are_kept_and_rows_multiplied_again(size: int, d
     """dW [V, D] has room for none, some and all of 150 rows; `keep_zero_rows` with NaN in them."""
     for dtype in (BF16, FP32):
         problem = random_problem(150, size, 300, dtype, device, keep_zero_rows=True)
-        plan = plans.default_plan(problem.head)._replace(head_rows=128)
+        plan = plans.default_plan(problem.head)
+        plan = plan._replace(kept=plan.kept._replace(rows=128))
         found = ce.solve(problem, plan)
         hidden = problem.head.hidden.clone()
         hidden[problem.row_weight == 0] = NAN
@@ -187,8 +188,8 @@ def test_sizes_of_chunks_change_results_by_rounding_only(device: str) -> None:
     problem = random_problem(100, 40, 700, FP32, device)
     plan = small_plan(problem)
     for rows, columns in ((1, 1), (2, 2), (2, 5), (4, 8)):
-        sizes = {"rows": rows * plan.rows, "columns": columns * plan.columns}
-        check(problem, plan._replace(**sizes, **{f"head_{k}": v for k, v in sizes.items()}))
+        shape = type(plan.chunk)(rows * plan.chunk.rows, columns * plan.chunk.columns)
+        check(problem, plan._replace(chunk=shape, kept=shape, again=shape, statistics=shape))
 
 
 @pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])

@@ -56,7 +56,7 @@ def test_gradients_whose_rows_lie_beyond_2_to_the_31_elements(device: str, tmp_p
 
     def chunk_of(weight: Tensor) -> Any:
         head = Head(hidden, weight, None, 1.0, None)
-        chunk = chunks.Chunk(head, plan, 20, (plan.rows, plan.columns), final=True)
+        chunk = chunks.Chunk(head, plan, 20, plan.chunk, final=True)
         chunk.exp.zero_()[:20] = torch.rand(20, chunk.columns, generator=generator).to(device)
         chunk.hidden.zero_()[:20] = hidden
         return chunk
