@@ -228,7 +228,7 @@ class Chunk:
             self.slices,
             self.rows,
             self.hidden_size,
-            BLOCK_T=min(64, triton.next_power_of_2(self.slices)),
+            BLOCK_T=min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
             WIDTH=self.width,
             ENTROPY=self.with_entropy,
             EXPONENTIALS=self.exponentials,

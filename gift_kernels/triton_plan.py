@@ -35,6 +35,7 @@ STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
 END_OF_TILE, ADDED_TILE, LAUNCHES = 400, 1500, 3000
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
+SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
 # How far logits, in base 2, may exceed the reference of their exponentials, and how far below its
 # guess that is put. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
 MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     logit_tiles: Tiles
     product_tiles: Tiles
     row_block: tuple[int, int]
+    slice_block: int
 
 
 def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = False) -> Plan:
@@ -82,22 +84,21 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
     )[0]
     product_tiles = tiles_for(PRODUCT_TILES, machine, dtype)[0]
     small = Shape(64, 256)
-    shapes, row_block = (small, small, small, small), INTERPRETER_ROW_BLOCK
+    shapes = (small, small, small, small)
+    blocks = (INTERPRETER_ROW_BLOCK, INTERPRETER_SLICE_BLOCK)
     if machine.arch > 0:
         size = head.weight.shape[1]
         of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
         fixed = (machine.sms, tiles, product_tiles, size, dtype.itemsize)
         kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
-        shapes, row_block = (
-            (
-                chunk_shape(*fixed, *of_guide),
-                head_chunk_shape(*fixed, kept),
-                head_chunk_shape(*fixed, HEAD_ROWS),
-                Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
-            ),
-            ROW_BLOCK,
+        shapes = (
+            chunk_shape(*fixed, *of_guide),
+            head_chunk_shape(*fixed, kept),
+            head_chunk_shape(*fixed, HEAD_ROWS),
+            Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
-    return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, row_block)
+        blocks = (ROW_BLOCK, SLICE_BLOCK)
+    return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, *blocks)
 
 
 @functools.cache

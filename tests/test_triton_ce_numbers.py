@@ -14,6 +14,7 @@ from ce_problems import (
     NAN,
     ce,
     check,
+    plans,
     problem_of,
     random_problem,
     truth_of,
@@ -41,8 +42,11 @@ def test_references_that_the_first_columns_could_not_foresee(
     problem = problem_of(
         hidden.to(device, dtype), head.to(device, dtype), target.to(device), want_dw=want_dw
     )
-    # float32 itself knows logits of 1000 to 6e-5.
-    check(problem._replace(want_db=want_dw), precision=30)
+    plan = plans.default_plan(problem.head)
+    one = type(plan.chunk)(plan.chunk.rows, 1024)
+    for sizes in ({}, {"chunk": one, "kept": one, "again": one}):
+        # float32 itself knows logits of 1000 to 6e-5.
+        check(problem._replace(want_db=want_dw), plan._replace(**sizes), precision=30)
 
 
 def test_a_target_outside_the_vocabulary_spoils_its_row_only(device: str) -> None:
