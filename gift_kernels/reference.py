@@ -129,10 +129,10 @@ def normalized(
         return total
     if normalizer is None:
         normalizer = kept.sum() if reduction == "mean" else torch.where(kept, weight, 0).sum()
-    elif not isinstance(normalizer, Tensor):
-        normalizer = total.new_full((), normalizer)
-    normalizer = normalizer.to(total.dtype).reshape(())
-    return total / torch.where((total == 0) & (normalizer == 0), 1, normalizer)
+    elif isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(total.dtype).reshape(())
+    # Added, not chosen by `where`: that would copy a normalizer of the CPU's, and wait for it.
+    return total / (normalizer + ((total == 0) & (normalizer == 0)).to(total.dtype))
 
 
 def weighted_ce(

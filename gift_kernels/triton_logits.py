@@ -152,7 +152,7 @@ def _finish_tile(
     if C - first_c < WIDTH:
         x = tl.where(_is_below(C - first_c, WIDTH), x, float("-inf"))
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
-    here = (target >= 0) & (target < tl.minimum(WIDTH, C - first_c))
+    here = (target >= 0) & (target < WIDTH)
     if tl.max(here.to(tl.int32), 0) > 0:
         if not FINAL:
             x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)

@@ -143,9 +143,9 @@ def row_pass(
         sums = _of_row_chunk(
             chunk, target, rows, state, sums, exponentials, first_row, shard, beside
         )
-    found = finish_rows(state, rows, head, temperature, with_entropy, shard)
+    found = finish_rows(state, rows, head, with_entropy, shard)
     if beside is not None:
-        of_guide = finish_rows(beside.state, rows, beside.head, beside.temperature, False, shard)
+        of_guide = finish_rows(beside.state, rows, beside.head, False, shard)
         found = found._replace(guide_nll=of_guide.nll)
     if exponentials:
         dh = sums if sums is not None else state.parts.new_empty(head.hidden.shape)
@@ -234,7 +234,6 @@ def finish_rows(
     state: RowState,
     rows: Rows,
     head: Head,
-    temperature: float,
     with_entropy: bool,
     shard: VocabShard | None,
 ) -> RowResult:
@@ -259,7 +258,7 @@ def finish_rows(
             factors,
             count,
             head.logit_scale,
-            logit_factors(head, temperature)[1],
+            logit_factors(head, 1.0)[1],  # gradients know no temperature
             HAS_CAP=head.logit_softcap is not None,
             ENTROPY=with_entropy,
             BLOCK_N=LINE_BLOCK,

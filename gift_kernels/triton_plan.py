@@ -21,9 +21,10 @@ from gift_kernels.triton_tiles import (
     tiles_for,
 )
 
-# Bytes of a chunk's hidden states and exponentials; what a guide may add, which has its own; and
-# exponentials of a chunk where dW is made.
-CHUNK_BYTES, GUIDE_BYTES, HEAD_BYTES = 120_000_000, 26_000_000, 88_000_000
+# Bytes of a chunk's hidden states and exponentials, and what a guide may add; the least that is for
+# exponentials, however wide the hidden states; exponentials of a chunk where dW is made.
+CHUNK_BYTES, GUIDE_BYTES = 120_000_000, 26_000_000
+LEAST_BYTES, HEAD_BYTES = 64_000_000, 88_000_000
 # Fewer rows read the head too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
@@ -33,6 +34,8 @@ STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
 # count: a step of 128 × 256 is 8 cycles of an H100's SM; the end of a tile issues 1800 cycles of
 # instructions and stores 64 KiB; a tile that is added moves 256 KiB; three launches idle for 15 μs.
 END_OF_TILE, ADDED_TILE, LAUNCHES = 400, 1500, 3000
+# One shape for calls of any length, so that results do not depend on it: the best for these.
+TOKENS = (2048, 4096, 8192, 16384)
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
 SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
@@ -87,9 +90,9 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
     shapes = (small, small, small, small)
     blocks = (INTERPRETER_ROW_BLOCK, INTERPRETER_SLICE_BLOCK)
     if machine.arch > 0:
-        size = head.weight.shape[1]
+        vocab_size, size = head.weight.shape
         of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
-        fixed = (machine.sms, tiles, product_tiles, size, dtype.itemsize)
+        fixed = (machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
         kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
         shapes = (
             chunk_shape(*fixed, *of_guide),
@@ -106,44 +109,72 @@ def chunk_shape(
     sms: int,
     logit: Tiles,
     product: Tiles,
+    vocab_size: int,
     hidden_size: int,
     itemsize: int,
     guide_vocab: int = 0,
     guide_hidden: int = 0,
 ) -> Shape:
-    """The shape for dH that takes the least time for a logit, within CHUNK_BYTES."""
-
-    def time(shape: Shape) -> float:
-        rows, columns = shape
-        logits = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE)
-        dh = waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
-        return (logits + dh + LAUNCHES) / (rows * columns)
-
+    """The shape for dH that takes the least time, within CHUNK_BYTES."""
     step = max(logit.block_m, product.block_m)
     of_row = itemsize * (hidden_size + guide_hidden) + 8 * (guide_vocab // logit.block_n)
     most = CHUNK_BYTES + (GUIDE_BYTES if guide_vocab else 0)
+    most = max(most, ROWS[0] * of_row + LEAST_BYTES)
     shapes = []
     for rows in range(ROWS[0], ROWS[1] + 1, step):
         columns = (most // rows - of_row) // itemsize // logit.block_n * logit.block_n
-        shapes.append(Shape(rows, max(columns, logit.block_n)))
-    return min(shapes, key=time)
+        shapes += [Shape(rows, columns)] if columns > 0 else []
+    sizes = (vocab_size, hidden_size, logit, product, sms)
+    return min(shapes, key=lambda s: sum(call_time(n, *sizes, s) / n for n in TOKENS))
 
 
 @functools.cache
 def head_chunk_shape(
-    sms: int, logit: Tiles, product: Tiles, hidden_size: int, itemsize: int, rows: int
+    sms: int,
+    logit: Tiles,
+    product: Tiles,
+    vocab_size: int,
+    hidden_size: int,
+    itemsize: int,
+    rows: int,
 ) -> Shape:
     """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
-
-    def time(columns: int) -> float:
-        logits = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE)
-        dh = waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
-        dw = waves(columns, hidden_size, product, sms) * (rows + END_OF_TILE)
-        return (logits + dh + dw + 2 * LAUNCHES) / columns
-
     most = max(1, HEAD_BYTES // (rows * itemsize) // logit.block_n)
-    columns = [number * logit.block_n for number in range((most + 1) // 2, most + 1)]
-    return Shape(rows, min(columns, key=time))
+    least = max((most + 1) // 2, most - 64)
+    shapes = [Shape(rows, number * logit.block_n) for number in range(least, most + 1)]
+    sizes = (vocab_size, hidden_size, logit, product, sms)
+    return min(shapes, key=lambda shape: call_time(rows, *sizes, shape, with_dw=True))
+
+
+def call_time(
+    count: int,
+    vocab_size: int,
+    hidden_size: int,
+    logit: Tiles,
+    product: Tiles,
+    sms: int,
+    shape: Shape,
+    *,
+    with_dw: bool = False,
+) -> float:
+    """Time of logits, dH and maybe dW of `count` rows, in steps of tiles of 128 × 256."""
+
+    def of_chunk(rows: int, columns: int) -> float:
+        time = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
+        time += waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
+        if with_dw:
+            time += waves(columns, hidden_size, product, sms) * (rows + END_OF_TILE) + LAUNCHES
+        return time
+
+    def parts(total: int, most: int) -> list[tuple[int, int]]:
+        full, rest = divmod(total, most)
+        return [(number, size) for number, size in ((full, most), (1, rest)) if size]
+
+    return sum(
+        row_parts * column_parts * of_chunk(rows, columns)
+        for row_parts, rows in parts(count, shape.rows)
+        for column_parts, columns in parts(vocab_size, shape.columns)
+    )
 
 
 def waves(rows: int, columns: int, tiles: Tiles, sms: int) -> float:

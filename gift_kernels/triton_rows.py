@@ -95,7 +95,7 @@ def _gather_kernel(
     found = mask_n & (target >= 0) & (target < V)
     target = tl.where(found, target, 0)
     dot = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if tl.program_id(0) * BLOCK_N < n + pad:
+    if tl.program_id(0) * BLOCK_N < tl.maximum(n, 0) + pad:
         for first_d in range(0, D, BLOCK_D):
             offs_d = first_d + tl.arange(0, BLOCK_D)
             mask_d = (offs_d < D)[None, :]

@@ -112,6 +112,10 @@ def test_whoever_multiplies_the_gradients_are_the_same(
     problem = random_problem(150, 48, 300, BF16, device, want_dw=want_dw, want_db=want_dw)
     plan = plans.default_plan(problem.head)._replace(logits=logits, products=products)
     check(problem, plan)
+    # Chunks of which no row counts; what is past the rows that count has the weight of row 0.
+    target = problem.target.clone()
+    target[0], target[20:] = 3, -100
+    check(problem._replace(target=target, row_weight=torch.ones(150, device=device)), plan)
 
 
 @pytest.mark.parametrize("size", [8, 24, 40, 200])
@@ -258,12 +262,18 @@ def test_nothing_waits_for_the_device(device: str) -> None:
         random_problem(300, 128, 1000, BF16, device, row_weight=None, self_weight=True),
     ]
     problems.append(problems[1]._replace(row_weight=None, guide=problems[1].head))
-    for problem in problems:
-        ce.solve(problem)  # compiles
+    head, target = problems[1].head, problems[1].target
+
+    def run() -> None:
+        for problem in problems:
+            ce.solve(problem)
+        for normalizer in (7.0, torch.tensor(7.0), torch.tensor(7, device=device)):
+            weighted_ce(head.hidden, head.weight, target, normalizer=normalizer)
+
+    run()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for problem in problems:
-            ce.solve(problem)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gift_kernels.problem import Head, Problem
-from gift_kernels.triton_tiles import Machine
+from gift_kernels.triton_tiles import FLOAT32_TILES, HOPPER_TILES, PRODUCT_TILES, Machine
 
 H100 = Machine(90, 132)
 TOKENS = 8192
@@ -134,7 +134,8 @@ def test_at_most_300_megabytes_at_8192_tokens(
 ) -> None:
     changes = CALLS[call] | more
     dh = 4 * TOKENS * sizes[0] if changes.get("want_dh", True) else 0
-    most = 312e6 if more and guided and changes["want_dw"] else 300e6
+    largest = more and guided and changes["want_dw"] and sizes == GEMMA_2
+    most = 312e6 if largest else 300e6
     assert dh + 30e6 < peak(TOKENS, *sizes, guided=guided, **changes) <= most
 
 
@@ -187,7 +188,7 @@ def test_tiles_of_a_chunk_fill_the_sms(sizes: tuple[int, int], sms: int) -> None
     hidden_size = sizes[0]
     plan = plans.default_plan(problem_on_meta(TOKENS, *sizes, guided=False).head)
     tiles, products = plan.logit_tiles, plan.product_tiles
-    fixed = (sms, tiles, products, hidden_size, 2)
+    fixed = (sms, tiles, products, sizes[1], hidden_size, 2)
 
     def busy(*made: tuple[int, int, Any, int]) -> float:
         steps = [(plans.waves(*product[:3], sms), product[3]) for product in made]
@@ -196,7 +197,25 @@ def test_tiles_of_a_chunk_fill_the_sms(sizes: tuple[int, int], sms: int) -> None
 
     rows, columns = plans.chunk_shape(*fixed)
     logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
-    assert busy(logits, dh) > 0.95
+    assert busy(logits, dh) > 0.92
     rows, columns = plans.head_chunk_shape(*fixed, 2 * hidden_size)
     logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
     assert busy(logits, dh, (columns, hidden_size, products, rows)) > 0.92
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guide"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("hidden_size", [1, 8, 4096, 16384])
+@pytest.mark.parametrize("vocab_size", [32000, 128256, 1 << 20])
+def test_chunks_are_wide_however_large_the_head(
+    vocab_size: int, hidden_size: int, itemsize: int, guided: bool
+) -> None:
+    """A chunk of few columns adds to all of dH for each of them."""
+    tiles = (
+        (FLOAT32_TILES, FLOAT32_TILES) if itemsize == 4 else (HOPPER_TILES, PRODUCT_TILES[90][0])
+    )
+    guide = (vocab_size, hidden_size) if guided else ()
+    rows, columns = plans.chunk_shape(132, *tiles, vocab_size, hidden_size, itemsize, *guide)
+    assert rows * columns * itemsize >= 48e6 and columns >= 6144
+    assert rows % 128 == 0 or (itemsize == 4 and rows % 64 == 0)
+    assert columns % tiles[0].block_n == 0

@@ -25,8 +25,9 @@ from gift_kernels import reference
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("falling", [False, True], ids=["rising", "rising-and-falling"])
 def test_references_that_the_first_columns_could_not_foresee(
-    want_dw: bool, dtype: torch.dtype, device: str
+    falling: bool, want_dw: bool, dtype: torch.dtype, device: str
 ) -> None:
     """Logits that rise by 30 to 120 from slice to slice, and targets far below or far above."""
     count, size, vocab_size = 40, 16, 600
@@ -35,8 +36,9 @@ def test_references_that_the_first_columns_could_not_foresee(
     head = torch.randn(vocab_size, size, generator=generator) * 0.2
     head[:, 0] = steps * 30.0
     hidden = torch.randn(count, size, generator=generator)
-    hidden[:, 0] = torch.linspace(0, 4, count)
-    hidden[::6, 0] *= -1
+    hidden[:, 0] = torch.linspace(0 if falling else 2, 4, count)
+    if falling:
+        hidden[::6, 0] *= -1
     target = torch.randint(vocab_size, (count,), generator=generator)
     target[::3] = vocab_size - 1
     problem = problem_of(
