@@ -4,6 +4,8 @@ N rows of the caller, n of them count, D hidden, V vocabulary. A chunk of rows r
 chunks of columns before the next; then every row's log-sum-exp is known and dH is scaled.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -120,9 +122,12 @@ def row_pass(
     count = head.hidden.shape[0]
     state = new_state(head)
     beside = Guide(guide, guide_temperature, new_state(guide)) if guide is not None else None
-    dh, first_rest = None, 0
+    # Made at its first use: for rows that are kept, after the guide's buffers are gone.
+    dh = functools.cache(lambda: state.parts.new_empty(head.hidden.shape))
+    first_rest = 0
     if kept is not None:
-        dh = _of_row_chunk(kept.chunk, target, rows, state, None, want_dh, 0, shard, beside, kept)
+        sums = dh if want_dh else None
+        _of_row_chunk(kept.chunk, target, rows, state, sums, 0, shard, beside, kept)
         first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
     stored = exponentials or plan.logits == "library"
@@ -138,21 +143,17 @@ def row_pass(
         with_entropy=with_entropy,
         exponentials=exponentials,
     )
-    sums = None
+    sums = dh if exponentials else None
     for first_row in range(first_rest, count, chunk.rows):
-        sums = _of_row_chunk(
-            chunk, target, rows, state, sums, exponentials, first_row, shard, beside
-        )
+        _of_row_chunk(chunk, target, rows, state, sums, first_row, shard, beside)
     found = finish_rows(state, rows, head, with_entropy, shard)
     if beside is not None:
         of_guide = finish_rows(beside.state, rows, beside.head, False, shard)
         found = found._replace(guide_nll=of_guide.nll)
     if exponentials:
-        dh = sums if sums is not None else state.parts.new_empty(head.hidden.shape)
-        finish_dh(
-            dh, head, plan, rows, state.local_target, found.factor, found.target_factor, shard
-        )
-    return found, dh
+        factors = (found.factor, found.target_factor)
+        finish_dh(dh(), head, plan, rows, state.local_target, *factors, shard)
+    return found, dh() if want_dh else None
 
 
 def new_state(head: Head) -> RowState:
@@ -170,17 +171,13 @@ def _of_row_chunk(
     target: Tensor,
     rows: Rows,
     state: RowState,
-    dh: Tensor | None,
-    want_dh: bool,
+    dh: Callable[[], Tensor] | None,
     first_row: int,
     shard: VocabShard | None,
     guide: Guide | None,
     kept: KeptRows | None = None,
-) -> Tensor | None:
-    """All columns for the rows of a chunk; the guide's in the launch of the first ones.
-
-    Returns dH, which is made after the guide's buffers are gone where there was none before.
-    """
+) -> None:
+    """All columns for the rows of a chunk; the guide's in the launch of the first ones."""
     chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
     side = _side(guide, chunk) if guide is not None else None
     if side is not None:
@@ -192,16 +189,14 @@ def _of_row_chunk(
         if side is not None:
             side.chunk.merge(rows, side.state, None, first_row, 0)
             side = None
-        if want_dh and dh is None:
-            dh = state.parts.new_empty(chunk.head.hidden.shape)
-        chunk.merge(rows, state, dh, first_row, first_v)
-        if dh is not None:
-            chunk.add_to_dh(rows, dh, first_row, first_v)
+        sums = dh() if dh is not None else None
+        chunk.merge(rows, state, sums, first_row, first_v)
+        if sums is not None:
+            chunk.add_to_dh(rows, sums, first_row, first_v)
         if kept is not None:
             kept.references[number] = state.parts[0, : kept.references.shape[1]]
     if dh is not None:
-        chunk.deliver_dh(rows, dh, first_row)
-    return dh
+        chunk.deliver_dh(rows, dh(), first_row)
 
 
 def _side(guide: Guide, chunk: Chunk) -> GuideSide:

@@ -227,10 +227,12 @@ def _check_options(
         raise ValueError(
             f"normalizer: only divides the reductions mean and weighted_mean, not {reduction}"
         )
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(
-            f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}"
-        )
+    if isinstance(normalizer, Tensor):
+        dispatch.check_plain("normalizer", normalizer)
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}"
+            )
     if power < 0 or floor < 0:
         raise ValueError(
             f"weight_power and weight_floor: expected values >= 0, got {power} and {floor}"
