@@ -34,9 +34,11 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     changes["library products"] = {"products": "library"}
     changes["library logits"] = {"logits": "library"}
     changes["library logits and products"] = {"logits": "library", "products": "library"}
-    field = "kept" if case.trainable else "chunk"
+    field, factors = "chunk", [(1, 0.5), (1, 2), (2, 0.5), (4, 0.25), (0.5, 2), (0.25, 4)]
+    if case.trainable:  # as many rows as dW keeps, or there is one product more
+        field, factors = "kept", [(1, 0.25), (1, 0.5), (1, 2)]
     shape: Shape = getattr(default, field)
-    for rows, columns in ((2, 0.5), (4, 0.25), (0.5, 2), (0.25, 4), (1, 0.5), (1, 2)):
+    for rows, columns in factors:
         # Whole tiles: 128 rows and 256 columns the largest.
         changed = Shape(
             int(shape.rows * rows) // 128 * 128, int(shape.columns * columns) // 256 * 256

@@ -18,8 +18,8 @@ of both results, unless a threshold lets the guide leave rows out of the model's
 guide goes first.
 
 Nothing waits for the device: the number of rows that count is computed and read there, and the
-launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E (ROWS ×
-COLUMNS in 16 bits), the gathered rows [ROWS, D], the partial sums; none grows with N V.
+launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E and the
+gathered rows of one chunk (see `triton_plan`), the partial sums; none grows with N V.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """One chunk of logits, [rows, columns]: its buffers, and the launches that fill and use it.
 
-N rows of the caller, D hidden, V vocabulary. A chunk is at most Plan.rows × Plan.columns; only
-`Plan.logits` and `Plan.products` say who multiplies. Token counts are run-time arguments of every
+N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape; only its fields
+`logits` and `products` say who multiplies. Token counts are run-time arguments of every
 kernel, sizes of the model decide on code.
 """
 

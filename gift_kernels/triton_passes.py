@@ -18,7 +18,7 @@ from gift_kernels import triton_rows
 from gift_kernels.problem import Head, VocabShard
 from gift_kernels.triton_chunk import Chunk
 from gift_kernels.triton_logits import NO_REFERENCE
-from gift_kernels.triton_plan import INTERPRETER_ROW_BLOCK, ROW_BLOCK, Plan, logit_factors
+from gift_kernels.triton_plan import ALL, INTERPRETER_ROW_BLOCK, ROW_BLOCK, Plan, logit_factors
 
 LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
 
@@ -133,7 +133,7 @@ def row_pass(
     stored = exponentials or plan.logits == "library"
     most = plan.chunk if stored else plan.statistics
     if not stored and kept is None:
-        most = most._replace(columns=head.weight.shape[0] + 4096)
+        most = most._replace(columns=ALL)
     chunk = Chunk(
         head,
         plan,
@@ -202,7 +202,7 @@ def _of_row_chunk(
 def _side(guide: Guide, chunk: Chunk) -> GuideSide:
     """Buffers for the guide's rows of a chunk, and all of its columns at once."""
     head = guide.head
-    most = (chunk.rows, head.weight.shape[0] + 4096)
+    most = (chunk.rows, ALL)
     options = {"temperature": guide.temperature, "exponentials": False}
     return GuideSide(Chunk(head, chunk.plan, head.hidden.shape[0], most, **options), guide.state)
 

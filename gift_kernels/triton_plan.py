@@ -30,6 +30,7 @@ ROWS = (2048, 4096)
 HEAD_ROWS = 8192
 # Where nothing is stored but partial sums: of all columns, or of so many beside kept rows' buffers.
 STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
+ALL = 1 << 62  # more columns than any head has
 # What a tile takes beside its loop over K, and a chunk beside its tiles, in steps of that loop. By
 # count: a step of 128 × 256 is 8 cycles of an H100's SM; the end of a tile issues 1800 cycles of
 # instructions and stores 64 KiB; a tile that is added moves 256 KiB; three launches idle for 15 μs.
@@ -92,78 +93,65 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
     if machine.arch > 0:
         vocab_size, size = head.weight.shape
         of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
-        fixed = (machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
+        work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
         kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
         shapes = (
-            chunk_shape(*fixed, *of_guide),
-            head_chunk_shape(*fixed, kept),
-            head_chunk_shape(*fixed, HEAD_ROWS),
+            chunk_shape(work, *of_guide),
+            head_chunk_shape(work, kept),
+            head_chunk_shape(work, HEAD_ROWS),
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
     return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, *blocks)
 
 
+class Work(NamedTuple):
+    """What decides on the shape of a head's chunks."""
+
+    sms: int
+    logit_tiles: Tiles
+    product_tiles: Tiles
+    vocab_size: int
+    hidden_size: int
+    itemsize: int
+
+
 @functools.cache
-def chunk_shape(
-    sms: int,
-    logit: Tiles,
-    product: Tiles,
-    vocab_size: int,
-    hidden_size: int,
-    itemsize: int,
-    guide_vocab: int = 0,
-    guide_hidden: int = 0,
-) -> Shape:
+def chunk_shape(work: Work, guide_vocab: int = 0, guide_hidden: int = 0) -> Shape:
     """The shape for dH that takes the least time, within CHUNK_BYTES."""
-    step = max(logit.block_m, product.block_m)
-    of_row = itemsize * (hidden_size + guide_hidden) + 8 * (guide_vocab // logit.block_n)
+    block_n = work.logit_tiles.block_n
+    step = max(work.logit_tiles.block_m, work.product_tiles.block_m)
+    of_row = work.itemsize * (work.hidden_size + guide_hidden) + 8 * (guide_vocab // block_n)
     most = CHUNK_BYTES + (GUIDE_BYTES if guide_vocab else 0)
     most = max(most, ROWS[0] * of_row + LEAST_BYTES)
     shapes = []
     for rows in range(ROWS[0], ROWS[1] + 1, step):
-        columns = (most // rows - of_row) // itemsize // logit.block_n * logit.block_n
+        columns = (most // rows - of_row) // work.itemsize // block_n * block_n
         shapes += [Shape(rows, columns)] if columns > 0 else []
-    sizes = (vocab_size, hidden_size, logit, product, sms)
-    return min(shapes, key=lambda s: sum(call_time(n, *sizes, s) / n for n in TOKENS))
+    return min(shapes, key=lambda shape: sum(call_time(work, n, shape) / n for n in TOKENS))
 
 
 @functools.cache
-def head_chunk_shape(
-    sms: int,
-    logit: Tiles,
-    product: Tiles,
-    vocab_size: int,
-    hidden_size: int,
-    itemsize: int,
-    rows: int,
-) -> Shape:
+def head_chunk_shape(work: Work, rows: int) -> Shape:
     """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
-    most = max(1, HEAD_BYTES // (rows * itemsize) // logit.block_n)
+    block_n = work.logit_tiles.block_n
+    most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_n)
     least = max((most + 1) // 2, most - 64)
-    shapes = [Shape(rows, number * logit.block_n) for number in range(least, most + 1)]
-    sizes = (vocab_size, hidden_size, logit, product, sms)
-    return min(shapes, key=lambda shape: call_time(rows, *sizes, shape, with_dw=True))
+    shapes = [Shape(rows, number * block_n) for number in range(least, most + 1)]
+    return min(shapes, key=lambda shape: call_time(work, rows, shape, with_dw=True))
 
 
-def call_time(
-    count: int,
-    vocab_size: int,
-    hidden_size: int,
-    logit: Tiles,
-    product: Tiles,
-    sms: int,
-    shape: Shape,
-    *,
-    with_dw: bool = False,
-) -> float:
+def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) -> float:
     """Time of logits, dH and maybe dW of `count` rows, in steps of tiles of 128 × 256."""
+    sms, logit_tiles, product_tiles, vocab_size, hidden_size, _ = work
 
     def of_chunk(rows: int, columns: int) -> float:
-        time = waves(rows, columns, logit, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
-        time += waves(rows, hidden_size, product, sms) * (columns + ADDED_TILE)
+        time = waves(rows, columns, logit_tiles, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
+        time += waves(rows, hidden_size, product_tiles, sms) * (columns + ADDED_TILE)
         if with_dw:
-            time += waves(columns, hidden_size, product, sms) * (rows + END_OF_TILE) + LAUNCHES
+            time += (
+                waves(columns, hidden_size, product_tiles, sms) * (rows + END_OF_TILE) + LAUNCHES
+            )
         return time
 
     def parts(total: int, most: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ written to Triton's own cache.
 
 Use, in a file `tests/test_<op>_compiles.py`:
 
-    from compiling import ARCHITECTURES, KernelRequest, compile_kernels, shared_memory_limit
+    from compiling import ARCHITECTURES, KernelRequest, compile_kernels
 
     REQUESTS = [
         KernelRequest(
@@ -30,10 +30,8 @@ Use, in a file `tests/test_<op>_compiles.py`:
 
     @pytest.mark.parametrize("request_", REQUESTS, ids=str)
     def test_no_spills(compiled, request_):
-        kernel = compiled[request_]
-        assert kernel.spill_stores == kernel.spill_loads == 0, kernel.log
-        assert kernel.shared <= shared_memory_limit(request_.arch)
-        assert "wgmma" in kernel.ptx
+        compiled[request_].assert_fits()
+        assert "wgmma" in compiled[request_].ptx
 
 - `kernel` is "module:attribute"; autotuners and heuristics are unwrapped to the jitted function.
 - `signature` names a type for every argument that is no constexpr: "*bf16", "*fp16", "*fp32",
@@ -142,6 +140,11 @@ class CompiledKernel:
         by_shared = 1024 * _SM_SHARED[arch] // (self.shared + _RESERVED_SHARED)
         by_warps = _SM_WARPS[arch] // self.num_warps
         return min(by_registers, by_shared, by_warps, _SM_BLOCKS[arch])
+
+    def assert_fits(self) -> None:
+        """No spills, and shared memory within the limit of a block."""
+        assert self.spill_stores == self.spill_loads == 0, self.log
+        assert self.shared <= shared_memory_limit(self.request.arch)
 
     def occupancy(self) -> float:
         """Share of an SM's warp slots that this kernel fills."""

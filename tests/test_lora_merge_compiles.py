@@ -10,7 +10,6 @@ from compiling import (
     KernelRequest,
     compile_kernels,
     config_options,
-    shared_memory_limit,
 )
 
 from gift_kernels.triton_lora_merge import Path, block_r, configs
@@ -92,8 +91,8 @@ def compiled() -> dict[KernelRequest, CompiledKernel]:
 @pytest.mark.parametrize("request_", REQUESTS, ids=str)
 def test_no_register_is_spilled_and_shared_memory_suffices(compiled, request_):
     kernel = compiled[request_]
-    assert kernel.spill_stores == kernel.spill_loads == kernel.stack == 0, kernel.log
-    assert kernel.shared <= shared_memory_limit(request_.arch)
+    kernel.assert_fits()
+    assert kernel.stack == 0, kernel.log
     assert kernel.blocks_per_sm() >= 1
     assert "Performance" not in kernel.log, kernel.log
 

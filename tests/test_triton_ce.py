@@ -69,30 +69,6 @@ def test_the_rows_that_count_are_found_in_order(count: int, device: str) -> None
         assert torch.equal(rows.place.long(), place)
 
 
-def test_rows_that_do_not_count_are_never_multiplied(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many tiles are made for 64 rows of which half are ignored as for the other half alone."""
-    if device != "cpu":
-        return  # products can be counted in the interpreter only
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    calls = []
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda *args: calls.append(1) or dot(*args)
-    )
-    problem = random_problem(64, 32, 130, BF16, device, row_weight=None)
-    counts = []
-    for ignored in (0, 32):
-        target = torch.full((64,), 3)
-        target[torch.randperm(64)[:ignored]] = -100
-        calls.clear()
-        ce.solve(problem._replace(target=target))
-        counts.append(len(calls))
-    assert counts[0] == 2 * counts[1] > 0, counts
-
-
 def test_hidden_states_of_rows_that_do_not_count_are_never_read(device: str) -> None:
     problem = random_problem(70, 40, 130, BF16, device)
     expected = ce.solve(problem)

@@ -188,17 +188,17 @@ def test_tiles_of_a_chunk_fill_the_sms(sizes: tuple[int, int], sms: int) -> None
     hidden_size = sizes[0]
     plan = plans.default_plan(problem_on_meta(TOKENS, *sizes, guided=False).head)
     tiles, products = plan.logit_tiles, plan.product_tiles
-    fixed = (sms, tiles, products, sizes[1], hidden_size, 2)
+    work = plans.Work(sms, tiles, products, sizes[1], hidden_size, 2)
 
     def busy(*made: tuple[int, int, Any, int]) -> float:
         steps = [(plans.waves(*product[:3], sms), product[3]) for product in made]
         ideal = [rows * columns * k / (128 * 256 * sms) for rows, columns, _, k in made]
         return sum(ideal) / sum(count * k for count, k in steps)
 
-    rows, columns = plans.chunk_shape(*fixed)
+    rows, columns = plans.chunk_shape(work)
     logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
     assert busy(logits, dh) > 0.92
-    rows, columns = plans.head_chunk_shape(*fixed, 2 * hidden_size)
+    rows, columns = plans.head_chunk_shape(work, 2 * hidden_size)
     logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
     assert busy(logits, dh, (columns, hidden_size, products, rows)) > 0.92
 
@@ -215,7 +215,8 @@ def test_chunks_are_wide_however_large_the_head(
         (FLOAT32_TILES, FLOAT32_TILES) if itemsize == 4 else (HOPPER_TILES, PRODUCT_TILES[90][0])
     )
     guide = (vocab_size, hidden_size) if guided else ()
-    rows, columns = plans.chunk_shape(132, *tiles, vocab_size, hidden_size, itemsize, *guide)
+    work = plans.Work(132, *tiles, vocab_size, hidden_size, itemsize)
+    rows, columns = plans.chunk_shape(work, *guide)
     assert rows * columns * itemsize >= 48e6 and columns >= 6144
     assert rows % 128 == 0 or (itemsize == 4 and rows % 64 == 0)
     assert columns % tiles[0].block_n == 0

@@ -1,4 +1,4 @@
-"""Every address of the cross-entropy's launches, with the tiles of GPUs too.
+"""Every address of the cross-entropy's launches, with the tiles of GPUs too; and their products.
 
 In the interpreter only: what is checked here is what a GPU would not tell.
 """
@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from ce_cases import CASE, Case, generate, judge, one_tile_chunks, outcome
+from ce_problems import BF16, random_problem
 from launches import checked_launches
 from triton import knobs
+from triton.runtime import interpreter
 
 from gift_kernels import reference, weighted_ce
 from gift_kernels.triton_tiles import Machine
@@ -79,3 +81,23 @@ def test_programs_stay_inside_tensors_and_out_of_each_others_way(
         for wanted in (torch.float64, dtype, torch.float32)
     )
     judge(found, truth, naive, single, dtype)
+
+
+def test_rows_that_do_not_count_are_never_multiplied(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many tiles are made for 64 rows of which half are ignored as for the other half alone."""
+    calls = []
+    dot = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda *args: calls.append(1) or dot(*args)
+    )
+    problem = random_problem(64, 32, 130, BF16, device, row_weight=None)
+    counts = []
+    for ignored in (0, 32):
+        target = torch.full((64,), 3)
+        target[torch.randperm(64)[:ignored]] = -100
+        calls.clear()
+        ce.solve(problem._replace(target=target))
+        counts.append(len(calls))
+    assert counts[0] == 2 * counts[1] > 0, counts

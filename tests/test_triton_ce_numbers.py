@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ce_cases import (
-    norm_error,
-)
+from ce_cases import norm_error
 from ce_problems import (
     BF16,
     FP16,
