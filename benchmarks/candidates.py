@@ -12,10 +12,15 @@ from torch import Tensor
 from benchmarks.cases import CECase
 from benchmarks.data import CEInputs
 from benchmarks.providers import CE_OPS, Provider, gift_ce, needs_triton
-from gift_kernels import triton_ce
-from gift_kernels.problem import Head
-from gift_kernels.triton_plan import Plan, Shape, default_plan
-from gift_kernels.triton_tiles import LOGIT_TILES, NARROW_LOGIT_TILES, PRODUCT_TILES, tiles_for
+from gift_kernels.linear_ce.triton import forward as triton_ce
+from gift_kernels.linear_ce.triton.chunk_size import Plan, Shape, default_plan
+from gift_kernels.linear_ce.triton.tiles import (
+    LOGIT_TILES,
+    NARROW_LOGIT_TILES,
+    PRODUCT_TILES,
+    tiles_for,
+)
+from gift_kernels.linear_ce.types import Head
 
 Change = Callable[[Plan], Plan]
 

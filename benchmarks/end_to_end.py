@@ -56,7 +56,7 @@ from gift.config import TrainConfig
 from gift.data import Example
 from gift.models import last_hidden_state
 from gift.train import accumulate_gradients
-from gift.weights import WeightedRow, token_weight
+from gift.weighting import WeightedRow, token_weight
 
 OURS = "gift"
 FULL = "full logits, in our batches"

@@ -31,18 +31,18 @@ from benchmarks.turns import LOST, Settings, device_works, failure
 
 ROOT = Path(__file__).parent.parent
 SUMMARY_CHARACTERS = 10_000
-GOLDEN_TESTS = ("tests/test_ce_golden.py", "tests/test_lora_merge.py")
+GOLDEN_TESTS = ("tests/linear_ce/test_ce_golden.py", "tests/lora_merge/test_lora_merge.py")
 KERNEL_TESTS = (
-    "tests/test_triton_ce.py",
-    "tests/test_triton_ce_large.py",
-    "tests/test_triton_ce_numbers.py",
-    "tests/test_lora_merge_kernel.py",
-    "tests/test_lora_merge_rounding.py",
-    "tests/test_weighted_ce.py",
-    "tests/test_token_confidence.py",
-    "tests/test_ce_compile.py",
-    "tests/test_ce_costs.py",
-    "tests/test_ce_properties.py",
+    "tests/linear_ce/test_triton_ce.py",
+    "tests/linear_ce/test_triton_ce_large.py",
+    "tests/linear_ce/test_triton_ce_numbers.py",
+    "tests/lora_merge/test_lora_merge_kernel.py",
+    "tests/lora_merge/test_lora_merge_rounding.py",
+    "tests/linear_ce/test_weighted_ce.py",
+    "tests/linear_ce/test_token_confidence.py",
+    "tests/linear_ce/test_ce_compile.py",
+    "tests/linear_ce/test_ce_costs.py",
+    "tests/linear_ce/test_ce_properties.py",
 )
 END_TO_END_SECONDS = 90  # kept for whole stages
 SANITIZER_SECONDS = 20  # a tool's, at least

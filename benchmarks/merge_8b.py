@@ -122,7 +122,7 @@ def make_adapter(folder: Path, layers: int) -> None:
 def run_ours(model: Path, adapter: Path, output: Path, residual: bool) -> dict[str, float]:
     """Merges in this process; seconds without imports, memory with and without them in MB."""
     from gift.config import MergeConfig
-    from gift.merge import merge
+    from gift.merge.command import merge
 
     before = peak_memory()
     started = time.perf_counter()

@@ -19,7 +19,7 @@ MERGE = ("lora_merge",)
 
 def _gift(impl: Any, in_place: bool) -> Callable[[MergeCase, MergeInputs], Callable[[], Tensor]]:
     def prepare(case: MergeCase, inputs: MergeInputs) -> Callable[[], Tensor]:
-        from gift_kernels.lora_merge import lora_merge, lora_merge_
+        from gift_kernels.lora_merge.api import lora_merge, lora_merge_
 
         function = lora_merge_ if in_place else lora_merge
         arguments = (inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)

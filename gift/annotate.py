@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from gift.batches import pad_batch, plan_batches, target_ids
+from gift.confidence_store import read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
@@ -34,7 +35,6 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.store import read_author_scores, write_store
 from gift_kernels import token_confidence
 
 PARTS_FOLDER = "parts"

@@ -20,16 +20,18 @@ from safetensors import SafetensorError
 from gift.config import (
     AnnotateConfig,
     DemoConfig,
+    DiffConfig,
     EvaluateConfig,
     ImportScoresConfig,
     MergeConfig,
     Options,
     RunConfig,
+    StatisticsConfig,
     TrainConfig,
+    UnmergeConfig,
 )
+from gift.config.recipe import build_config
 from gift.errors import InputError
-from gift.recipe import build_config
-from gift.tool_config import DiffConfig, StatisticsConfig, UnmergeConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -139,14 +141,14 @@ _add_command(
 _add_command(
     "merge",
     MergeConfig,
-    "gift.merge:merge",
+    "gift.merge.command:merge",
     "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
     "few tensors; reads and writes its weights once; a killed merge goes on where it was.",
 )
 _add_command(
     "merge-statistics",
     StatisticsConfig,
-    "gift.merge_statistics:merge_statistics",
+    "gift.merge.statistics:merge_statistics",
     "What --method fisher and regmean need to know of a model. Costs a pass over the data, for "
     "fisher with gradients, and memory for a float32 copy of the parameters or a Gram matrix a "
     "layer.",
@@ -154,7 +156,7 @@ _add_command(
 _add_command(
     "diff",
     DiffConfig,
-    "gift.diff:diff",
+    "gift.merge.diff:diff",
     "What changed between two models, layer by layer: size and rank of the change, and how much of "
     "it bf16 cannot hold. Reads both models once.",
     positional=("model_a", "model_b"),
@@ -162,7 +164,7 @@ _add_command(
 _add_command(
     "unmerge",
     UnmergeConfig,
-    "gift.unmerge:unmerge",
+    "gift.merge.unmerge:unmerge",
     "Take a merge back: bit for bit where it was made with --save-residual, else to within one "
     "rounding. Costs what the merge did.",
 )

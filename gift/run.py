@@ -14,15 +14,15 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from gift.annotate import annotate
+from gift.confidence_store import CONFIDENCE_FILE
 from gift.config import AnnotateConfig, EvaluateConfig, MergeConfig, RunOptions, TrainConfig
 from gift.console import print_table
 from gift.data import read_rows
 from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
-from gift.merge import merge
+from gift.merge.command import merge
 from gift.models import model_hash, resolve_model
-from gift.store import CONFIDENCE_FILE
 from gift.train import train
 
 RUN_FILE = "run.json"

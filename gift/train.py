@@ -23,6 +23,7 @@ from transformers import get_scheduler
 
 from gift import checkpoint, figures, ranks
 from gift.batches import pad_batch, target_ids
+from gift.confidence_store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
 from gift.config import TrainConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
@@ -49,8 +50,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
-from gift.weights import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift.weighting import WeightedRow, own_weight_options, token_weight, weighted_rows
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"

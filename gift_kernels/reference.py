@@ -86,7 +86,7 @@ def token_confidence(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> TokenStats:
-    """Statistics of softmax(z / temperature); see `gift_kernels.token_confidence`."""
+    """Statistics of softmax(z / temperature); see `gift_kernels.linear_ce.token_confidence`."""
     logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     return token_stats(logits / temperature, target, ignore_index)
 
@@ -157,7 +157,7 @@ def weighted_ce(
     normalizer: Tensor | float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, TokenStats]:
-    """Loss and statistics; see `gift_kernels.weighted_ce`."""
+    """Loss and statistics; see `gift_kernels.linear_ce.api`."""
     kept = target != ignore_index
     stats = token_stats(
         head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap), target, ignore_index

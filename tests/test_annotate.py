@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 import gift.annotate as annotate_module
 from gift.annotate import annotate, import_scores
 from gift.batches import pad_batch, plan_batches
+from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
 from gift.files import partial_path
 from gift.models import check_head, lm_head, load_tokenizer
-from gift.store import load_store
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from gift import cli
 from gift.config import TrainConfig
+from gift.config.recipe import build_config
 from gift.errors import InputError
-from gift.recipe import build_config
 
 COMMANDS = {command.name: command for command in cli.app.registered_commands}
 

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import gift.train as train_module
 from gift.annotate import annotate
+from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, TrainConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
 from gift.files import partial_path
-from gift.store import CONFIDENCE_FILE, load_store
 from gift.train import train
 
 ADAPTER = "adapter_model.safetensors"

@@ -23,7 +23,7 @@ from gift.demo.pair import Pair, make_pair
 from gift.demo.world import CLEAN, TASK_NOISE, judge, puzzle_questions, task_questions, task_rows
 from gift.files import write_json
 from gift.generation import Reply, generate_replies
-from gift.merge import merge
+from gift.merge.command import merge
 from gift.models import load_causal_lm, load_tokenizer
 from gift.train import train
 

@@ -1,0 +1,31 @@
+"""Every command's options, a file a command; `recipe` reads them from a YAML file and flags."""
+
+from gift.config.annotate import AnnotateConfig, AnnotateOptions, ImportScoresConfig
+from gift.config.demo import DemoConfig
+from gift.config.evaluate import EvaluateConfig, EvaluateOptions
+from gift.config.merge import DiffConfig, MergeConfig, MergeOptions, StatisticsConfig, UnmergeConfig
+from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.config.run import RunConfig, RunOptions
+from gift.config.train import TrainConfig, TrainOptions
+
+__all__ = [
+    "AnnotateConfig",
+    "AnnotateOptions",
+    "DataOptions",
+    "DemoConfig",
+    "DeviceOptions",
+    "DiffConfig",
+    "EvaluateConfig",
+    "EvaluateOptions",
+    "ImportScoresConfig",
+    "MergeConfig",
+    "MergeOptions",
+    "Options",
+    "OutputOptions",
+    "RunConfig",
+    "RunOptions",
+    "StatisticsConfig",
+    "TrainConfig",
+    "TrainOptions",
+    "UnmergeConfig",
+]

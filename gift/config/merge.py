@@ -1,0 +1,167 @@
+"""Options of `gift merge` and of the tools around it: `diff`, `unmerge`, `merge-statistics`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.errors import InputError
+
+MergeMethod = Literal[
+    "lora",
+    "task-arithmetic",
+    "re-adapt",
+    "lore-adapt",
+    "ties",
+    "dare",
+    "dare-ties",
+    "fisher",
+    "regmean",
+]
+
+
+class MergeOptions(Options):
+    """How to merge; defaults are those of each method's paper."""
+
+    method: MergeMethod = Field(
+        default="lora",
+        description="lora (GIFT, Shadow-FT), task-arithmetic, re-adapt, lore-adapt, ties, dare, "
+        "dare-ties, fisher or regmean.",
+    )
+    task_weight: float = Field(
+        default=1.0,
+        description="λ of task-arithmetic, ties and dare; α of re-adapt and lore-adapt.",
+    )
+    instruct_weight: float = Field(
+        default=1.0, description="β of re-adapt and lore-adapt, the weight of instruct - base."
+    )
+    trim_keep: float = Field(
+        default=20.0, gt=0, le=100, description="Percent of each task vector that ties keeps."
+    )
+    drop_rate: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="Probability with which dare and dare-ties drop an entry.",
+    )
+    dare_seed: int = Field(default=0, ge=0, description="Seed of the entries that dare drops.")
+    energy_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of the squared singular values that lore-adapt's low-rank part holds.",
+    )
+    off_diagonal: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="Factor on the off-diagonal of regmean's Gram matrices.",
+    )
+    untie_embeddings: bool = Field(
+        default=False,
+        description="Write a separate output head where an adapter changes one side of tied "
+        "embeddings; without it that is an error.",
+    )
+    save_residual: bool = Field(
+        default=False,
+        description="Keep what an exact gift unmerge needs (some 10 to 40 % of the weights).",
+    )
+
+
+class MergeConfig(MergeOptions, OutputOptions):
+    """Options of `gift merge`."""
+
+    model: str = Field(description="The instruct model to merge into: a folder or a hub id.")
+    adapter: list[str] = Field(
+        min_length=1, description="PEFT LoRA adapter, a folder or a hub id; repeat for several."
+    )
+    scale: list[str] = Field(
+        default=[], description="Coefficient of each --adapter, in their order; default 1."
+    )
+    base: str | None = Field(
+        default=None,
+        description="The base model: needed by re-adapt and lore-adapt; with the other methods it "
+        "becomes the origin of the task vectors, and instruct - base one of them.",
+    )
+    statistics: list[str] = Field(
+        default=[],
+        description="Folders made by gift merge-statistics for fisher and regmean: the instruct "
+        "model's first, then one per adapter.",
+    )
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
+        default="keep", description="Dtype of the written weights; keep leaves each tensor's own."
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+    dry_run: bool = Field(
+        default=False, description="Only print the plan as a table; write nothing."
+    )
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return [str(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def coefficients(self) -> list[float]:
+        """One number an adapter; InputError where they are no numbers or too few."""
+        if not self.scale:
+            return [1.0] * len(self.adapter)
+        try:
+            numbers = [float(item) for item in self.scale]
+        except ValueError as error:
+            raise InputError(f"--scale: {error}; give one number per --adapter") from None
+        if len(numbers) != len(self.adapter):
+            raise InputError(
+                f"--scale: {len(numbers)} values for {len(self.adapter)} adapters; give one each"
+            )
+        return numbers
+
+
+class DiffConfig(Options):
+    """Options of `gift diff`."""
+
+    model_a: str = Field(description="The model before: a folder or a hub id.")
+    model_b: str = Field(description="The model after: a folder or a hub id.")
+    adapter: str | None = Field(
+        default=None,
+        description="The adapter whose change bf16 had to hold, for the rounding loss.",
+    )
+    output: Path | None = Field(
+        default=None,
+        description="Folder for diff.json and, with matplotlib, diff.png; default none.",
+    )
+    overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
+    sketch: int = Field(
+        default=512,
+        ge=1,
+        description="Largest side on which ranks are computed exactly; 0 < sketch.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the sketches.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+
+
+class UnmergeConfig(OutputOptions):
+    """Options of `gift unmerge`."""
+
+    model: str = Field(description="The folder that gift merge wrote.")
+    adapter: list[str] = Field(
+        default=[],
+        description="The merged adapters, in the order of the merge; needed where the merge was "
+        "made without --save-residual.",
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+
+
+class StatisticsConfig(DataOptions, DeviceOptions, OutputOptions):
+    """Options of `gift merge-statistics`."""
+
+    model: str = Field(description="One of the models to merge: a folder or a hub id.")
+    data: Path = Field(
+        description="JSONL rows: instruction/response, prompt/completion or messages."
+    )
+    kind: Literal["fisher", "regmean"] = Field(description="The merge method that will use them.")
+    tokenizer: str | None = Field(
+        default=None,
+        description="Model whose tokenizer and chat template to use; default the model's own. Give "
+        "the instruct model here for a task model made from a base model.",
+    )

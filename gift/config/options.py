@@ -1,0 +1,74 @@
+"""Options that several commands share; each command's model is in a file of its own.
+
+A command's options are one frozen pydantic model: its fields are the command's flags, the keys of
+its YAML recipe and the settings written into its manifest.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gift.errors import InputError
+
+
+class Options(BaseModel):
+    """A command's options: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OutputOptions(Options):
+    """Where a stage writes."""
+
+    output: Path = Field(description="Folder to write; it appears only when it is complete.")
+    overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
+
+    @model_validator(mode="after")
+    def _replaces_no_input(self) -> "OutputOptions":
+        """InputError where `overwrite` would remove what another option names."""
+        if not self.overwrite or not self.output.exists():
+            return self
+        place = self.output.resolve()
+        for key in sorted(set(type(self).model_fields) - {"output"}):
+            value = getattr(self, key)
+            for name in value if isinstance(value, list) else [value]:
+                if not isinstance(name, str | Path) or not Path(name).exists():
+                    continue
+                source = Path(name).resolve()
+                if source == place or place in source.parents:
+                    raise InputError(
+                        f"--output: {self.output} is or holds --{key.replace('_', '-')} {name}, "
+                        "which --overwrite would remove; choose another folder"
+                    )
+        return self
+
+
+class DeviceOptions(Options):
+    """Where and in what precision a model runs."""
+
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Dtype of the model; auto is bfloat16 on CUDA, float32 elsewhere.",
+    )
+
+
+class DataOptions(Options):
+    """How rows become tokens; the same in annotation and training."""
+
+    max_length: int = Field(
+        default=2048, ge=2, description="Longest row in tokens, prompt included."
+    )
+    overlong: Literal["drop", "truncate"] = Field(
+        default="drop", description="What happens to longer rows."
+    )
+    max_dropped: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest share of rows that may be dropped or truncated before it is an error.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Use only the first rows of the data."
+    )

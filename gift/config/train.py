@@ -1,0 +1,89 @@
+"""Options of `gift train`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+
+
+class TrainOptions(Options):
+    """How the adapter is trained; defaults are the paper's settings."""
+
+    weighting: Literal["guide", "uniform", "self"] = Field(
+        default="guide",
+        description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
+        "SFT) or the trained model's own confidence (DFT).",
+    )
+    normalization: Literal["tokens", "weights"] = Field(
+        default="tokens",
+        description="Divisor of a global batch's loss: its target tokens (the paper) or the sum of "
+        "its weights (the authors' code).",
+    )
+    confidence_floor: float = Field(
+        default=0.0, ge=0, description="Smallest weight a token can have."
+    )
+    confidence_power: float = Field(default=1.0, ge=0, description="Exponent of the weights.")
+    confidence_threshold: float = Field(default=0.0, ge=0, description="Smaller weights become 0.")
+    end_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Fixed weight of end-of-turn tokens; default like any other token.",
+    )
+    epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        default="linear", description="Learning-rate schedule after the warm-up."
+    )
+    warmup_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Share of steps with rising rate."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
+    micro_batch_size: int = Field(
+        default=4,
+        ge=1,
+        description="Rows per forward pass; changes memory and speed, not the update.",
+    )
+    global_batch_size: int = Field(default=256, ge=1, description="Rows per optimizer step.")
+    lora_rank: int = Field(default=64, ge=1, description="LoRA rank r.")
+    lora_alpha: float = Field(
+        default=128, gt=0, description="LoRA alpha; the update is scaled by alpha/r."
+    )
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the adapter's input."
+    )
+    lora_targets: str = Field(
+        default="all-linear",
+        description="Module names to adapt, separated by commas; all-linear is every linear layer "
+        "of the blocks.",
+    )
+    rslora: bool = Field(default=False, description="Scale the update by alpha/sqrt(r) instead.")
+    seed: int = Field(default=0, ge=0, description="Seed of initialisation, row order and dropout.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Recompute activations in the backward; default on CUDA only."
+    )
+    checkpoint_steps: int = Field(
+        default=10,
+        ge=1,
+        description="Optimizer steps between checkpoints, from which a killed run goes on.",
+    )
+
+
+class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
+    """Options of `gift train`."""
+
+    model: str = Field(description="The model to adapt: the base model, a folder or a hub id.")
+    data: Path = Field(
+        description="JSONL rows: instruction/response, prompt/completion or messages."
+    )
+    confidence: Path | None = Field(
+        default=None,
+        description="Folder made by gift annotate from the same data; needed for guide.",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Model whose tokenizer and chat template to use where there is no confidence "
+        "store: the instruct model.",
+    )

@@ -1,0 +1,134 @@
+"""Takes a merge back: bit for bit with the residual that the merge saved, else to one rounding.
+
+Without the residual the adapter's change is subtracted from the merged weights. A merged weight was
+rounded once, the difference is rounded once more, so a weight comes back to within half a unit in
+the last place of the merged weight plus half a unit of its own; more is not to be had.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gift.config import UnmergeConfig
+from gift.console import print_summary
+from gift.errors import InputError
+from gift.files import hash_json, output_folder, read_json, write_json
+from gift.merge import output as merge_output
+from gift.merge.adapter import Adapter, read_adapter
+from gift.merge.build import Statistics, build_shards
+from gift.merge.command import adapter_folder
+from gift.merge.plan import plan_merge
+from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
+from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
+from gift.merge.transforms import Recipe
+from gift.models import pick_device, resolve_model, versions
+from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
+
+RESULT_FILE = "gift_unmerge.json"
+EXACT = "exact: every changed tensor has its original bits"
+ROUNDED = (
+    "to within one rounding: half a unit in the last place of the merged weight plus half of the "
+    "original's; a merge with --save-residual can be taken back exactly"
+)
+
+
+def unmerge(config: UnmergeConfig) -> dict[str, Any]:
+    """Writes the model as it was before the merge; returns the summary, which says how exactly.
+
+    InputError: a folder that gift merge did not write, other adapters than the merged ones, a
+    method that cannot be taken back without its residual.
+    """
+    folder = resolve_model(config.model)
+    if not (folder / MANIFEST_FILE).exists():
+        raise InputError(f"--model: {folder} has no {MANIFEST_FILE}; gift merge did not write it")
+    manifest = read_json(folder / MANIFEST_FILE)
+    checkpoint = open_checkpoint(folder)
+    residual = folder / RESIDUAL_FOLDER
+    exact = residual.is_dir()
+    if exact:
+        shards, originals = _restoring_shards(checkpoint, manifest, residual)
+    else:
+        shards, originals = _subtracting_shards(config, checkpoint, manifest, folder), {}
+    fingerprint = hash_json([manifest["fingerprint"], checkpoint.fingerprint(), exact, versions()])
+    names = [INDEX_FILE, *(shard.name for shard in shards)]
+    files, _ = merge_output.side_files(folder, names)
+    summary = {
+        "tensors_restored": sum(job.transform is not None for s in shards for job in s.jobs),
+        "precision": EXACT if exact else ROUNDED,
+    }
+    with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
+        done = write_shards(partial, shards, fingerprint)
+        found: dict[str, str] = {}
+        for entry in done.values():
+            found |= entry.get("sha256", {})
+        wrong = sorted(name for name in originals if found.get(name) != originals[name])
+        if wrong:
+            raise InputError(
+                f"{residual}: does not fit the merged weights (the first: {wrong[0]}); was one of "
+                "them changed after the merge?"
+            )
+        merge_output.copy_side_files(folder, files, partial)
+        for name in (merge_output.CONFIG_FILE, INDEX_FILE):
+            source = residual / name if exact else folder / name
+            if source.exists():
+                merge_output.copy_side_files(source.parent, [Path(name)], partial)
+        (partial / MANIFEST_FILE).unlink()
+        write_json(partial / RESULT_FILE, {"kind": "gift unmerge", **summary})
+    print_summary(f"Unmerged model: {config.output}", summary)
+    return summary
+
+
+def _restoring_shards(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], residual: Path
+) -> tuple[list[ShardPlan], dict[str, str]]:
+    """Jobs that restore each changed tensor, and the hashes that must come out."""
+    shards, originals = [], {}
+    for shard in checkpoint.shards:
+        has_residual = (residual / f"{shard.path.name}.json").exists()
+        reader = ResidualReader(residual, shard.path.name) if has_residual else None
+        hashes = reader.hashes if reader is not None else {}
+        jobs = []
+        kept = [entry for entry in shard.data_order if entry.name != manifest["added_head"]]
+        for entry in kept:
+            transform = None
+            if reader is not None and entry.name in hashes:
+                transform = RestoreTransform(entry, reader)
+                originals[entry.name] = hashes[entry.name]
+            jobs.append(Job(spec_of(entry), entry, transform))
+        order = tuple(entry.name for entry in shard.entries if entry in kept)
+        name, is_whole = shard.path.name, len(kept) == len(shard.entries)
+        shards.append(ShardPlan(name, shard.path, tuple(jobs), order, shard.metadata, is_whole))
+    return shards, originals
+
+
+def _subtracting_shards(
+    config: UnmergeConfig, checkpoint: Checkpoint, manifest: Mapping[str, Any], folder: Path
+) -> list[ShardPlan]:
+    """Jobs that subtract the adapters' changes."""
+    adapters = [read_adapter(adapter_folder(name)) for name in config.adapter]
+    weight = _subtractable_weight(manifest, adapters)
+    scales = [-weight * entry["scale"] for entry in manifest["adapters"]]
+    plan = plan_merge(checkpoint, read_json(folder / "config.json"), adapters, scales)
+    recipe = Recipe(
+        method="lora", adapters=len(adapters), device=pick_device(config.device), dtype=None
+    )
+    return build_shards(plan, recipe, Statistics())
+
+
+def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -> float:
+    """The factor on all changes of a merge that was a plain sum; InputError where it was not."""
+    merged = [entry["sha256"] for entry in manifest["adapters"]]
+    if [adapter.hashes() for adapter in adapters] != merged:
+        names = ", ".join(entry["name"] for entry in manifest["adapters"])
+        raise InputError(
+            f"--adapter: without a saved residual the merged adapters are needed, in order: {names}"
+        )
+    method = manifest["method"]
+    plain = method == "lora" or (method == "task-arithmetic" and manifest["base"] is None)
+    full = any(adapter.uses_dora or adapter.saved for adapter in adapters)
+    if not plain or manifest["dtype"] != "keep" or full:
+        raise InputError(
+            f"--model: this merge ({method}, dtype {manifest['dtype']}) is no plain sum that could "
+            "be subtracted; only a merge with --save-residual could be taken back"
+        )
+    return float(manifest["settings"].get("task_weight", 1.0))

@@ -1,0 +1,353 @@
+"""Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
+
+Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
+they become exponentials and then the gradient of the logits in place. The head is upcast one block
+of VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
+m_i = max_v z_iv, E = exp(z − m) and S_i = Σ_v E_iv:
+
+    G_iv = (E_iv − S_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
+    dH_i = s / S_i · G_i W     dW = Gᵀ diag(w s / S) H     db = Gᵀ (w s / S)
+
+dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
+head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
+in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gift_kernels.linear_ce.types import (
+    Head,
+    LinearCE,
+    Problem,
+    VocabShard,
+    WeightTransform,
+    accumulation_dtype,
+    largest_of_ranks,
+)
+from gift_kernels.reference import transform_weight
+
+CHUNK_BYTES = 1 << 28
+# On a CPU a chunk is to stay near the caches, but a product of fewer rows reads the head too often.
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 1 << 24, 128
+VOCAB_BLOCK = 8192
+
+
+class RowStats(NamedTuple):
+    """nll, lse and entropy float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    top1: Tensor
+
+
+class Exponentials(NamedTuple):
+    """What a chunk's logits became: E times slopes [C, V], its row sums S [C], slope of targets."""
+
+    values: Tensor
+    total: Tensor
+    target_slope: Tensor | float
+
+
+class Gradients(NamedTuple):
+    """dh [N, D] unscaled, dw [V, D] and db [V] with the row weights in; None if not asked for."""
+
+    dh: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+
+
+def solve(problem: Problem) -> LinearCE:
+    """Answers one call of the operator on the rows that count."""
+    head, guide, target, transform = (
+        problem.head,
+        problem.guide,
+        problem.target,
+        problem.transform,
+    )
+    chunks = {"shard": problem.shard, "chunk_size": problem.chunk_size}
+    rows = (target != problem.ignore_index).nonzero().squeeze(1)  # [n]
+    dtype = accumulation_dtype(head.hidden.dtype)
+    if guide is not None:
+        guide = guide._replace(hidden=guide.hidden[rows])
+        nll = row_stats(guide, target[rows], temperature=problem.temperature, **chunks).nll
+        weight = transform_weight(torch.exp(-nll), *transform).to(dtype)
+    elif problem.row_weight is not None:
+        weight = problem.row_weight[rows].to(dtype)
+    else:
+        weight = torch.ones(rows.shape, dtype=dtype, device=rows.device)
+    if not problem.keep_zero_rows:
+        rows, weight = rows[weight != 0], weight[weight != 0]
+    head = head._replace(hidden=head.hidden[rows])
+    if problem.want_dh or problem.want_dw or problem.want_db:
+        stats, gradients = stats_and_gradients(
+            head,
+            target[rows],
+            weight,
+            want_dh=problem.want_dh,
+            want_dw=problem.want_dw and not problem.rowwise,
+            want_db=problem.want_db and not problem.rowwise,
+            self_weight=transform if problem.self_weight else None,
+            with_entropy=problem.with_entropy,
+            **chunks,
+        )
+    else:
+        stats = row_stats(
+            head,
+            target[rows],
+            temperature=problem.temperature if guide is None else 1.0,
+            with_entropy=problem.with_entropy,
+            **chunks,
+        )
+        gradients = Gradients(None, None, None)
+    if problem.self_weight:
+        weight = transform_weight(torch.exp(-stats.nll), *transform)
+    return _scatter(problem, rows, stats, weight, gradients)
+
+
+def solve_head_gradient(
+    head: Head,
+    target: Tensor,
+    row_factor: Tensor,
+    *,
+    ignore_index: int,
+    want_dw: bool,
+    want_db: bool,
+    shard: VocabShard | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    _, gradients = stats_and_gradients(
+        head._replace(hidden=head.hidden[rows]),
+        target[rows],
+        row_factor[rows],
+        want_dh=False,
+        want_dw=want_dw,
+        want_db=want_db,
+        shard=shard,
+        chunk_size=chunk_size,
+    )
+    empty = row_factor.new_empty(0)
+    dw, db = gradients.dw, gradients.db
+    return dw if dw is not None else empty, db if db is not None else empty.clone()
+
+
+def _scatter(
+    problem: Problem, rows: Tensor, stats: RowStats, weight: Tensor, gradients: Gradients
+) -> LinearCE:
+    """Puts the results of the rows that count back in their places; other rows are 0."""
+    count = problem.target.shape[0]
+
+    def full(values: Tensor) -> Tensor:
+        return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
+
+    def or_empty(values: Tensor | None) -> Tensor:
+        return values if values is not None else weight.new_empty(0)
+
+    dh = gradients.dh
+    return LinearCE(
+        total=torch.where(weight == 0, 0, weight * stats.nll).sum(),
+        nll=full(stats.nll),
+        lse=full(stats.lse),
+        entropy=full(stats.entropy) if problem.with_entropy else or_empty(None),
+        top1=full(stats.top1),
+        weight=full(weight),
+        dh=full(dh) if dh is not None else or_empty(None),
+        dw=or_empty(gradients.dw),
+        db=or_empty(gradients.db),
+    )
+
+
+def rows_per_chunk(
+    vocab_size: int, dtype: torch.dtype, chunk_size: int | None = None, device: str = "cuda"
+) -> int:
+    """How many rows of logits are held at once."""
+    if chunk_size is not None:
+        return chunk_size
+    row = vocab_size * accumulation_dtype(dtype).itemsize
+    most = max(1, CHUNK_BYTES // row)
+    return min(most, max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row)) if device == "cpu" else most
+
+
+def row_stats(
+    head: Head,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    shard: VocabShard | None = None,
+    chunk_size: int | None = None,
+) -> RowStats:
+    """Statistics of all rows; no gradient work."""
+    parts = [
+        _chunk_stats(_logits(head, rows, temperature), target[rows], with_entropy, shard)[0]
+        for rows in _chunks(head, shard, chunk_size)
+    ]
+    return _concatenate(parts, head, target)
+
+
+def stats_and_gradients(
+    head: Head,
+    target: Tensor,
+    row_weight: Tensor,
+    *,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    self_weight: WeightTransform | None = None,
+    with_entropy: bool = False,
+    shard: VocabShard | None = None,
+    chunk_size: int | None = None,
+) -> tuple[RowStats, Gradients]:
+    """Statistics and gradients in one pass over the rows.
+
+    `row_weight` [N] enters dw and db only; with `self_weight` each chunk's own nll replaces it.
+    """
+    hidden, weight = head.hidden, head.weight
+    dtype = accumulation_dtype(hidden.dtype)
+    dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_dh else None
+    dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_dw else None
+    db = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if want_db else None
+    parts = []
+    for rows in _chunks(head, shard, chunk_size):
+        logits = _logits(head, rows)
+        stats, exponentials = _chunk_stats(
+            logits, target[rows], with_entropy, shard, head.logit_softcap
+        )
+        parts.append(stats)
+        _exponentials_to_gradient_(exponentials, target[rows], shard)
+        factor = head.logit_scale / exponentials.total
+        if self_weight is not None:
+            chunk_weight = transform_weight(torch.exp(-stats.nll), *self_weight)
+        else:
+            chunk_weight = row_weight[rows]
+        counts = chunk_weight != 0
+        # 0 · NaN is NaN: hidden states of rows that do not count must not reach dW.
+        counted = scale_rows(hidden[rows].to(dtype), counts) if dw is not None else None
+        for block in _vocab_blocks(weight.shape[0]):
+            gradient = logits[:, block]
+            if dh is not None:
+                dh[rows].addmm_(gradient, weight[block].to(dtype))
+            if dw is None and db is None:
+                continue
+            gradient = scale_rows(gradient, torch.where(counts, chunk_weight * factor, 0))
+            if dw is not None and counted is not None:
+                dw[block].addmm_(gradient.T, counted)
+            if db is not None:
+                db[block] += gradient.sum(0)
+        if dh is not None:
+            dh[rows] *= factor.unsqueeze(1)
+    if dh is not None and shard is not None:
+        dist.all_reduce(dh, group=shard.group)
+    return _concatenate(parts, head, target), Gradients(dh, dw, db)
+
+
+def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows [N, X] times factor [N]; a factor of 0 gives exactly 0, also for infinity and NaN."""
+    factor = factor.to(rows.dtype).unsqueeze(1)
+    return torch.where(factor == 0, 0, rows * factor)
+
+
+def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Iterator[slice]:
+    vocab_size = head.weight.shape[0]
+    if shard is not None:
+        # Ranks with slices of different sizes must still meet in the same collectives.
+        vocab_size = largest_of_ranks(vocab_size, shard)
+    step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
+    for start in range(0, head.hidden.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
+    for start in range(0, vocab_size, VOCAB_BLOCK):
+        yield slice(start, start + VOCAB_BLOCK)
+
+
+def _logits(head: Head, rows: slice, temperature: float = 1.0) -> Tensor:
+    dtype = accumulation_dtype(head.hidden.dtype)
+    hidden = head.hidden[rows].to(dtype)  # [C, D]
+    vocab_size = head.weight.shape[0]
+    logits = torch.empty(hidden.shape[0], vocab_size, dtype=dtype, device=hidden.device)
+    for block in _vocab_blocks(vocab_size):
+        torch.mm(hidden, head.weight[block].to(dtype).T, out=logits[:, block])
+    if head.bias is not None:
+        logits += head.bias.to(dtype)
+    if head.logit_scale != 1.0:
+        logits *= head.logit_scale
+    if head.logit_softcap is not None:
+        logits.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
+    if temperature != 1.0:
+        logits /= temperature
+    return logits
+
+
+def _chunk_stats(
+    logits: Tensor,
+    target: Tensor,
+    with_entropy: bool,
+    shard: VocabShard | None,
+    slope_softcap: float | None = None,
+) -> tuple[RowStats, Exponentials]:
+    """Statistics; overwrites logits by exponentials, times the slopes of a soft-cap if given."""
+    column, found = _local_target(target, logits.shape[1], shard)
+    target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    largest = logits.amax(1)
+    if shard is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
+    total, moment = torch.zeros_like(largest), torch.zeros_like(largest)
+    for block in _vocab_blocks(logits.shape[1]):
+        z = logits[:, block]
+        slope = 1 - (z / slope_softcap) ** 2 if slope_softcap is not None else None
+        z -= largest.unsqueeze(1)
+        if with_entropy:
+            e = torch.exp(z)
+            moment += torch.where(e > 0, e * z, 0).sum(1)
+            z.copy_(e)
+        else:
+            z.exp_()
+        total += z.sum(1)
+        if slope is not None:
+            z *= slope
+    owners = found.to(logits.dtype)
+    if shard is not None:
+        sums = torch.stack([total, moment, torch.where(found, target_logit, 0), owners])
+        dist.all_reduce(sums, group=shard.group)
+        total, moment, target_logit, owners = sums.unbind()
+    # Out-of-range targets reach this point only on devices where checking would wait.
+    target_logit = torch.where(owners > 0, target_logit, torch.nan)
+    lse = largest + torch.log(total)
+    entropy = torch.log(total) - moment / total if with_entropy else logits.new_empty(0)
+    slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
+    stats = RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
+    return stats, Exponentials(logits, total, slope)
+
+
+def _exponentials_to_gradient_(
+    exponentials: Exponentials, target: Tensor, shard: VocabShard | None
+) -> None:
+    """Overwrites the exponentials by G: the gradient of each row's nll, times S / s."""
+    values, total, slope = exponentials
+    column, found = _local_target(target, values.shape[1], shard)
+    values.scatter_add_(1, column.unsqueeze(1), -(found * total * slope).unsqueeze(1))
+
+
+def _local_target(
+    target: Tensor, vocab_size: int, shard: VocabShard | None
+) -> tuple[Tensor, Tensor]:
+    """Column of each target in this slice of the head (0 where it lies elsewhere), and whether."""
+    column = target - shard.start if shard is not None else target
+    found = (column >= 0) & (column < vocab_size)
+    return torch.where(found, column, 0), found
+
+
+def _concatenate(parts: list[RowStats], head: Head, target: Tensor) -> RowStats:
+    if parts:
+        return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)
+    return RowStats(empty, empty, empty, empty.bool())

@@ -1,0 +1,401 @@
+"""One chunk of logits, [rows, columns]: its buffers, and the launches that fill and use it.
+
+N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape; only its fields
+`logits` and `products` say who multiplies. Token counts are run-time arguments of every
+kernel, sizes of the model decide on code.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
+from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
+from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
+from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
+from gift_kernels.linear_ce.triton.tiles import Tiles, can_use_tma, operand, tile_options
+from gift_kernels.linear_ce.types import Head, VocabShard
+
+if TYPE_CHECKING:
+    from gift_kernels.linear_ce.triton.row_pass import GuideSide, Rows, RowState
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Chunk:
+    """Buffers of one head's chunk; a call uses them for all its chunks in turn."""
+
+    def __init__(
+        self,
+        head: Head,
+        plan: Plan,
+        count: int,
+        most: tuple[int, int],
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        exponentials: bool = True,
+        final: bool = False,
+    ) -> None:
+        """`count` is N, `most` the largest number of rows and of columns.
+
+        Without `exponentials` there is no E; with `final` there are references and no sums to make.
+        """
+        self.head, self.plan = head, plan
+        self.with_entropy, self.exponentials = with_entropy, exponentials
+        self.final = final
+        self.dtype = head.hidden.dtype
+        self.vocab_size, self.hidden_size = head.weight.shape
+        tiles, device = plan.logit_tiles, head.hidden.device
+        self.width = tiles.block_n
+        all_columns = triton.cdiv(self.vocab_size, tiles.block_n) * tiles.block_n
+        self.columns = min(most[1], all_columns)
+        self.slices = self.columns // self.width
+        # A tile over rows in dW = Eᵀ H reads no further than tiles of E have been written.
+        assert tiles.block_m % plan.product_tiles.block_k == 0, plan
+        # Rows up to a multiple of this are zeros, so that every tile is whole.
+        self.pad = max(tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
+        self.rows = min(most[0], triton.cdiv(max(count, 1), self.pad) * self.pad)
+        assert self.rows % self.pad == 0 and self.columns % tiles.block_n == 0, (most, plan)
+        self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
+        self.inner, self.outer = logit_factors(head, temperature)
+        self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
+        self.tma = can_use_tma(plan.machine, self.hidden, head.weight)
+        self.partial = torch.empty(
+            (2 + with_entropy) * self.slices * self.rows if not final else 0,
+            dtype=torch.float32,
+            device=device,
+        )
+        size = (self.rows, self.columns) if exponentials else (0, 0)
+        self.exp = torch.empty(size, dtype=self.dtype, device=device)
+        self.product = None
+        if plan.logits == "library":
+            self.product = torch.empty(self.rows, self.columns, dtype=torch.float32, device=device)
+        self.dh_rows: Tensor | None = None
+
+    def gather(
+        self,
+        target: Tensor,
+        rows: "Rows",
+        state: "RowState",
+        first_row: int,
+        shard: VocabShard | None,
+        *,
+        guess: bool = False,
+    ) -> None:
+        """Copies the rows of this chunk and their targets; may guess their references."""
+        hidden, weight = self.head.hidden, self.head.weight
+        block_n, block_d = self.plan.row_block
+        triton_rows._gather_kernel[(triton.cdiv(self.rows, block_n),)](
+            hidden,
+            weight,
+            self.head.bias,
+            target,
+            rows.index,
+            rows.count,
+            self.hidden,
+            state.local_target,
+            state.parts,
+            first_row,
+            self.vocab_size,
+            self.hidden_size,
+            shard.start if shard is not None else 0,
+            *hidden.stride(),
+            *weight.stride(),
+            self.inner,
+            self.outer,
+            self.rows,
+            self.rows if self.plan.products == "library" else self.pad,
+            GUESS=guess,
+            BELOW=self.below,
+            HAS_BIAS=self.head.bias is not None,
+            HAS_CAP=self.head.logit_softcap is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+
+    def logits(
+        self,
+        rows: "Rows",
+        state: "RowState",
+        first_row: int,
+        first_v: int,
+        guide: "GuideSide | None" = None,
+    ) -> None:
+        """Fills E and the partial sums for columns first_v to first_v + columns.
+
+        With `guide` the same launch fills the guide's partial sums for all of its columns.
+        """
+        tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
+        options: dict[str, Any] = {
+            "HAS_BIAS": self.head.bias is not None,
+            "HAS_CAP": self.head.logit_softcap is not None,
+            "ENTROPY": self.with_entropy,
+            "EXPONENTIALS": self.exponentials,
+            "FINAL": self.final,
+            "MARGIN": self.margin,
+            "DTYPE": DTYPES[self.dtype],
+        }
+        where = (rows.count, first_row, first_v, columns)
+        scalars = (self.inner, self.outer, self.rows, self.slices)
+        if self.product is not None:
+            assert guide is None, "a library multiplies one head at a time"
+            block = self.head.weight[first_v : first_v + columns]
+            float32_mm(self.hidden, block.T, self.product[:, :columns])
+            # Without products to hold, fewer rows at a time.
+            block_n = tiles.block_m // 4
+            grid = (self.rows // block_n, triton.cdiv(columns, self.width))
+            triton_logits._exponentials_kernel[grid](
+                self.product,
+                *self._outputs(state, first_row),
+                self.exp,
+                *where,
+                *scalars,
+                BLOCK_N=block_n,
+                WIDTH=self.width,
+                PARTS=1,
+                **options,
+            )
+            return
+        options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
+        options |= {"TMA": self.tma, **tile_options(tiles)}
+        stored = (tiles.block_m, tiles.block_n // tiles.parts)
+        exp = operand(self.exp, stored, self.tma and self.exponentials)
+        matrices = (*self._operands(), *self._outputs(state, first_row), exp)
+        sizes = (self.hidden_size, *self.head.weight.stride(), *scalars)
+        if guide is None:
+            triton_logits._logits_kernel[self._programs(tiles)](
+                *matrices, *where, *sizes, **options
+            )
+            return
+        other = guide.chunk
+        assert first_v == 0 and other.rows == self.rows and other.columns >= other.vocab_size
+        options |= {
+            "FLATTEN": False,
+            "GUIDE_HAS_BIAS": other.head.bias is not None,
+            "GUIDE_HAS_CAP": other.head.logit_softcap is not None,
+            "GUIDE_TMA": other.tma,
+        }
+        triton_logits._two_heads_kernel[self._programs(tiles)](
+            *matrices,
+            *other._operands(),
+            *other._outputs(guide.state, first_row),
+            *where,
+            *sizes,
+            other.vocab_size,
+            other.hidden_size,
+            *other.head.weight.stride(),
+            other.inner,
+            other.outer,
+            other.slices,
+            **options,
+        )
+
+    def _operands(self) -> tuple[Any, Any]:
+        tiles = self.plan.logit_tiles
+        return (
+            operand(self.hidden, (tiles.block_m, tiles.block_k), self.tma),
+            operand(self.head.weight, (tiles.block_n, tiles.block_k), self.tma),
+        )
+
+    def _outputs(self, state: "RowState", first_row: int) -> tuple[Tensor | None, ...]:
+        """What the end of a tile reads and writes for the rows of this chunk."""
+        return (
+            self.head.bias,
+            state.local_target[first_row:],
+            state.parts[0, first_row:],
+            state.target_logit[first_row:] if state.target_logit is not None else None,
+            self.partial,
+        )
+
+    def merge(
+        self, rows: "Rows", state: "RowState", dh: Tensor | None, first_row: int, first_v: int
+    ) -> None:
+        """Adds the partial sums to the state; brings E and dH to the new references."""
+        index, sums = self._dh_places(rows, dh)
+        block_n = self.plan.row_block[0] * 2
+        triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
+            self.partial,
+            state.parts[:, first_row:],
+            self.exp,
+            sums,
+            index,
+            rows.count,
+            first_row,
+            state.parts.stride(0),
+            triton.cdiv(self._columns_from(first_v), self.width),
+            self.slices,
+            self.rows,
+            self.hidden_size,
+            BLOCK_T=min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
+            WIDTH=self.width,
+            ENTROPY=self.with_entropy,
+            EXPONENTIALS=self.exponentials,
+            HAS_DH=dh is not None and first_v > 0,
+            MARGIN=self.margin,
+            BLOCK_N=block_n,
+            BLOCK_D=256,
+        )
+
+    def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
+        """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
+        columns = self._columns_from(first_v)
+        if self.plan.products == "library":
+            exp, block = self.exp[:, :columns], self.head.weight[first_v : first_v + columns]
+            float32_mm(exp, block, self._dh_places(rows, dh)[1], accumulate=first_v > 0)
+            return
+        tiles = self.plan.product_tiles
+        triton_products._product_kernel[self._programs(tiles)](
+            operand(self.exp, (tiles.block_m, tiles.block_k), self.tma),
+            operand(self.head.weight, (tiles.block_k, tiles.block_n), self.tma),
+            dh,
+            rows.index,
+            rows.count,
+            None,
+            first_row,
+            first_v,
+            columns,
+            self.hidden_size,
+            *self.head.weight.stride(),
+            self.rows,
+            self.columns,
+            TRANSPOSED=False,
+            ACCUMULATE=first_v > 0,
+            **self._product_options(),
+        )
+
+    def deliver_dh(self, rows: "Rows", dh: Tensor, first_row: int) -> None:
+        """Puts sums that a library made in rows of this chunk in the caller's rows."""
+        if self.dh_rows is not None:
+            triton_rows._scatter_kernel[(self.rows, triton.cdiv(self.hidden_size, 1024))](
+                self.dh_rows,
+                dh,
+                rows.index,
+                rows.count,
+                first_row,
+                self.hidden_size,
+                BLOCK_D=1024,
+            )
+
+    def weigh(
+        self,
+        rows: "Rows",
+        local_target: Tensor,
+        factor: Tensor,
+        target_factor: Tensor,
+        first_row: int,
+        first_v: int,
+    ) -> None:
+        """E becomes what meets the hidden states in dW: rows times factors, targets' entries.
+
+        Factors [rows] are those of this chunk's rows, in their order.
+        """
+        columns, block = self._columns_from(first_v), (16, 256)
+        grid = (triton.cdiv(self.rows, block[0]), triton.cdiv(columns, block[1]))
+        triton_rows._weigh_kernel[grid](
+            self.exp,
+            local_target[first_row:],
+            factor,
+            target_factor,
+            rows.count,
+            first_row,
+            first_v,
+            columns,
+            self.rows,
+            self.columns,
+            self.rows if self.plan.products == "library" else self.pad,
+            BLOCK_N=block[0],
+            BLOCK_C=block[1],
+        )
+
+    def add_to_dw(
+        self, rows: "Rows", dw: Tensor, scale: Tensor, first_row: int, first_v: int
+    ) -> None:
+        """dW += Eᵀ H for the columns of this chunk."""
+        columns = self._columns_from(first_v)
+        if self.plan.products == "library":
+            block = dw[first_v : first_v + columns]
+            part = torch.empty_like(block)
+            float32_mm(self.exp[:, :columns].T, self.hidden, part)
+            if first_row > 0:
+                block.addcmul_(part, scale)
+            else:
+                torch.mul(part, scale, out=block)
+            return
+        tiles = self.plan.product_tiles
+        triton_products._product_kernel[self._programs(tiles)](
+            operand(self.exp, (tiles.block_k, tiles.block_m), self.tma),
+            operand(self.hidden, (tiles.block_k, tiles.block_n), self.tma),
+            dw,
+            rows.index,
+            rows.count,
+            scale,
+            first_row,
+            first_v,
+            columns,
+            self.hidden_size,
+            *self.hidden.stride(),
+            self.rows,
+            self.columns,
+            TRANSPOSED=True,
+            ACCUMULATE=first_row > 0,
+            **self._product_options(),
+        )
+
+    def add_to_db(
+        self, rows: "Rows", db: Tensor, scale: Tensor, first_row: int, first_v: int
+    ) -> None:
+        """db += the column sums of E."""
+        columns = self._columns_from(first_v)
+        triton_rows._column_sum_kernel[(triton.cdiv(columns, 64),)](
+            self.exp,
+            db,
+            scale,
+            rows.count,
+            first_row,
+            first_v,
+            columns,
+            self.rows,
+            self.columns,
+            ACCUMULATE=first_row > 0,
+            BLOCK_N=32,
+            BLOCK_C=64,
+        )
+
+    def _columns_from(self, first_v: int) -> int:
+        return min(self.columns, self.vocab_size - first_v)
+
+    def _programs(self, tiles: Tiles) -> tuple[int]:
+        return (self.plan.machine.sms * tiles.per_sm,)
+
+    def _product_options(self) -> dict[str, Any]:
+        tiles = self.plan.product_tiles
+        sizes = {"BLOCK_M": tiles.block_m, "BLOCK_D": tiles.block_n, "BLOCK_K": tiles.block_k}
+        return sizes | tile_options(tiles) | {"TMA": self.tma}
+
+    def _dh_places(self, rows: "Rows", dh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where the sums of E W are: in dH by the caller's rows, or in rows of this chunk."""
+        if dh is None or self.plan.products == "triton":
+            return rows.index, dh
+        if self.dh_rows is None:
+            self.dh_rows = dh.new_empty(self.rows, self.hidden_size)
+            places = torch.arange(dh.shape[0], dtype=torch.int32, device=dh.device)
+            self.dh_index = places % self.rows
+        return self.dh_index, self.dh_rows
+
+
+def float32_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out float32 [M, N] (+)= a [M, K] @ b [K, N], both of one dtype."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        a, b = a.float(), b.float()
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,180 @@
+"""How a call is divided: sizes of chunks, who multiplies, with which tiles, and margins of E.
+
+A chunk has at most `rows` × `columns` logits, or their exponentials E; see `triton_chunk`.
+"""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+
+from gift_kernels.linear_ce.triton.tiles import (
+    PRODUCT_TILES,
+    Machine,
+    Tiles,
+    can_use_tma,
+    logit_tiles,
+    machine_of,
+    tiles_for,
+)
+from gift_kernels.linear_ce.types import Head
+
+# Bytes of a chunk's hidden states and exponentials, and what a guide may add; the least that is for
+# exponentials, however wide the hidden states; exponentials of a chunk where dW is made.
+CHUNK_BYTES, GUIDE_BYTES = 120_000_000, 26_000_000
+LEAST_BYTES, HEAD_BYTES = 64_000_000, 88_000_000
+# Fewer rows read the head too often.
+ROWS = (2048, 4096)
+HEAD_ROWS = 8192
+# Where nothing is stored but partial sums: of all columns, or of so many beside kept rows' buffers.
+STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
+ALL = 1 << 62  # more columns than any head has
+# What a tile takes beside its loop over K, and a chunk beside its tiles, in steps of that loop. By
+# count: a step of 128 × 256 is 8 cycles of an H100's SM; the end of a tile issues 1800 cycles of
+# instructions and stores 64 KiB; a tile that is added moves 256 KiB; three launches idle for 15 μs.
+END_OF_TILE, ADDED_TILE, LAUNCHES = 400, 1500, 3000
+# One shape for calls of any length, so that results do not depend on it: the best for these.
+TOKENS = (2048, 4096, 8192, 16384)
+ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
+INTERPRETER_ROW_BLOCK = (16, 64)
+SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
+# How far logits, in base 2, may exceed the reference of their exponentials, and how far below its
+# guess that is put. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
+MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
+
+
+class Shape(NamedTuple):
+    """Rows and columns of a chunk, at most."""
+
+    rows: int
+    columns: int
+
+
+class Plan(NamedTuple):
+    """Sizes of a chunk, who multiplies (Triton or PyTorch's library), and with which tiles.
+
+    Chunks with E: `chunk` for dH, `kept` for rows whose E stays for dW, `again` for other rows of
+    dW; without: `statistics`.
+    """
+
+    machine: Machine
+    chunk: Shape
+    kept: Shape
+    again: Shape
+    statistics: Shape
+    logits: Literal["triton", "library"]
+    products: Literal["triton", "library"]
+    logit_tiles: Tiles
+    product_tiles: Tiles
+    row_block: tuple[int, int]
+    slice_block: int
+
+
+def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = False) -> Plan:
+    """What `impl="triton"` uses on the device of this head, or of two heads in one launch."""
+    machine = machine_of(head.hidden.device)
+    dtype = head.hidden.dtype
+    heads = [one for one in (head, guide) if one is not None]
+    tiles = logit_tiles(
+        machine,
+        dtype,
+        # A chunk's own rows are aligned if D is a multiple of 8.
+        tma=all(can_use_tma(machine, h.weight) and h.weight.shape[1] % 8 == 0 for h in heads),
+        capped=any(h.logit_softcap is not None for h in heads),
+        entropy=with_entropy,
+        guided=guide is not None,
+    )[0]
+    product_tiles = tiles_for(PRODUCT_TILES, machine, dtype)[0]
+    small = Shape(64, 256)
+    shapes = (small, small, small, small)
+    blocks = (INTERPRETER_ROW_BLOCK, INTERPRETER_SLICE_BLOCK)
+    if machine.arch > 0:
+        vocab_size, size = head.weight.shape
+        of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
+        work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
+        kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
+        shapes = (
+            chunk_shape(work, *of_guide),
+            head_chunk_shape(work, kept),
+            head_chunk_shape(work, HEAD_ROWS),
+            Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
+        )
+        blocks = (ROW_BLOCK, SLICE_BLOCK)
+    return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, *blocks)
+
+
+class Work(NamedTuple):
+    """What decides on the shape of a head's chunks."""
+
+    sms: int
+    logit_tiles: Tiles
+    product_tiles: Tiles
+    vocab_size: int
+    hidden_size: int
+    itemsize: int
+
+
+@functools.cache
+def chunk_shape(work: Work, guide_vocab: int = 0, guide_hidden: int = 0) -> Shape:
+    """The shape for dH that takes the least time, within CHUNK_BYTES."""
+    block_n = work.logit_tiles.block_n
+    step = max(work.logit_tiles.block_m, work.product_tiles.block_m)
+    of_row = work.itemsize * (work.hidden_size + guide_hidden) + 8 * (guide_vocab // block_n)
+    most = CHUNK_BYTES + (GUIDE_BYTES if guide_vocab else 0)
+    most = max(most, ROWS[0] * of_row + LEAST_BYTES)
+    shapes = []
+    for rows in range(ROWS[0], ROWS[1] + 1, step):
+        columns = (most // rows - of_row) // work.itemsize // block_n * block_n
+        shapes += [Shape(rows, columns)] if columns > 0 else []
+    return min(shapes, key=lambda shape: sum(call_time(work, n, shape) / n for n in TOKENS))
+
+
+@functools.cache
+def head_chunk_shape(work: Work, rows: int) -> Shape:
+    """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
+    block_n = work.logit_tiles.block_n
+    most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_n)
+    least = max((most + 1) // 2, most - 64)
+    shapes = [Shape(rows, number * block_n) for number in range(least, most + 1)]
+    return min(shapes, key=lambda shape: call_time(work, rows, shape, with_dw=True))
+
+
+def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) -> float:
+    """Time of logits, dH and maybe dW of `count` rows, in steps of tiles of 128 × 256."""
+    sms, logit_tiles, product_tiles, vocab_size, hidden_size, _ = work
+
+    def of_chunk(rows: int, columns: int) -> float:
+        time = waves(rows, columns, logit_tiles, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
+        time += waves(rows, hidden_size, product_tiles, sms) * (columns + ADDED_TILE)
+        if with_dw:
+            time += (
+                waves(columns, hidden_size, product_tiles, sms) * (rows + END_OF_TILE) + LAUNCHES
+            )
+        return time
+
+    def parts(total: int, most: int) -> list[tuple[int, int]]:
+        full, rest = divmod(total, most)
+        return [(number, size) for number, size in ((full, most), (1, rest)) if size]
+
+    return sum(
+        row_parts * column_parts * of_chunk(rows, columns)
+        for row_parts, rows in parts(count, shape.rows)
+        for column_parts, columns in parts(vocab_size, shape.columns)
+    )
+
+
+def waves(rows: int, columns: int, tiles: Tiles, sms: int) -> float:
+    """Rounds in which all SMs make a tile of [rows, columns], in tiles of 128 × 256."""
+    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+    return triton.cdiv(count, sms) * tiles.block_m * tiles.block_n / (128 * 256)
+
+
+def logit_factors(head: Head, temperature: float) -> tuple[float, float]:
+    """inner and outer of x = outer · tanh(inner · a), or of x = outer · a; x is in base 2."""
+    unit = math.log(2) * temperature
+    if head.logit_softcap is None:
+        return 1.0, head.logit_scale / unit
+    cap = head.logit_softcap
+    return head.logit_scale / cap, cap / unit

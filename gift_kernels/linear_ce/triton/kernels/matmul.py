@@ -1,0 +1,151 @@
+"""Products of a chunk of logit gradients with the head and with the hidden states.
+
+    dH [n, D] (+)= E [n, C] @ W [C, D]          n, the rows that count, is read on the device
+    dW [C, D] (+)= Eᵀ [C, n] @ H [n, D]
+
+Letters: n rows that count, C columns of the chunk, D hidden. Operands are 16-bit or float32, sums
+float32. Rows of dH go straight to their places in the caller's order. Programs are persistent and
+leave tiles beyond n out. One writer for each number, and one order of the sums: deterministic.
+"""
+
+import triton
+import triton.language as tl
+
+from gift_kernels.interpreter import correct_bfloat16
+from gift_kernels.linear_ce.triton.kernels.logits import tile_of
+
+correct_bfloat16()
+
+
+@triton.jit
+def _product_tile(
+    exp,
+    other,
+    first_m,
+    first_d,
+    other_row,
+    m,
+    k,
+    D,
+    stride_other_k,
+    stride_other_d,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """exp (or its transpose) [m, k] @ other[other_row : other_row + k], one tile, float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_d = first_d + tl.arange(0, BLOCK_D)
+    if TMA:
+        for first in range(0, k, BLOCK_K):
+            e = exp.load([first, first_m]).T if TRANSPOSED else exp.load([first_m, first])
+            acc = tl.dot(e, other.load([other_row + first, first_d]), acc)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        if TRANSPOSED:
+            e_ptrs = exp + offs_k.to(tl.int64)[None, :] * columns + offs_m[:, None]
+        else:
+            e_ptrs = exp + offs_m.to(tl.int64)[:, None] * columns + offs_k[None, :]
+        w_ptrs = other + (other_row + offs_k).to(tl.int64)[:, None] * stride_other_k
+        w_ptrs += offs_d.to(tl.int64)[None, :] * stride_other_d
+        mask_m = (offs_m < m)[:, None]
+        mask_d = (offs_d < D)[None, :]
+        for first in range(0, k, BLOCK_K):
+            mask_k = tl.arange(0, BLOCK_K) < k - first
+            e = tl.load(e_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_d, other=0.0)
+            acc = tl.dot(e, w, acc, input_precision="ieee")
+            if TRANSPOSED:
+                e_ptrs += tl.cast(BLOCK_K, tl.int64) * columns
+            else:
+                e_ptrs += BLOCK_K
+            w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_other_k
+    return acc
+
+
+@triton.jit
+def _add_tile(
+    acc,
+    out_ptr,
+    index_ptr,
+    scale,
+    out_row,
+    first_m,
+    first_d,
+    m,
+    D,
+    TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    offs_m = first_m + tl.arange(0, acc.shape[0])
+    offs_d = first_d + tl.arange(0, acc.shape[1])
+    mask_m = offs_m < m
+    if TRANSPOSED:
+        rows = (out_row + offs_m).to(tl.int64)
+        acc *= scale
+    else:
+        rows = tl.load(index_ptr + out_row + offs_m, mask=mask_m, other=0).to(tl.int64)
+    out_ptrs = out_ptr + rows[:, None] * D + offs_d[None, :]
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(out_ptrs, mask=mask, other=0.0)
+    tl.store(out_ptrs, acc, mask=mask)
+
+
+@triton.jit
+def _product_kernel(
+    exp,  # [rows, columns], or its descriptor
+    other,  # head [V, D], or with TRANSPOSED hidden [rows, D]; or its descriptor
+    out_ptr,  # dH float32 [N, D], or with TRANSPOSED dW float32 [V, D]
+    index_ptr,  # [N] int32: row of dH of each row that counts
+    count_ptr,  # [1] int32, rows that count
+    scale_ptr,  # [1] factor of dW
+    first_row,
+    first_v,
+    C,
+    D,
+    stride_other_k,
+    stride_other_d,
+    rows,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    n = tl.maximum(0, tl.minimum(tl.load(count_ptr) - first_row, rows))
+    if TRANSPOSED:
+        m, k, out_row, other_row = C, n, first_v, 0
+        scale = tl.load(scale_ptr)
+    else:
+        m, k, out_row, other_row = n, C, first_row, first_v
+        scale = 1.0
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_d, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_d = tile_of(tile, tiles_m, tiles_d, GROUP_M)
+        acc = _product_tile(
+            exp, other, pid_m * BLOCK_M, pid_d * BLOCK_D, other_row, m, k, D,
+            stride_other_k, stride_other_d, columns, BLOCK_M, BLOCK_D, BLOCK_K, TRANSPOSED, TMA,
+        )  # fmt: skip
+        if PARTS == 1:
+            _add_tile(
+                acc, out_ptr, index_ptr, scale, out_row, pid_m * BLOCK_M, pid_d * BLOCK_D,
+                m, D, TRANSPOSED, ACCUMULATE,
+            )  # fmt: skip
+        else:
+            halves = tl.reshape(acc, (BLOCK_M, 2, BLOCK_D // 2)).permute(0, 2, 1).split()
+            for half in tl.static_range(2):
+                _add_tile(
+                    halves[half], out_ptr, index_ptr, scale, out_row, pid_m * BLOCK_M,
+                    pid_d * BLOCK_D + half * (BLOCK_D // 2), m, D, TRANSPOSED, ACCUMULATE,
+                )  # fmt: skip

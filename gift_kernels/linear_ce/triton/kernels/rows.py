@@ -1,0 +1,419 @@
+"""Row kernels around the matrix kernels: which rows count, their running sums, their gradients.
+
+Letters: N rows of the caller, n rows that count (on the device only), D hidden, `rows` of a buffer,
+C columns and T slices of columns of a chunk. State of a row, over the columns seen so far without
+the target's, with x its logits in base 2 (z / ln 2):
+
+    ref     S = Σ 2^(x − ref)     S2 = Σ 2^(x − ref) (x − ref)     M = max x
+
+With x_y the target's logit and d = log S + ln 2 (ref − x_y), all with relative accuracy as p → 1:
+
+    nll = log(1 + e^d)     p = 1 / (1 + e^d)     1 − p = e^d / (1 + e^d)     lse = ln 2 x_y + nll
+
+The share (1 − p) / S turns exponentials 2^(x − ref) into probabilities. It is not made of the
+log-sum-exp, whose rounding grows with the size of the logits.
+"""
+
+import triton
+import triton.language as tl
+
+from gift_kernels.interpreter import correct_bfloat16
+from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE, soft_capped
+
+correct_bfloat16()
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _compact_kernel(
+    target_ptr,  # [N] int64
+    weight_ptr,  # [N], rows of weight 0 do not count
+    index_ptr,  # [N] int32: rows that count, in order
+    place_ptr,  # [N] int32: where a row is in index, or −1
+    count_ptr,  # [1] int32
+    N,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a prefix sum has an order, and n needs no second launch."""
+    count = 0
+    for first in range(0, N, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < N
+        kept = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
+        if HAS_WEIGHT:
+            # NaN counts: it must be seen.
+            kept = kept & (tl.load(weight_ptr + offs, mask=mask, other=0.0) != 0.0)
+        ones = kept.to(tl.int32)
+        place = count + tl.cumsum(ones, 0) - ones
+        tl.store(index_ptr + place, offs, mask=kept)
+        tl.store(place_ptr + offs, tl.where(kept, place, -1), mask=mask)
+        count += tl.sum(ones, 0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit
+def _gather_kernel(
+    hidden_ptr,  # [N, D]
+    head_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N] int64
+    index_ptr,  # [N] int32
+    count_ptr,  # [1] int32
+    out_ptr,  # [rows, D]
+    local_target_ptr,  # [N] int32, compact: row of this head, or −1
+    ref_ptr,  # [N], compact
+    first_row,
+    V,
+    D,
+    vocab_start,
+    stride_hidden_n,
+    stride_hidden_d,
+    stride_head_v,
+    stride_head_d,
+    inner,
+    outer,
+    rows,
+    pad,
+    GUESS: tl.constexpr,
+    BELOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Copies rows that count and their targets. GUESS: starts their references from x_y."""
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Zeros complete the last tile: garbage there would meet real rows in a sum over rows.
+    copied = offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad
+    mask_n = offs_n < n
+    source = tl.load(index_ptr + first_row + offs_n, mask=mask_n, other=0).to(tl.int64)
+    target = tl.load(target_ptr + source, mask=mask_n, other=-1) - vocab_start
+    found = mask_n & (target >= 0) & (target < V)
+    target = tl.where(found, target, 0)
+    dot = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if tl.program_id(0) * BLOCK_N < tl.maximum(n, 0) + pad:
+        for first_d in range(0, D, BLOCK_D):
+            offs_d = first_d + tl.arange(0, BLOCK_D)
+            mask_d = (offs_d < D)[None, :]
+            steps = offs_d.to(tl.int64)[None, :]
+            h_ptrs = hidden_ptr + source[:, None] * stride_hidden_n + steps * stride_hidden_d
+            h = tl.load(h_ptrs, mask=mask_n[:, None] & mask_d, other=0.0)
+            out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * D + steps
+            tl.store(out_ptrs, h, mask=copied[:, None] & mask_d)
+            if GUESS:
+                w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
+                w = tl.load(w_ptrs, mask=found[:, None] & mask_d, other=0.0)
+                dot += h.to(tl.float32) * w.to(tl.float32)
+    places = first_row + offs_n
+    tl.store(local_target_ptr + places, tl.where(found, target, -1).to(tl.int32), mask=mask_n)
+    if GUESS:
+        a = tl.sum(dot, 1)
+        if HAS_BIAS:
+            a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
+        x = soft_capped(a, inner, outer, HAS_CAP) - BELOW
+        # Comparisons with NaN are false; an infinite reference would be NaN's next source.
+        x = tl.where(found & (tl.abs(x) < 1e30), x, NO_REFERENCE)
+        tl.store(ref_ptr + places, x, mask=mask_n)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,  # [2 or 3, most_slices, rows]
+    state_ptr,  # [4, N] from this chunk's first row on: ref, S, S2, M
+    exp_ptr,  # [rows, most_slices * WIDTH]
+    dh_ptr,  # [N, D]
+    index_ptr,  # [N] int32
+    count_ptr,  # [1] int32
+    first_row,
+    stride_state,
+    slices,
+    most_slices,
+    rows,
+    D,
+    BLOCK_T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXPONENTIALS: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds a chunk's slices to the state; brings E and dH to the new reference where it changed."""
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(0) * BLOCK_N >= n:
+        return
+    mask_n = offs_n < n
+    state_ptrs = state_ptr + offs_n
+    ref = tl.load(state_ptrs, mask=mask_n, other=0.0)
+    s = tl.load(state_ptrs + stride_state, mask=mask_n, other=0.0)
+    largest = tl.load(state_ptrs + 3 * stride_state, mask=mask_n, other=0.0)
+
+    s2 = tl.zeros((BLOCK_N,), tl.float32)
+    if ENTROPY:
+        s2 = tl.load(state_ptrs + 2 * stride_state, mask=mask_n, other=0.0)
+    new = ref
+    lowest = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    for first_t in range(0, slices, BLOCK_T):
+        offs_t = first_t + tl.arange(0, BLOCK_T)
+        mask = (offs_t < slices)[:, None] & mask_n[None, :]
+        partial_ptrs = partial_ptr + offs_t[:, None] * rows + offs_n[None, :]
+        m_t = tl.load(partial_ptrs, mask=mask, other=float("-inf"))
+        s_t = tl.load(partial_ptrs + most_slices * rows, mask=mask, other=0.0)
+        ref_t = tl.where(m_t > ref[None, :] + MARGIN, m_t, ref[None, :])
+        before = new
+        new = tl.maximum(before, tl.max(ref_t, 0))
+        power = tl.exp2(before - new)
+        power_t = tl.exp2(ref_t - new[None, :])
+        if ENTROPY:
+            s2_t = tl.load(partial_ptrs + 2 * most_slices * rows, mask=mask, other=0.0)
+            s2 = power * (s2 + (before - new) * s)
+            s2 += tl.sum(power_t * (s2_t + (ref_t - new[None, :]) * s_t), 0)
+        s = s * power + tl.sum(s_t * power_t, 0)
+        largest = tl.maximum(largest, tl.max(m_t, 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(mask, ref_t, float("inf")), 0))
+    tl.store(state_ptrs, new, mask=mask_n)
+    tl.store(state_ptrs + stride_state, s, mask=mask_n)
+    tl.store(state_ptrs + 3 * stride_state, largest, mask=mask_n)
+    if ENTROPY:
+        tl.store(state_ptrs + 2 * stride_state, s2, mask=mask_n)
+    if EXPONENTIALS:
+        stale = tl.max((mask_n & (lowest < new)).to(tl.int32), 0)
+        if stale > 0:
+            exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * (most_slices * WIDTH)
+            exp_ptrs += tl.arange(0, WIDTH)[None, :]
+            for t in range(0, slices):
+                m = tl.load(partial_ptr + t * rows + offs_n, mask=mask_n, other=float("-inf"))
+                power = tl.exp2(tl.where(m > ref + MARGIN, m, ref) - new)
+                changed = mask_n & (power != 1.0)
+                e = tl.load(exp_ptrs + t * WIDTH, mask=changed[:, None], other=0.0)
+                e = (e.to(tl.float32) * power[:, None]).to(exp_ptr.dtype.element_ty)
+                tl.store(exp_ptrs + t * WIDTH, e, mask=changed[:, None])
+    if HAS_DH:
+        factor = tl.exp2(ref - new)
+        changed = mask_n & (factor != 1.0)
+        stale = tl.max(changed.to(tl.int32), 0)
+        if stale > 0:
+            places = tl.load(index_ptr + first_row + offs_n, mask=mask_n, other=0).to(tl.int64)
+            for first_d in range(0, D, BLOCK_D):
+                offs_d = first_d + tl.arange(0, BLOCK_D)
+                dh_ptrs = dh_ptr + places[:, None] * D + offs_d[None, :]
+                both = changed[:, None] & (offs_d < D)[None, :]
+                dh = tl.load(dh_ptrs, mask=both, other=0.0)
+                tl.store(dh_ptrs, dh * factor[:, None], mask=both)
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for 0 ≤ u ≤ 1, to a few units in the last place: 2 atanh(u / (2 + u))."""
+    t = u / (2.0 + u)
+    t2 = t * t
+    series = 1.0 / 15
+    for k in tl.static_range(6, -1, -1):
+        series = series * t2 + 1.0 / (2 * k + 1)
+    return 2.0 * t * series
+
+
+@triton.jit
+def _finish_kernel(
+    state_ptr,  # [4, N] compact: ref, S, S2, M, of the whole vocabulary
+    local_ref_ptr,  # [N] compact: the reference that this rank's dH has
+    target_logit_ptr,  # [N] compact, NaN where no column is the target
+    index_ptr,  # [N] int32
+    count_ptr,  # [1] int32
+    stats_ptr,  # [3, N] in the caller's order: nll, lse, entropy
+    top1_ptr,  # [N] in the caller's order
+    factor_ptr,  # [4, N] so too: of Σ E W, of the target's row of the head; ref, its share
+    N,
+    scale,
+    outer,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < tl.load(count_ptr)
+    rows = tl.load(index_ptr + offs_n, mask=mask, other=0)
+    ref = tl.load(state_ptr + offs_n, mask=mask, other=0.0)
+    s = tl.load(state_ptr + N + offs_n, mask=mask, other=0.0)
+    largest = tl.load(state_ptr + 3 * N + offs_n, mask=mask, other=0.0)
+    x = tl.load(target_logit_ptr + offs_n, mask=mask, other=0.0)
+    # The difference of the two large numbers first. +inf is to give NaN, as inf − inf does in nll.
+    d = tl.where(x == float("inf"), float("nan"), tl.log(s) + (ref - x) * LN_2)
+    u = tl.exp(-tl.abs(d))
+    log_one_u = _log1p(u)
+    nll = tl.maximum(d, 0.0) + log_one_u
+    lse = tl.where(d > 0, tl.log(s) + ref * LN_2, x * LN_2) + log_one_u
+    not_p = tl.where(d > 0, 1.0, u) / (1.0 + u)
+    # Maxima need not hand NaN on.
+    nll = tl.where(d != d, d, nll)
+    lse = tl.where(d != d, d, lse)
+    not_p = tl.where(d != d, d, not_p)
+    tl.store(stats_ptr + rows, nll, mask=mask)
+    tl.store(stats_ptr + N + rows, lse, mask=mask)
+    tl.store(top1_ptr + rows, x >= largest, mask=mask)
+    if ENTROPY:
+        s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0)
+        new = tl.maximum(largest, x)
+        power = tl.exp2(ref - new)
+        e = tl.exp2(x - new)
+        total = s * power + e
+        moment = power * (s2 + (ref - new) * s) + tl.where(e > 0, e * (x - new), 0.0)
+        entropy = (tl.log2(total) - moment / total) * LN_2
+        tl.store(stats_ptr + 2 * N + rows, tl.where(d != d, d, entropy), mask=mask)
+    slope = scale
+    if HAS_CAP:
+        tanh = tl.maximum(x, -outer) / outer
+        slope = scale * (1.0 - tanh * tanh)
+    local_ref = tl.load(local_ref_ptr + offs_n, mask=mask, other=0.0)
+    share = tl.where(s == 0.0, 0.0, not_p / s)
+    tl.store(factor_ptr + rows, scale * tl.exp2(local_ref - ref) * share, mask=mask)
+    tl.store(factor_ptr + N + rows, -not_p * slope, mask=mask)
+    tl.store(factor_ptr + 2 * N + rows, ref, mask=mask)
+    tl.store(factor_ptr + 3 * N + rows, share, mask=mask)
+
+
+@triton.jit
+def _finish_dh_kernel(
+    dh_ptr,  # [N, D]
+    head_ptr,  # [V, D]
+    place_ptr,  # [N] int32
+    local_target_ptr,  # [N] int32, compact
+    factor_ptr,  # [N]
+    target_factor_ptr,  # [N]
+    N,
+    D,
+    stride_head_v,
+    stride_head_d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dH = factor · ΣE W + target_factor · W_y, the latter in float32; 0 on rows left out."""
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    steps = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+    mask_n = rows < N
+    mask = mask_n[:, None] & (steps < D)
+    place = tl.load(place_ptr + rows, mask=mask_n, other=-1)
+    counted = place >= 0
+    target = tl.load(local_target_ptr + place, mask=counted, other=-1).to(tl.int64)
+    factor = tl.load(factor_ptr + rows, mask=counted, other=0.0)
+    target_factor = tl.load(target_factor_ptr + rows, mask=counted, other=0.0)
+    w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
+    w = tl.load(w_ptrs, mask=mask & (target >= 0)[:, None], other=0.0).to(tl.float32)
+    dh_ptrs = dh_ptr + rows[:, None] * D + steps
+    dh = tl.load(dh_ptrs, mask=mask & counted[:, None], other=0.0)
+    tl.store(dh_ptrs, dh * factor[:, None] + target_factor[:, None] * w, mask=mask)
+
+
+@triton.jit
+def _weigh_kernel(
+    exp_ptr,  # [rows, columns]: 0 at the target
+    local_target_ptr,  # [rows] int32
+    factor_ptr,  # [rows]
+    target_factor_ptr,  # [rows]
+    count_ptr,  # [1] int32
+    first_row,
+    first_v,
+    C,
+    rows,
+    columns,
+    pad,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """E becomes factor · E, and target_factor at the target: what meets hidden states in dW."""
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_n = offs_n < n
+    mask = mask_n[:, None] & (offs_c < C)[None, :]
+    factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
+    at_target = tl.load(target_factor_ptr + offs_n, mask=mask_n, other=0.0)
+    target = tl.load(local_target_ptr + offs_n, mask=mask_n, other=-1) - first_v
+    exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
+    e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+    # A weight of 0 shuts out NaN too. A factor may be 0 because a chunk is far below the others:
+    # the target's entry does not depend on it.
+    e = tl.where((factor == 0.0)[:, None], 0.0, e)
+    e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
+    # Zeros complete the last tile, as in `_gather_kernel`: 0 times NaN is NaN.
+    mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
+    e = tl.where(mask_n[:, None], e, 0.0)
+    tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _column_sum_kernel(
+    exp_ptr,  # [rows, columns]
+    db_ptr,  # [V] float32
+    scale_ptr,  # [1]
+    count_ptr,  # [1] int32
+    first_row,
+    first_v,
+    C,
+    rows,
+    columns,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for first_n in range(0, n, BLOCK_N):
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
+        mask = (offs_n < n)[:, None] & mask_c[None, :]
+        total += tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32)
+    db = tl.sum(total, 0) * tl.load(scale_ptr)
+    if ACCUMULATE:
+        db += tl.load(db_ptr + first_v + offs_c, mask=mask_c, other=0.0)
+    tl.store(db_ptr + first_v + offs_c, db, mask=mask_c)
+
+
+@triton.jit
+def _scatter_kernel(
+    rows_ptr,  # [rows, D] float32
+    out_ptr,  # [N, D] float32
+    index_ptr,  # [N] int32
+    count_ptr,  # [1] int32
+    first_row,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if first_row + row < tl.load(count_ptr):
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = offs_d < D
+        place = tl.load(index_ptr + first_row + row).to(tl.int64)
+        values = tl.load(rows_ptr + row.to(tl.int64) * D + offs_d, mask=mask, other=0.0)
+        tl.store(out_ptr + place * D + offs_d, values, mask=mask)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    rows_ptr,  # [N, D] float32, contiguous
+    factor_ptr,  # [N] float32
+    out_ptr,  # [N, D], contiguous
+    N,
+    D,
+    stride_factor,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = factor · rows, rounded once; a factor of 0 gives 0 whatever the row holds."""
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = rows < N
+    places = rows[:, None] * D + offs_d[None, :]
+    factor = tl.load(factor_ptr + rows * stride_factor, mask=mask_n, other=0.0)[:, None]
+    mask = (mask_n[:, None] & (offs_d < D)[None, :]) & (factor != 0.0)
+    scaled = tl.load(rows_ptr + places, mask=mask, other=0.0) * factor
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    tl.store(out_ptr + places, scaled.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,222 @@
+"""Memory and products of a call at the sizes of real heads, counted: nothing runs.
+
+`test_ce_costs.py` counts what the eager implementation does, which can be seen from outside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ce_problems import BF16, FP32, ce, plans, problem_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gift_kernels.linear_ce.triton.tiles import FLOAT32_TILES, HOPPER_TILES, PRODUCT_TILES, Machine
+from gift_kernels.linear_ce.types import Head, Problem
+
+H100 = Machine(90, 132)
+TOKENS = 8192
+LLAMA_3, QWEN_2_5, GEMMA_2 = (4096, 128256), (3584, 152064), (3584, 256000)  # D, V
+PLAIN = {"want_dw": False, "want_db": False, "with_entropy": False}
+CALLS: dict[str, dict[str, Any]] = {
+    "confidence": {**PLAIN, "want_dh": False},
+    "frozen head": PLAIN,
+    "trainable head": {**PLAIN, "want_dw": True, "want_db": True},
+    "a gradient for each row": {**PLAIN, "want_dw": True, "rowwise": True},
+}
+STATISTICS = {"with_entropy": True, "keep_zero_rows": True}
+guide_or_not = pytest.mark.parametrize("guided", [False, True], ids=["", "guide"])
+
+
+class Counted:
+    """Stands for a kernel of products; adds its flops where all rows of a chunk count."""
+
+    def __init__(self, kernel: Any, add: Callable[[int, int], None]) -> None:
+        self.names = list(inspect.signature(kernel.fn).parameters)
+        self.add = add
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        given = dict(zip(self.names, arguments, strict=False)) | named
+        rows = min(given["rows"], TOKENS - given["first_row"])
+        self.add(rows, given["C"] * given["D"])
+        if "guide_C" in given:
+            self.add(rows, given["guide_C"] * given["guide_D"])
+
+
+class Nothing:
+    """Stands for any other kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **named: None
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Multiplications of all launches since; none of them runs."""
+    found: list[int] = []
+    monkeypatch.setattr(plans, "machine_of", lambda device: H100)
+    for name in ("logits", "matmul", "rows"):
+        module = importlib.import_module(f"gift_kernels.linear_ce.triton.kernels.{name}")
+        for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
+            multiplies = kernel in ("_logits_kernel", "_two_heads_kernel", "_product_kernel")
+            counted = Counted(getattr(module, kernel), lambda rows, size: found.append(rows * size))
+            monkeypatch.setattr(module, kernel, counted if multiplies else Nothing())
+    return found
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the storages that operations make, now and at most."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in inputs}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, count: int) -> None:
+        self.known.remove(key)
+        self.now -= count
+
+
+def problem_on_meta(
+    count: int, hidden_size: int, vocab_size: int, guided: bool, **changes: Any
+) -> Problem:
+    """In bfloat16; the guide's head has the sizes of the model's."""
+
+    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, head = empty(count, hidden_size), empty(vocab_size, hidden_size)
+    if guided:
+        guide = Head(empty(count, hidden_size), empty(vocab_size, hidden_size), None, 1.0, None)
+        changes |= {"guide": guide}
+    else:
+        changes |= {"row_weight": empty(count, dtype=FP32)}
+    return problem_of(hidden, head, empty(count, dtype=torch.int64), **changes)
+
+
+def peak(*sizes: int, guided: bool, **changes: Any) -> int:
+    """Bytes beside the inputs and dW."""
+    problem = problem_on_meta(*sizes, guided, **changes)
+    heads = [one for one in (problem.head, problem.guide) if one is not None]
+    inputs = [tensor for one in heads for tensor in (one.hidden, one.weight)]
+    with Memory([*inputs, problem.target]) as memory:
+        result = ce.solve(problem)
+    return memory.peak - 4 * result.dw.numel()
+
+
+@guide_or_not
+@pytest.mark.parametrize("sizes", [LLAMA_3, QWEN_2_5, GEMMA_2], ids=str)
+@pytest.mark.parametrize("more", [{}, STATISTICS], ids=["", "statistics"])
+@pytest.mark.parametrize("call", CALLS)
+def test_at_most_300_megabytes_at_8192_tokens(
+    call: str, more: dict[str, Any], sizes: tuple[int, int], guided: bool
+) -> None:
+    changes = CALLS[call] | more
+    dh = 4 * TOKENS * sizes[0] if changes.get("want_dh", True) else 0
+    largest = more and guided and changes["want_dw"] and sizes == GEMMA_2
+    most = 312e6 if largest else 300e6
+    assert dh + 30e6 < peak(TOKENS, *sizes, guided=guided, **changes) <= most
+
+
+@guide_or_not
+@pytest.mark.parametrize("call", CALLS)
+def test_memory_does_not_grow_with_tokens_times_vocabulary(call: str, guided: bool) -> None:
+    """What is left of all four corners once tokens and vocabulary have each paid for themselves."""
+    hidden_size, vocab_size = LLAMA_3
+
+    def of(tokens: int, vocabularies: int) -> int:
+        sizes = (2 * TOKENS * tokens, hidden_size, vocab_size * vocabularies)
+        return peak(*sizes, guided=guided, **CALLS[call])
+
+    assert of(2, 2) - of(2, 1) - of(1, 2) + of(1, 1) < 1e6
+
+
+@guide_or_not
+@pytest.mark.parametrize("sizes", [LLAMA_3, QWEN_2_5, GEMMA_2], ids=str)
+@pytest.mark.parametrize(
+    ("call", "units"),
+    [("confidence", 1), ("frozen head", 2), ("trainable head", 3), ("a gradient for each row", 2)],
+)
+def test_passes_over_the_head(
+    call: str, units: int, sizes: tuple[int, int], guided: bool, products: list[int]
+) -> None:
+    """Three with a trainable head for as many rows as dW has memory for; four for the others."""
+    hidden_size, vocab_size = sizes
+    ce.solve(problem_on_meta(TOKENS, *sizes, guided, **CALLS[call]))
+    rest = max(0, TOKENS - 2 * hidden_size) / TOKENS if call == "trainable head" else 0
+    unit = TOKENS * hidden_size * vocab_size
+    assert sum(products) / unit == units + guided + rest
+
+
+@pytest.mark.parametrize("sizes", [LLAMA_3, QWEN_2_5, GEMMA_2], ids=str)
+def test_passes_over_the_head_for_dw_of_given_row_gradients(
+    sizes: tuple[int, int], products: list[int]
+) -> None:
+    problem = problem_on_meta(TOKENS, *sizes, guided=False)
+    factor = torch.empty(TOKENS, device="meta")
+    options = {"want_dw": True, "want_db": False, "shard": None, "chunk_size": None}
+    ce.solve_head_gradient(problem.head, problem.target, factor, ignore_index=-100, **options)
+    rest = max(0, TOKENS - 2 * sizes[0]) / TOKENS
+    assert sum(products) / (TOKENS * sizes[0] * sizes[1]) == 2 + rest
+
+
+@pytest.mark.parametrize("sms", [108, 132, 148])
+@pytest.mark.parametrize("sizes", [LLAMA_3, QWEN_2_5, GEMMA_2, (3072, 128256)], ids=str)
+def test_tiles_of_a_chunk_fill_the_sms(sizes: tuple[int, int], sms: int) -> None:
+    """Of the time of a chunk's products little is that of SMs without a tile."""
+    hidden_size = sizes[0]
+    plan = plans.default_plan(problem_on_meta(TOKENS, *sizes, guided=False).head)
+    tiles, products = plan.logit_tiles, plan.product_tiles
+    work = plans.Work(sms, tiles, products, sizes[1], hidden_size, 2)
+
+    def busy(*made: tuple[int, int, Any, int]) -> float:
+        steps = [(plans.waves(*product[:3], sms), product[3]) for product in made]
+        ideal = [rows * columns * k / (128 * 256 * sms) for rows, columns, _, k in made]
+        return sum(ideal) / sum(count * k for count, k in steps)
+
+    rows, columns = plans.chunk_shape(work)
+    logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
+    assert busy(logits, dh) > 0.92
+    rows, columns = plans.head_chunk_shape(work, 2 * hidden_size)
+    logits, dh = (rows, columns, tiles, hidden_size), (rows, hidden_size, products, columns)
+    assert busy(logits, dh, (columns, hidden_size, products, rows)) > 0.92
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guide"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("hidden_size", [1, 8, 4096, 16384])
+@pytest.mark.parametrize("vocab_size", [32000, 128256, 1 << 20])
+def test_chunks_are_wide_however_large_the_head(
+    vocab_size: int, hidden_size: int, itemsize: int, guided: bool
+) -> None:
+    """A chunk of few columns adds to all of dH for each of them."""
+    tiles = (
+        (FLOAT32_TILES, FLOAT32_TILES) if itemsize == 4 else (HOPPER_TILES, PRODUCT_TILES[90][0])
+    )
+    guide = (vocab_size, hidden_size) if guided else ()
+    work = plans.Work(132, *tiles, vocab_size, hidden_size, itemsize)
+    rows, columns = plans.chunk_shape(work, *guide)
+    assert rows * columns * itemsize >= 48e6 and columns >= 6144
+    assert rows % 128 == 0 or (itemsize == 4 and rows % 64 == 0)
+    assert columns % tiles[0].block_n == 0

@@ -1,0 +1,152 @@
+"""The Triton kernel of the merge: every configuration, its memory accesses, its dispatch."""
+
+import importlib
+import os
+
+import pytest
+import torch
+from merge_cases import (
+    DTYPES,
+    assert_rounded_once,
+    assert_within_budget,
+    make_adapter,
+    make_weight,
+    truth,
+)
+
+from gift_kernels.lora_merge import triton as kernel
+from gift_kernels.lora_merge.api import lora_merge, lora_merge_
+
+# path: dtype of W and of the factors, and a rank that takes more than one block of A
+PATHS: dict[kernel.Path, tuple[str, str, int]] = {
+    "native": ("bf16", "bf16", 200),
+    "split": ("bf16", "fp32", 20),
+    "wide": ("fp32", "fp32", 20),
+}
+CHOICES = [
+    pytest.param(path, config, id=f"{path}-{'x'.join(map(str, config.kwargs.values()))}")
+    for path in PATHS
+    for config in kernel.configs(path, stochastic=False)
+]
+
+
+def test_at_most_eight_configurations():
+    assert len(CHOICES) <= 8
+
+
+@pytest.mark.parametrize("ranks", ["one block", "several blocks"])
+@pytest.mark.parametrize(("path", "config"), CHOICES)
+def test_every_configuration_fills_the_output_and_nothing_beside_it(path, config, ranks, device):
+    dtype, factors, rank = PATHS[path]
+    rank = 12 if ranks == "one block" else rank
+    # Not a multiple of any tile, and two programs below one another in each configuration.
+    weight = make_weight((1, 270, 150), dtype, device)
+    adapter = make_adapter(weight.shape, rank, factors, device)
+    buffer = torch.full((1, 274, 160), float("nan"), dtype=DTYPES[dtype], device=device)
+    out = buffer[:, 2:272, 5:155]
+    kernel.merge(weight, out, [adapter.a], [adapter.b], [adapter.scale], None, config)
+    assert_within_budget(out, weight, [adapter])
+    out.fill_(float("nan"))
+    assert buffer.isnan().all()
+
+
+@pytest.mark.parametrize("ranks", ["one block", "several blocks"])
+@pytest.mark.parametrize(("path", "config"), CHOICES)
+def test_every_configuration_reads_only_its_own_factors(path, config, ranks, device):
+    """Factors and W lie in buffers of NaN: one entry too many would show."""
+    dtype, factors, rank = PATHS[path]
+    rank = 12 if ranks == "one block" else rank
+    weight = make_weight((2, 70, 150), dtype, device)
+    adapter = make_adapter(weight.shape, rank, factors, device)
+    inside = []
+    for tensor in (weight, adapter.a, adapter.b):
+        buffer = torch.full((tensor.numel() + 512,), float("nan"), device=device)
+        buffer = buffer.to(tensor.dtype)
+        inside.append(buffer[256:-256].view(tensor.shape).copy_(tensor))
+    out = torch.empty_like(weight)
+    kernel.merge(inside[0], out, [inside[1]], [inside[2]], [adapter.scale], None, config)
+    assert_within_budget(out, weight, [adapter])
+
+
+def test_random_bits_do_not_depend_on_the_configuration(device):
+    weight = make_weight((2, 70, 136), "bf16", device)
+    adapter = make_adapter(weight.shape, 16, "bf16", device)
+    results = []
+    for config in kernel.configs("native", stochastic=True):
+        out = torch.empty_like(weight)
+        kernel.merge(weight, out, [adapter.a], [adapter.b], [adapter.scale], 5, config)
+        results.append(out)
+    for other in results[1:]:
+        # The accumulator's last bit may differ between tile shapes.
+        assert (results[0] != other).double().mean() < 1e-3
+
+
+def test_addresses_beyond_two_to_the_31(device):
+    """Three rows with 2**30 entries between them: only a few pages of the buffer are touched."""
+    step = (1 << 30) + 8
+    buffer = torch.empty(2 * step + 32, dtype=torch.bfloat16, device=device)
+    weight = buffer.as_strided((3, 20), (step, 1))
+    weight.copy_(make_weight((3, 20), "bf16", device))
+    adapter = make_adapter(weight.shape, 4, "bf16", device)
+    before = weight.clone()
+    lora_merge_(weight, *adapter, impl="triton")
+    assert_within_budget(weight, before, [adapter])
+
+
+def test_explicit_requests_are_never_replaced(monkeypatch, device):
+    weight = make_weight((4, 5), "fp32", device)
+    adapter = make_adapter(weight.shape, 2, "fp32", device)
+    with pytest.raises(ValueError, match="float64"):
+        lora_merge(weight.double(), *adapter, impl="triton")
+    monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        lora_merge(weight.cpu(), adapter.a.cpu(), adapter.b.cpu(), 1.0, impl="triton")
+    with pytest.raises(ValueError, match="impl"):
+        lora_merge(weight, *adapter, impl="cuda")  # pyright: ignore[reportArgumentType]
+
+
+def test_each_implementation_is_the_one_asked_for(monkeypatch, device):
+    used = []
+    monkeypatch.setattr(kernel, "merge", lambda *_: used.append("triton"))
+    op = importlib.import_module("gift_kernels.lora_merge.api")
+    monkeypatch.setattr(op, "merge_in_blocks", lambda *_: used.append("eager"))
+    weight = make_weight((4, 5), "fp32", device)
+    adapter = make_adapter(weight.shape, 2, "fp32", device)
+    for impl in ("triton", "eager", "auto"):
+        lora_merge(weight, *adapter, impl=impl)
+    assert used == ["triton", "eager", "triton" if device == "cuda" else "eager"]
+
+
+@pytest.mark.parametrize("factors", ["bf16", "fp32"])
+def test_autotuning_in_place_leaves_one_merge(factors, monkeypatch, device):
+    """Timing runs a kernel many times: the weight must be put back before each."""
+    monkeypatch.setattr(kernel, "_autotuning", lambda: True)
+    if device == "cpu":
+
+        def run_twice(call, quantiles, **_times):
+            call()
+            call()
+            return [1.0] * len(quantiles)
+
+        monkeypatch.setattr(kernel.triton.testing, "do_bench", run_twice)
+    kernel._autotuned.cache_clear()
+    weight = make_weight((70, 136), "bf16", device)
+    adapter = make_adapter(weight.shape, 12, factors, device)
+    before = weight.clone()
+    lora_merge_(weight, *adapter, impl="triton")
+    assert_rounded_once(weight, before, [adapter])
+    assert_rounded_once(lora_merge(before, *adapter, impl="triton"), before, [adapter])
+    kernel._autotuned.cache_clear()
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements(device):
+    rows, columns = 33_000, 66_000
+    weight = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+    adapter = make_adapter(weight.shape, 8, "bf16", device)
+    lora_merge_(weight, *adapter)
+    for part in (slice(0, 64), slice(rows // 2, rows // 2 + 64), slice(rows - 64, rows)):
+        few = adapter._replace(b=adapter.b[part])
+        start = torch.zeros(64, columns, dtype=torch.bfloat16, device=device)
+        error = (weight[part].double() - truth(start, [few])).abs().max()
+        assert error <= 2**-8 * truth(start, [few]).abs().max()
