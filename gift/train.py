@@ -38,6 +38,7 @@ from gift.files import (
 )
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
@@ -65,7 +66,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains and writes the PEFT adapter; returns the summary."""
     refuse_existing(config.output, config.overwrite)
     store, tokenizer = _store_and_tokenizer(config)
-    data = encode_file(config.data, tokenizer, config)
+    context = folder_context(resolve_model(config.model))
+    if store is not None:
+        context = store.shorter_context(context)
+    data = encode_file(config.data, tokenizer, config, context)
     if store is not None:
         require_same_rows(store, data, tokenizer)
     rows = weighted_rows(config, data, store)
@@ -120,7 +124,7 @@ def train_fingerprint(config: TrainConfig) -> str:
             "model": model_hash(folder),
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_hash(tokenizer),
-            "data": hash_json(read_rows(config.data, config.limit)),
+            "data": hash_json(read_rows(config.data, config)),
             "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
         }
     )
