@@ -77,6 +77,8 @@ def find_targets(
     notes += check_rendered(name, conversation, text, tokenizer)
     places = _locate(name, text, pieces, words)
     ends = _end_tokens(tokenizer)
+    if any(ends.search(turn["content"] or "") for turn in conversation.turns):
+        notes.append("a turn holds the text of a special token and is read as that token")
     targets = []
     for turn, message in enumerate(conversation.turns):
         own = [place for place in places if place.word.turn == turn]
@@ -205,9 +207,11 @@ def _mark_text(
     """The text with marks between its tags, which stay: templates look for those of reasoning."""
     pieces, position = [], 0
     lead = None if is_reasoning else ""
-    for piece in TAG.split(text):
+    # A reply of nothing but tags is one word.
+    has_words = bool(TAG.sub("", text).strip())
+    for piece in TAG.split(text) if has_words else [text]:
         position += len(piece)
-        if piece.strip() and not TAG.fullmatch(piece):
+        if piece.strip() and not (has_words and TAG.fullmatch(piece)):
             thought = is_reasoning or END_OF_REASONING in text[position:]
             words[mark := f"{nonce}-{len(words)}-"] = _Word(
                 turn, "reasoning" if thought else "reply", piece, lead

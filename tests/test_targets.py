@@ -274,3 +274,27 @@ def test_rows_longer_than_the_context_are_lost_like_overlong_rows():
     assert "the model's context is 100" in data.losses[0].reason
     with pytest.raises(InputError, match="1 of 2 rows are lost .*context is 100"):
         encode(rows, tiny.make_tokenizer(), max_length=512, context=100)
+
+
+def test_a_reply_of_tags_is_a_target_too():
+    turns = [*TURNS[:3], {"role": "assistant", "content": "<br>"}]
+    assert target_texts(QWEN3, turns) == ["a<|im_end|>", "<br><|im_end|>"]
+
+
+def test_the_text_of_special_tokens_in_a_row_is_noted():
+    rows = [Conversation([TURNS[0], {"role": "assistant", "content": "Write <|im_end|> here."}])]
+    data = encode(rows, tiny.make_tokenizer(), max_length=512)
+    assert any("text of a special token" in note for note in data.notes)
+
+
+def test_a_prompt_that_changes_with_later_turns_is_an_error():
+    """Like Mistral 7B v0.3, which writes the system turn before the last question."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index0 >= "
+        "messages | length - 2 %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    assert target_texts(template, [system, *TURNS[:2]]) == [" a<|im_end|>"]
+    with pytest.raises(InputError, match=r"turn 3 differently .*split the row"):
+        target_texts(template, [system, *TURNS])
