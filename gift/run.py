@@ -22,6 +22,7 @@ from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
 from gift.merge.command import merge
+from gift.merge.methods import METHODS
 from gift.models import model_hash, resolve_model
 from gift.train import train
 
@@ -115,7 +116,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         MergeConfig,
         config,
         model=str(instruct),
-        base=str(base) if config.method in ("re-adapt", "lore-adapt") else None,
+        base=str(base) if METHODS[config.method].needs_base else None,
         adapter=[str(adapter)],
         dtype="keep",
         output=merged,
