@@ -68,6 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         group_by=config.group_by,
         system_prompt=config.system_prompt,
         prompt_suffix=config.prompt_suffix,
+        ignore=config.ignored_keys(),
     )
     with open_checker(config.check, config.answer_pattern, config.check_timeout) as checker:
         unreadable = _count_unreadable(checker, questions, config.data)

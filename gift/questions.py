@@ -1,7 +1,7 @@
 """Questions with known answers: rows of a JSONL file, and the prompts they become."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def read_questions(
     group_by: str | None = None,
     system_prompt: str | None = None,
     prompt_suffix: str | None = None,
+    ignore: Collection[str] = (),
 ) -> list[Question]:
     """Reads the rows with what the options add to each prompt; the options are EvaluateOptions'.
 
@@ -56,8 +57,9 @@ def read_questions(
     for place, line, row in json_lines(path):
         if len(questions) == limit:
             break
+        row = {key: value for key, value in row.items() if key not in ignore}
         refuse_unread(row, place)
-        turns = add_system(_turns(row, question_field, place), row, place)
+        turns = add_system(_turns(row, question_field, place, ignore), row, place)
         tools = read_tools(row, place)
         turns = _extend(turns, system_prompt, prompt_suffix, place)
         group = None if group_by is None else _group(row, group_by, place)
@@ -91,12 +93,14 @@ def _group(row: dict[str, Any], group_by: str, place: str) -> str:
     return str(group)
 
 
-def _turns(row: dict[str, Any], question_field: str | None, place: str) -> list[Message]:
+def _turns(
+    row: dict[str, Any], question_field: str | None, place: str, ignore: Collection[str]
+) -> list[Message]:
     """The turns of the prompt as the row has them."""
     fields = QUESTION_FIELDS if question_field is None else (question_field,)
     found = {name: row[name] for name in fields if row.get(name) is not None}
     if not found and question_field is None and "messages" in row:
-        turns = read_messages(row["messages"], place, "messages")
+        turns = read_messages(row["messages"], place, "messages", ignore)
         if turns[-1]["role"] != "user":
             raise InputError(
                 f"{place}: `messages` must end with the user turn that the model is to answer, "

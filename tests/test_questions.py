@@ -103,3 +103,12 @@ def test_system_tools_and_input_of_a_question_are_asked(tmp_path):
     assert question.tools == tools
     with pytest.raises(InputError, match="does not render the tools"):
         render_prompts(tiny.make_tokenizer(), [question], tmp_path / "d.jsonl")
+
+
+def test_keys_named_in_ignore_keys_are_left_out_of_questions(tmp_path):
+    row = {"instruction": "Add.", "history": [["a", "b"]], "answer": 5}
+    path = write_data(tmp_path / "d.jsonl", [row])
+    with pytest.raises(InputError, match="--ignore-keys history"):
+        read_questions(path)
+    (question,) = read_questions(path, ignore={"history"})
+    assert [turn["content"] for turn in question.turns] == ["Add."]
