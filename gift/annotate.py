@@ -28,6 +28,7 @@ from gift.models import (
     load_causal_lm,
     load_tokenizer,
     model_hash,
+    model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
@@ -45,7 +46,9 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     """Writes the confidence store of `config.data` under `config.model`; returns its summary."""
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    structure = model_structure(folder)
     data = encode_file(config.data, tokenizer, config)
+    require_vocabulary(structure, data, config.model)
     fingerprint = annotate_fingerprint(config)
     with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
         batches = plan_batches(data.kept, config.batch_tokens)
@@ -143,7 +146,6 @@ def _annotate_parts(
 ) -> None:
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-    require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     with progress(

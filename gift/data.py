@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gift.config import DataOptions
 from gift.errors import InputError
 from gift.files import hash_bytes
+from gift.models import require_embeddings
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
@@ -179,12 +180,7 @@ def data_summary(data: EncodedData) -> dict[str, Any]:
 def require_vocabulary(model: Any, data: EncodedData, name: str) -> None:
     """InputError where the data has token ids that the model has no embedding for."""
     largest = max(int(example.input_ids.max()) for example in data.kept)
-    size = model.get_input_embeddings().weight.shape[0]
-    if largest >= size:
-        raise InputError(
-            f"--model: {name} has {size} token embeddings, but the tokenizer gives id {largest}; "
-            "the model and the tokenizer do not belong together (resize the model's embeddings)"
-        )
+    require_embeddings(model, largest, name)
 
 
 def encode_conversation(

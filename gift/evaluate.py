@@ -34,6 +34,7 @@ from gift.models import (
     model_hash,
     pick_device,
     pick_dtype,
+    require_embeddings,
     resolve_model,
     tokenizer_hash,
     versions,
@@ -76,6 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         texts = render_prompts(tokenizer, questions, config.data)
         device = pick_device(config.device)
         model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+        largest = max(max(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        require_embeddings(model, largest, config.model)
         with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
             replies = _generate(
                 config, model, model_hash(folder), tokenizer, texts, partial / "parts"

@@ -21,8 +21,9 @@ from gift.data import read_rows
 from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
+from gift.lora_targets import find_targets
 from gift.merge.command import merge
-from gift.models import model_hash, resolve_model
+from gift.models import model_hash, model_structure, quantisation, resolve_model
 from gift.train import train
 
 RUN_FILE = "run.json"
@@ -48,6 +49,8 @@ class Stage(NamedTuple):
 
 def run(config: RunOptions) -> dict[str, Any]:
     """Runs the stages that are not finished yet; returns the summary of each."""
+    for option, name in (("--base", config.base), ("--instruct", config.instruct)):
+        _check_model(config, option, name)
     state_file = config.output / RUN_FILE
     if config.output.exists() and not state_file.exists():
         raise InputError(
@@ -85,6 +88,20 @@ def run(config: RunOptions) -> dict[str, Any]:
         )
     print_table(f"Run: {config.output}", ("stage", "", "seconds", "output"), rows)
     return {name: entry.get("summary", {}) for name, entry in state.items()}
+
+
+def _check_model(config: RunOptions, option: str, name: str) -> None:
+    """InputError, before any stage, for a model that a later one could not use."""
+    folder = resolve_model(name)
+    method = quantisation(read_json(folder / "config.json"))
+    if method is not None:
+        raise InputError(
+            f"{option}: {name} is quantised with {method}, and an adapter is merged into plain "
+            "weights; give the bf16 or float16 model"
+        )
+    structure = model_structure(folder)
+    if option == "--base":
+        find_targets(config, structure)
 
 
 def _stages(config: RunOptions) -> list[Stage]:
