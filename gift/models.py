@@ -110,7 +110,7 @@ def _load(folder: Path, **options: Any) -> Any:
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:
@@ -122,6 +122,7 @@ def _load(folder: Path, **options: Any) -> Any:
                 f"({first_line}); install what it needs, or use the bf16 or float16 model"
             ) from error
         raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
+    model, report = loaded
     if method is not None and getattr(model, "hf_quantizer", None) is None:
         raise InputError(
             f"{folder}: the weights are quantised with {method}, which Transformers "

@@ -26,7 +26,11 @@ class OutputOptions(Options):
 
     @model_validator(mode="after")
     def _replaces_no_input(self) -> "OutputOptions":
-        """InputError where `overwrite` would remove what another option names."""
+        """InputError for no folder's name, and where `overwrite` would remove another option's."""
+        if self.output.name in ("", ".."):
+            raise InputError(
+                f"--output: {self.output} is a folder that exists, no name for a new one; add a name"
+            )
         if not self.overwrite or not self.output.exists():
             return self
         place = self.output.resolve()
