@@ -23,7 +23,7 @@ from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
 from gift.lora_targets import find_targets
 from gift.merge.command import merge
-from gift.models import model_hash, model_structure, quantisation, resolve_model
+from gift.models import load_tokenizer, model_hash, model_structure, quantisation, resolve_model
 from gift.train import train
 
 RUN_FILE = "run.json"
@@ -56,10 +56,11 @@ def run(config: RunOptions) -> dict[str, Any]:
         raise InputError(
             f"--output: {config.output} exists and is not a run; choose another folder"
         )
+    stages = _stages(config)
     config.output.mkdir(parents=True, exist_ok=True)
     state = read_json(state_file) if state_file.exists() else {}
     rows = []
-    for stage in _stages(config):
+    for stage in stages:
         output = stage.config.output
         key = stage.key()
         finished = output.exists() and state.get(stage.name, {}).get("key") == key
@@ -102,6 +103,8 @@ def _check_model(config: RunOptions, option: str, name: str) -> None:
     structure = model_structure(folder)
     if option == "--base":
         find_targets(config, structure)
+    else:
+        load_tokenizer(folder)
 
 
 def _stages(config: RunOptions) -> list[Stage]:

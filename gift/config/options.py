@@ -28,9 +28,7 @@ class OutputOptions(Options):
     def _replaces_no_input(self) -> "OutputOptions":
         """InputError for no folder's name, and where `overwrite` would remove another option's."""
         if self.output.name in ("", ".."):
-            raise InputError(
-                f"--output: {self.output} is a folder that exists, no name for a new one; add a name"
-            )
+            raise InputError(f"--output: {self.output} is no name for a new folder; add one")
         if not self.overwrite or not self.output.exists():
             return self
         place = self.output.resolve()

@@ -17,7 +17,7 @@ from gift.merge.match import (
     canonical,
     land_adapters,
 )
-from gift.models import quantisation
+from gift.models import missing_tensors, quantisation
 from gift.shards import Checkpoint, TensorEntry
 
 
@@ -88,6 +88,12 @@ def plan_merge(
         untied = head.name
         if not untie:
             landing.problems.append(_tie_problem(embedding, head, touched))
+    names = Names(checkpoint)
+    landing.problems += [
+        f"the model lacks {name}, or has it in another shape than its config.json says"
+        for name in missing_tensors(checkpoint.folder)
+        if names.find(name) is None or name in checkpoint.tensors
+    ]
     if base is not None:
         landing.problems += check_base(checkpoint, base)
     landing.problems += _dora_problems(adapters, coefficients, landing, allow_dora)
