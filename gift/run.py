@@ -23,6 +23,7 @@ from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
 from gift.lora_targets import find_targets
 from gift.merge.command import merge
+from gift.merge.methods import METHODS
 from gift.models import load_tokenizer, model_hash, model_structure, quantisation, resolve_model
 from gift.train import train
 
@@ -135,7 +136,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         MergeConfig,
         config,
         model=str(instruct),
-        base=str(base) if config.method in ("re-adapt", "lore-adapt") else None,
+        base=str(base) if METHODS[config.method].needs_base else None,
         adapter=[str(adapter)],
         dtype="keep",
         output=merged,

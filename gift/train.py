@@ -52,7 +52,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.weighting import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift.weighting import WeightedRow, token_weight, weight_transform, weighted_rows
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
@@ -221,14 +221,16 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
             target_ids(examples, device),
             token_weight(config, micro, device),
             reduction="sum",
-            return_stats=True,
-            **own_weight_options(config),
+            stats=("nll", "top1", "weight"),
+            # Annotated weights have been transformed before training.
+            transform=weight_transform(config) if config.weighting == "self" else None,
             **head.options(),
         )
         if not bool(torch.isfinite(loss)):
             bad_rows += [example.row for example in examples]
             continue
         loss.backward()
+        assert stats.nll is not None and stats.weight is not None and stats.top1 is not None
         signal = (stats.weight * stats.nll).double()
         kept = torch.stack(
             [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]

@@ -141,8 +141,22 @@ def read_adapter(folder: Path) -> Adapter:
         value = config.get(field)
         if not isinstance(value, int | float) or value <= 0:
             raise InputError(f"{folder / CONFIG_FILE}: {field} is {value!r}, not a positive number")
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(folder / CONFIG_FILE, field, config.get(field) or {})
     adapter = Adapter(folder, config, (), {}, {}, tuple(_refusals(config)))
     return _sort_tensors(adapter, open_shard(folder / WEIGHTS_FILE).entries)
+
+
+def _check_pattern(path: Path, field: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: {field} is {patterns!r}, not an object of pattern and number")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{path}: {field}: {pattern!r} is no pattern ({error})") from None
+        if not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"{path}: {field}: {pattern} is {value!r}, not a positive number")
 
 
 def refuse_dead_values(adapter: Adapter) -> None:

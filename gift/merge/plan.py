@@ -67,6 +67,8 @@ def plan_merge(
     with tied embeddings gets a head of its own where an adapter changes one side of the tie.
     `allow_dora` is false for methods that add task vectors.
     """
+    if not isinstance(config, Mapping):
+        raise InputError(f"{checkpoint.folder / 'config.json'}: expected an object of settings")
     method = quantisation(config)
     if method is not None:
         raise InputError(

@@ -400,6 +400,23 @@ def test_an_adapter_that_says_nothing_or_nonsense_is_refused(
         ),
         (lambda folder: change_json(folder / "adapter_config.json", r=0), "r is 0"),
         (
+            lambda folder: change_json(folder / "adapter_config.json", rank_pattern=[1]),
+            "rank_pattern is [[]1[]], not an object",
+        ),
+        (
+            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"(": 2}),
+            "alpha_pattern: '[(]' is no pattern",
+        ),
+        (
+            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"q": "x"}),
+            "alpha_pattern: q is 'x', not a positive number",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected an object"),
+        (
+            lambda folder: (folder.parent / "model" / "config.json").write_text("[]"),
+            "expected an object of settings",
+        ),
+        (
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345"),
             "not a safetensors file",
         ),
