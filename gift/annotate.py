@@ -29,6 +29,7 @@ from gift.models import (
     load_causal_lm,
     load_tokenizer,
     model_hash,
+    model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
@@ -55,7 +56,9 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
         shown = config.model_copy(update={"limit": config.show_rows, "max_dropped": 1.0})
         show_rows(encode_file(config.data, tokenizer, shown, context), tokenizer)
         return {}
+    structure = model_structure(folder)
     data = encode_file(config.data, tokenizer, config, context)
+    require_vocabulary(structure, data, config.model)
     fingerprint = annotate_fingerprint(config)
     with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
         batches = plan_batches(data.kept, config.batch_tokens)
@@ -153,7 +156,6 @@ def _annotate_parts(
 ) -> None:
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-    require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     with progress(

@@ -36,6 +36,7 @@ from gift.config import DataOptions
 from gift.console import error_console
 from gift.errors import InputError
 from gift.files import hash_bytes
+from gift.models import require_embeddings
 from gift.rows import Conversation, Message, read_conversations
 from gift.targets import Rendering, find_targets
 
@@ -200,12 +201,7 @@ def data_summary(data: EncodedData) -> dict[str, Any]:
 def require_vocabulary(model: Any, data: EncodedData, name: str) -> None:
     """InputError where the data has token ids that the model has no embedding for."""
     largest = max(int(example.input_ids.max()) for example in data.kept)
-    size = model.get_input_embeddings().weight.shape[0]
-    if largest >= size:
-        raise InputError(
-            f"--model: {name} has {size} token embeddings, but the tokenizer gives id {largest}; "
-            "the model and the tokenizer do not belong together (resize the model's embeddings)"
-        )
+    require_embeddings(model, largest, name)
 
 
 def prompt_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

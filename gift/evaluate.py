@@ -34,6 +34,7 @@ from gift.models import (
     model_hash,
     pick_device,
     pick_dtype,
+    require_embeddings,
     resolve_model,
     tokenizer_hash,
     versions,
@@ -80,6 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         prompts: list[list[int]] = [
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
         ]
+        require_embeddings(model, max(max(ids, default=0) for ids in prompts), config.model)
         limits = reply_limits(model, prompts, config.max_new_tokens)
         short = sum(limit < config.max_new_tokens for limit in limits)
         if short:

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import gift
 from gift.console import error_console
 from gift.errors import InputError
-from gift.files import hash_bytes, hash_file, hash_json
+from gift.files import hash_bytes, hash_file, hash_json, read_json
+from gift.shards import open_checkpoint
 from gift_kernels import weighted_ce
 
 WEIGHT_FILES = "*.safetensors"
@@ -51,8 +53,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; InputError where it or its chat template is missing."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0]
+    except Exception as error:
+        # The tokenizers library raises plain Exception where tokenizer.json is damaged.
+        first_line = (str(error).splitlines() or [repr(error)])[0]
         raise InputError(f"{folder}: no tokenizer can be loaded ({first_line})") from error
     if not tokenizer.chat_template:
         raise InputError(
@@ -85,15 +88,103 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The causal language model of a folder, in evaluation mode."""
+    """The causal language model of a folder, in evaluation mode.
+
+    InputError: see `model_structure`.
+    """
+    return _load(folder, dtype=dtype).to(device).eval()
+
+
+def model_structure(folder: Path) -> Any:
+    """The causal language model of a folder on the meta device: its modules without any values.
+
+    InputError: no whole safetensors weights, weights that lack a tensor or have one of another
+    shape, quantised weights that cannot be loaded here, an architecture unknown to Transformers.
+    """
+    return _load(folder, device_map="meta")
+
+
+def _load(folder: Path, **options: Any) -> Any:
     if not error_console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
+    open_checkpoint(folder)
+    method = quantisation(read_json(folder / "config.json"))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:
+        # Transformers raises many types here: OSError, KeyError, errors of config validation.
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        if method is not None:
+            raise InputError(
+                f"{folder}: the weights are quantised with {method}, which cannot be loaded here "
+                f"({first_line}); install what it needs, or use the bf16 or float16 model"
+            ) from error
         raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
-    return model.to(device).eval()
+    model, report = loaded
+    if method is not None and getattr(model, "hf_quantizer", None) is None:
+        raise InputError(
+            f"{folder}: the weights are quantised with {method}, which Transformers "
+            f"{transformers.__version__} does not know; use the bf16 or float16 model"
+        )
+    _refuse_incomplete(folder, type(model).__name__, report)
+    return model
+
+
+def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
+    """InputError for what Transformers would fill with random values."""
+    problems = [f"lacks {key}" for key in sorted(report["missing_keys"])]
+    problems += [
+        f"has {key} of shape {list(found)}, not {list(expected)}"
+        for key, found, expected in sorted(report["mismatched_keys"])
+    ]
+    if problems:
+        unknown = sorted(report["unexpected_keys"])
+        hint = f" (renamed? it also has {listed(unknown)})" if unknown else ""
+        raise InputError(
+            f"{folder}: the checkpoint does not hold the whole {name}: it {listed(problems)}{hint};"
+            " download or save the model again"
+        )
+
+
+def missing_tensors(folder: Path) -> list[str]:
+    """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
+        )
+    except Exception:  # a merge needs names only, so it takes models that Transformers cannot run
+        return []
+    _, report = loaded
+    return sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names separated by commas, the first `most` of them."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def quantisation(config: Any) -> str | None:
+    """The quantisation method that a model's config.json names; None where it names none."""
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    for part in parts:
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            return str(method or "an unnamed method")
+    return None
+
+
+def require_embeddings(model: Any, largest_id: int, name: str) -> None:
+    """InputError where the model has no embedding for a token id."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= size:
+        raise InputError(
+            f"--model: {name} has {size} token embeddings, but the tokenizer gives id {largest_id};"
+            " the model and the tokenizer do not belong together (resize the model's embeddings)"
+        )
 
 
 def context_length(config: Any) -> int | None:

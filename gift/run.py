@@ -21,9 +21,10 @@ from gift.data import read_rows
 from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
+from gift.lora_targets import find_targets
 from gift.merge.command import merge
 from gift.merge.methods import METHODS
-from gift.models import model_hash, resolve_model
+from gift.models import load_tokenizer, model_hash, model_structure, quantisation, resolve_model
 from gift.train import train
 
 RUN_FILE = "run.json"
@@ -49,15 +50,18 @@ class Stage(NamedTuple):
 
 def run(config: RunOptions) -> dict[str, Any]:
     """Runs the stages that are not finished yet; returns the summary of each."""
+    for option, name in (("--base", config.base), ("--instruct", config.instruct)):
+        _check_model(config, option, name)
     state_file = config.output / RUN_FILE
     if config.output.exists() and not state_file.exists():
         raise InputError(
             f"--output: {config.output} exists and is not a run; choose another folder"
         )
+    stages = _stages(config)
     config.output.mkdir(parents=True, exist_ok=True)
     state = read_json(state_file) if state_file.exists() else {}
     rows = []
-    for stage in _stages(config):
+    for stage in stages:
         output = stage.config.output
         key = stage.key()
         finished = output.exists() and state.get(stage.name, {}).get("key") == key
@@ -86,6 +90,22 @@ def run(config: RunOptions) -> dict[str, Any]:
         )
     print_table(f"Run: {config.output}", ("stage", "", "seconds", "output"), rows)
     return {name: entry.get("summary", {}) for name, entry in state.items()}
+
+
+def _check_model(config: RunOptions, option: str, name: str) -> None:
+    """InputError, before any stage, for a model that a later one could not use."""
+    folder = resolve_model(name)
+    method = quantisation(read_json(folder / "config.json"))
+    if method is not None:
+        raise InputError(
+            f"{option}: {name} is quantised with {method}, and an adapter is merged into plain "
+            "weights; give the bf16 or float16 model"
+        )
+    structure = model_structure(folder)
+    if option == "--base":
+        find_targets(config, structure)
+    else:
+        load_tokenizer(folder)
 
 
 def _stages(config: RunOptions) -> list[Stage]:

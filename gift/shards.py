@@ -182,6 +182,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise InputError(f"{index_path}: has no weight_map; save the model again")
     weight_map: dict[str, str] = index["weight_map"]
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(
+            f"{index_path}: weight_map holds what is no file name; save the model again"
+        )
     shards = tuple(open_shard(folder / name) for name in sorted(set(weight_map.values())))
     entries = {(shard.path.name, entry.name): entry for shard in shards for entry in shard.entries}
     missing = sorted(name for name, file in weight_map.items() if (file, name) not in entries)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -25,7 +25,7 @@ from gift import checkpoint, figures, ranks
 from gift.batches import pad_batch, target_ids
 from gift.confidence_store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
 from gift.config import TrainConfig
-from gift.console import print_summary, progress
+from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import (
@@ -36,6 +36,7 @@ from gift.files import (
     refuse_existing,
     write_json,
 )
+from gift.lora_targets import find_targets, lora_config
 from gift.models import (
     check_head,
     folder_context,
@@ -44,6 +45,7 @@ from gift.models import (
     load_causal_lm,
     load_tokenizer,
     model_hash,
+    model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
@@ -65,6 +67,7 @@ SUMS = ("loss", "nll", "weight", "tokens", "hits")
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains and writes the PEFT adapter; returns the summary."""
     refuse_existing(config.output, config.overwrite)
+    targets = find_targets(config, model_structure(resolve_model(config.model)))
     store, tokenizer = _store_and_tokenizer(config)
     context = folder_context(resolve_model(config.model))
     if store is not None:
@@ -89,6 +92,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if group.is_main:
                 _write_adapter(config, model, tokenizer, partial, summary, fingerprint, store)
         if group.is_main:
+            if targets.left:
+                note = f"Note: no LoRA pair for {', '.join(targets.left)}"
+                console.print(note, markup=False, highlight=False, soft_wrap=True)
             print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
     return summary
 
@@ -288,22 +294,9 @@ def _adapted_model(
     require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    targets = config.lora_targets
     torch.manual_seed(config.seed)
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
-                lora_dropout=config.lora_dropout,
-                target_modules=_linear_layers(model)
-                if targets == "all-linear"
-                else targets.split(","),
-                use_rslora=config.rslora,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
     except ValueError as error:
         raise InputError(f"--lora-targets: {error}") from error
     adapted.peft_config["default"].base_model_name_or_path = config.model
@@ -311,17 +304,6 @@ def _adapted_model(
     if checkpointing if checkpointing is not None else device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
-
-
-def _linear_layers(model: Any) -> list[str]:
-    """Names, within their block, of all linear layers below the head."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.get_decoder().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-    )
 
 
 def _write_adapter(

@@ -26,7 +26,9 @@ class OutputOptions(Options):
 
     @model_validator(mode="after")
     def _replaces_no_input(self) -> "OutputOptions":
-        """InputError where `overwrite` would remove what another option names."""
+        """InputError for no folder's name, and where `overwrite` would remove another option's."""
+        if self.output.name in ("", ".."):
+            raise InputError(f"--output: {self.output} is no name for a new folder; add one")
         if not self.overwrite or not self.output.exists():
             return self
         place = self.output.resolve()
