@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import gift
-from gift.console import error_console
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json
 from gift_kernels import weighted_ce
@@ -86,8 +85,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The causal language model of a folder, in evaluation mode."""
-    if not error_console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # it would run through ours
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gift_kernels import reference, token_confidence, weighted_ce
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = ["ce_weights", "ce_self", "ce_guide"]
 # Relative error allowed to statistics and to gradients.
 TOLERANCE = {

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_, merge_in_blocks
 
-GOLDEN = Path(__file__).parent / "golden" / "merge.safetensors"
+GOLDEN = Path(__file__).parent.parent / "golden" / "merge.safetensors"
 IMPLS = ["eager", "triton"]
 
 
