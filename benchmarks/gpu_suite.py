@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import goals, report
+from benchmarks import figures, goals, report
 from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
 from benchmarks.measure import add_case, check, gate_truth, measure_case
 from benchmarks.providers import floors, own_providers, providers_of
@@ -118,7 +118,7 @@ def main() -> None:
         results.tables["goals"] = goals.judge(results.rows)
         results.save()
         print(summary(suite), flush=True)
-        report.plot(output, results.rows)
+        figures.plot(output, results.rows)
     if broken := failures(results):
         print(f"{len(broken)} failures, the first: {broken[0]}")
         sys.exit(1)
