@@ -72,17 +72,17 @@ def _growing_family(rows: Sequence[Row]) -> list[Row]:
 
 
 def _against_tokens(pyplot: Any, rows: Sequence[Row], column: str, unit: str) -> Any:
-    """A line a provider on logarithmic axes; whoever was measured once is a dot."""
+    """A line a provider on logarithmic axes; who was measured once only is in cases.png."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    tokens = sorted({row["tokens"] for row in rows})
     for provider in dict.fromkeys(row["provider"] for row in rows):
         points = sorted(
             (row["tokens"], row[column])
             for row in rows
             if row["provider"] == provider and row[column] > 0
         )
-        if points:
+        if len(points) > 1 or len(tokens) == 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=provider)
-    tokens = sorted({row["tokens"] for row in rows})
     title = rows[0]["case"].replace(f"{rows[0]['tokens']} tokens, ", "")
     axes.set(xlabel="tokens", ylabel=unit, xscale="log", yscale="log")
     axes.set_title(title, fontsize=9)
