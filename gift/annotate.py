@@ -23,6 +23,7 @@ from gift.errors import InputError
 from gift.files import hash_json, output_folder, read_json, replacing, write_json
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
@@ -35,6 +36,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
+from gift.show import show_rows
 from gift_kernels import token_confidence
 
 PARTS_FOLDER = "parts"
@@ -42,10 +44,18 @@ PROGRESS_FILE = "progress.json"
 
 
 def annotate(config: AnnotateConfig) -> dict[str, Any]:
-    """Writes the confidence store of `config.data` under `config.model`; returns its summary."""
+    """Writes the confidence store of `config.data` under `config.model`; returns its summary.
+
+    With `config.show_rows` it prints the first rows, writes nothing and returns nothing.
+    """
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    data = encode_file(config.data, tokenizer, config)
+    context = folder_context(folder)
+    if config.show_rows is not None:
+        shown = config.model_copy(update={"limit": config.show_rows, "max_dropped": 1.0})
+        show_rows(encode_file(config.data, tokenizer, shown, context), tokenizer)
+        return {}
+    data = encode_file(config.data, tokenizer, config, context)
     fingerprint = annotate_fingerprint(config)
     with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
         batches = plan_batches(data.kept, config.batch_tokens)
@@ -76,7 +86,7 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
 def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     """Turns the authors' scores file into a confidence store; returns its summary."""
     tokenizer = load_tokenizer(resolve_model(config.tokenizer))
-    data = encode_file(config.scores, tokenizer, config)
+    data = encode_file(config.scores, tokenizer, config, also_read=("scores",))
     scores = read_author_scores(config.scores)[: len(data.examples)]
     confidence = []
     for example, values in zip(data.examples, scores, strict=True):
@@ -118,7 +128,7 @@ def annotate_fingerprint(config: AnnotateConfig) -> str:
             "model": model_hash(folder),
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_hash(tokenizer),
-            "data": hash_json(read_rows(config.data, config.limit)),
+            "data": hash_json(read_rows(config.data, config)),
         }
     )
 

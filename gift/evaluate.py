@@ -26,7 +26,7 @@ from gift.files import (
     replacing,
     write_json,
 )
-from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies
+from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
 from gift.metrics import pass_at_k, standard_error, summarize
 from gift.models import (
     load_causal_lm,
@@ -76,9 +76,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         texts = render_prompts(tokenizer, questions, config.data)
         device = pick_device(config.device)
         model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+        prompts: list[list[int]] = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+        ]
+        limits = reply_limits(model, prompts, config.max_new_tokens)
+        short = sum(limit < config.max_new_tokens for limit in limits)
+        if short:
+            _warn(
+                f"{short} of {len(prompts)} questions leave less than --max-new-tokens "
+                f"{config.max_new_tokens} in the model's context, the least {min(limits)} tokens"
+            )
         with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
             replies = _generate(
-                config, model, model_hash(folder), tokenizer, texts, partial / "parts"
+                config, model, model_hash(folder), tokenizer, prompts, partial / "parts"
             )
             samples = _check(config, checker, questions, texts, replies)
             with replacing(partial / "samples.jsonl") as path:
@@ -86,6 +96,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             metrics = summarize(samples, [question.group for question in questions])
             metrics |= {
                 "unreadable_answers": unreadable,
+                "questions_cut_by_context": short,
                 "settings": config.model_dump(mode="json"),
                 "device": str(model.device),
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -116,13 +127,10 @@ def _generate(
     model: PreTrainedModel,
     weights_hash: str,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     parts: Path,
 ) -> list[list[Reply]]:
     """All replies [row][sample]: those kept in `parts`, and the rest, kept there batch by batch."""
-    prompts: list[list[int]] = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
-    ]
     # All that decides the replies. The batch size does not, so that after running out of memory
     # one can go on with a smaller one; neither do answers and checks.
     fingerprint = {

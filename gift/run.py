@@ -95,7 +95,7 @@ def _stages(config: RunOptions) -> list[Stage]:
     )
     instruct = resolve_model(config.instruct)
     base = resolve_model(config.base)
-    data = hash_json(read_rows(config.data, config.limit))
+    data = hash_json(read_rows(config.data, config))
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
     guided = config.weighting == "guide"
     stages = []

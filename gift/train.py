@@ -38,6 +38,7 @@ from gift.files import (
 )
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
@@ -50,7 +51,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.weighting import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift.weighting import WeightedRow, token_weight, weight_transform, weighted_rows
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
@@ -65,7 +66,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains and writes the PEFT adapter; returns the summary."""
     refuse_existing(config.output, config.overwrite)
     store, tokenizer = _store_and_tokenizer(config)
-    data = encode_file(config.data, tokenizer, config)
+    context = folder_context(resolve_model(config.model))
+    if store is not None:
+        context = store.shorter_context(context)
+    data = encode_file(config.data, tokenizer, config, context)
     if store is not None:
         require_same_rows(store, data, tokenizer)
     rows = weighted_rows(config, data, store)
@@ -120,7 +124,7 @@ def train_fingerprint(config: TrainConfig) -> str:
             "model": model_hash(folder),
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_hash(tokenizer),
-            "data": hash_json(read_rows(config.data, config.limit)),
+            "data": hash_json(read_rows(config.data, config)),
             "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
         }
     )
@@ -215,14 +219,16 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
             target_ids(examples, device),
             token_weight(config, micro, device),
             reduction="sum",
-            return_stats=True,
-            **own_weight_options(config),
+            stats=("nll", "top1", "weight"),
+            # Annotated weights have been transformed before training.
+            transform=weight_transform(config) if config.weighting == "self" else None,
             **head.options(),
         )
         if not bool(torch.isfinite(loss)):
             bad_rows += [example.row for example in examples]
             continue
         loss.backward()
+        assert stats.nll is not None and stats.weight is not None and stats.top1 is not None
         signal = (stats.weight * stats.nll).double()
         kept = torch.stack(
             [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]

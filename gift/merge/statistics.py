@@ -26,6 +26,7 @@ from gift.files import hash_file, output_folder, write_json
 from gift.merge.build import STATISTICS_FILE, STATISTICS_MANIFEST
 from gift.merge.methods import METHODS
 from gift.models import (
+    folder_context,
     load_causal_lm,
     load_tokenizer,
     model_hash,
@@ -40,7 +41,7 @@ def merge_statistics(config: StatisticsConfig) -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    data = encode_file(config.data, tokenizer, config)
+    data = encode_file(config.data, tokenizer, config, folder_context(folder))
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     require_vocabulary(model, data, config.model)
