@@ -70,8 +70,9 @@ def _device(results: report.Results) -> str:
     environment = results.environment
     where = f"benchmarks/results/{results.output.name}"
     lines = [
-        f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]} "
-        f"([all results]({where}/results.md)).",
+        f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]}, "
+        f"measured on commit {environment['commit']} ([all results]({where}/results.md)); what "
+        "changed since has not been measured again.",
         "In turns in one process; correct before timed; medians; memory beyond the inputs. The",
         "floor is the bare products, or a copy; the usual way is full logits, or",
         "`W += scale * (B @ A)`; with a frozen head, forward and backward, if not said:",
@@ -83,6 +84,10 @@ def _device(results: report.Results) -> str:
         if not label.startswith(report.CANDIDATES):
             table.append(_case(label, [row for row in results.rows if row["case"] == label]))
     lines += ["", *report.plain_table(table)]
+    behind = [row["case"] for row in table if row["ours / fastest other"] > 1]
+    lines += ["", f"Slower than the fastest other way in {len(behind)} of {len(table)} cases:", ""]
+    lines += [f"- {case}" for case in behind]
+    lines += ["", f"![Every way in every case]({where}/cases.png)"]
     stages = [row for row in results.tables.get("end to end", []) if "ms" in row]
     models = {row["model"] for row in stages if row["stage"] == "annotate"}
     shown = [row for row in stages if row["model"] in models or row["stage"] == "merge"]
@@ -100,6 +105,7 @@ def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
         return min(mine, key=lambda row: row["time_ms"], default={})
 
     ours, usual, peer, floor = map(first, ("ours", "baseline", "peer", "floor"))
+    fastest = min((row["time_ms"] for row in (usual, peer) if row), default=None)
     errors = [ours[name] for name in ours if name.startswith("error_")]
     return {
         "case": label.replace(", frozen head", "").replace(", both", ""),
@@ -107,6 +113,7 @@ def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
         "ours": f"{ours['provider'].removeprefix('gift ')} {_cell(ours)}" if ours else "-",
         "usual way": _cell(usual),
         "fastest peer": f"{peer['provider']} {_cell(peer)}" if peer else "-",
+        "ours / fastest other": ours["time_ms"] / fastest if ours and fastest else 0.0,
         "our error": f"{max(errors):.0e}" if errors else "-",
     }
 

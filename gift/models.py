@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import gift
-from gift.console import error_console
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
 from gift.shards import open_checkpoint
@@ -105,8 +104,7 @@ def model_structure(folder: Path) -> Any:
 
 
 def _load(folder: Path, **options: Any) -> Any:
-    if not error_console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # it would run through ours
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from gift.config import MergeOptions
@@ -64,9 +65,8 @@ class FactorReader:
             left = torch.ones(1, 1, 1, dtype=a.dtype, device=a.device)
             return Factors(left, a.view(1, 1, -1), change.scale)
         b = self._read(change.b)
-        right = a.view(change.experts, change.rank, -1)
-        # PEFT lays the experts of B out innermost: [M, R * E] is [M, R, E].
-        left = b.view(b.shape[0], change.rank, change.experts).permute(2, 0, 1)
+        right = rearrange(a, "(e r) k -> e r k", e=change.experts)
+        left = rearrange(b, "m (r e) -> e m r", e=change.experts)  # PEFT has B's experts innermost
         if change.transposed:
             left, right = right.mT, left.mT
         if change.expert is not None:
