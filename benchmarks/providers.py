@@ -121,21 +121,18 @@ def gift_ce(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
     """`prepare` of one of our implementations."""
 
     def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
-        from gift_kernels import token_confidence, weighted_ce
+        from gift_kernels import Guide, token_confidence, weighted_ce
 
         softcap = case.shape.softcap
         head = (inputs.hidden, inputs.weight, inputs.target)
         if case.op == "token_confidence":
             return lambda: token_confidence(*head, logit_softcap=softcap, impl=impl)
         weight: Any = {"offline": inputs.token_weight, "self": "self"}.get(case.weighting)
-        guide: dict[str, Any] = {}
+        guide = None
         if case.weighting == "guide":
-            guide = {
-                "guide_hidden": inputs.guide_hidden,
-                "guide_lm_head_weight": inputs.guide_weight,
-                "guide_logit_softcap": softcap,
-            }
-        return lambda: weighted_ce(*head, weight, logit_softcap=softcap, impl=impl, **guide)
+            assert inputs.guide_hidden is not None and inputs.guide_weight is not None
+            guide = Guide(inputs.guide_hidden, inputs.guide_weight, logit_softcap=softcap)
+        return lambda: weighted_ce(*head, weight, guide=guide, logit_softcap=softcap, impl=impl)
 
     return prepare
 

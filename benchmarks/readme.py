@@ -1,28 +1,46 @@
-"""`python -m benchmarks readme`: the performance section of README.md, from folders of results.
+"""`python -m benchmarks readme`: the sections of README.md that are made, not written.
 
-Nothing in that section is written by hand; a test compares it with the stored results.
+Performance comes from folders of results, merge methods from their registry; tests compare both.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import goals, report
+from gift.merge.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
+BEGIN_METHODS = "<!-- merge methods, made by python -m benchmarks readme -->"
 END = "<!-- end -->"
 NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
 call: tests, accuracy, times beside the peers, whole stages."""
 
 
 def update(folders: Sequence[Path]) -> None:
-    """Puts the section of these results, or of the newest stored ones, in README.md."""
+    """Puts the section of these results, or of the newest stored ones, and the methods' table in
+    README.md."""
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(before + section(folders or newest()) + after, encoding="utf-8")
+    for made in (section(folders or newest()), merge_methods()):
+        before, rest = text.split(made.splitlines()[0])
+        text = before + made + rest.split(END, 1)[1]
+    README.write_text(text, encoding="utf-8")
+
+
+def merge_methods() -> str:
+    """The table of merge methods, markers included."""
+    table = [
+        {
+            "method": f"`{method.name}`",
+            "result": method.formula,
+            "settings": ", ".join(f"`--{name.replace('_', '-')}`" for name in method.settings),
+            "source": method.source,
+        }
+        for method in METHODS.values()
+    ]
+    return "\n\n".join([BEGIN_METHODS, "\n".join(report.plain_table(table)), END])
 
 
 def newest() -> list[Path]:

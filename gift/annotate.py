@@ -23,6 +23,7 @@ from gift.errors import InputError
 from gift.files import hash_json, replacing, sealed_files
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
@@ -36,18 +37,23 @@ from gift.models import (
     versions,
 )
 from gift.publish import output_folder
+from gift.show import show_rows
 from gift_kernels import token_confidence
 
 
 def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
     """Writes the confidence store of `config.data` under `config.model`; returns its summary.
 
-    `key` is kept in the folder's list, see `publish.output_folder`.
+    With `config.show_rows` it prints the first rows, writes nothing and returns nothing. `key` is
+    kept in the folder's list, see `publish.output_folder`.
     """
+    if config.show_rows is not None:
+        _show_rows(config, config.show_rows)
+        return {}
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         folder = resolve_model(config.model)
         tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-        data = encode_file(config.data, tokenizer, config)
+        data = encode_file(config.data, tokenizer, config, folder_context(folder))
         made_from = _made_from(config, folder, tokenizer)
         partial = output.begin(made_from)
         _annotate_missing(config, folder, data, output.work)
@@ -67,10 +73,17 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
     return summary
 
 
+def _show_rows(config: AnnotateConfig, count: int) -> None:
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    shown = config.model_copy(update={"limit": count, "max_dropped": 1.0})
+    show_rows(encode_file(config.data, tokenizer, shown, folder_context(folder)), tokenizer)
+
+
 def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     """Turns the authors' scores file into a confidence store; returns its summary."""
     tokenizer = load_tokenizer(resolve_model(config.tokenizer))
-    data = encode_file(config.scores, tokenizer, config)
+    data = encode_file(config.scores, tokenizer, config, also_read=("scores",))
     scores = read_author_scores(config.scores)[: len(data.examples)]
     confidence = []
     for example, values in zip(data.examples, scores, strict=True):
@@ -111,7 +124,7 @@ def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str
         "model": model_hash(folder),
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
-        "data": hash_json(read_rows(config.data, config.limit)),
+        "data": hash_json(read_rows(config.data, config)),
     }
 
 

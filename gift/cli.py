@@ -149,9 +149,9 @@ _add_command(
     "merge-statistics",
     StatisticsConfig,
     "gift.merge.statistics:merge_statistics",
-    "What --method fisher and regmean need to know of a model. Costs a pass over the data, for "
-    "fisher with gradients, and memory for a float32 copy of the parameters or a Gram matrix a "
-    "layer.",
+    "Collect what some merge methods need to know of a model. Costs a pass over the data, for the "
+    "Fisher diagonal with gradients, and memory for a float32 copy of the parameters or a Gram "
+    "matrix a layer.",
 )
 _add_command(
     "diff",

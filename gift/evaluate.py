@@ -18,7 +18,7 @@ from gift.answers import Checker, Verdict, open_checker
 from gift.config import EvaluateConfig
 from gift.console import print_summary, print_table, progress
 from gift.files import hash_json, replacing, sealed_files, write_json
-from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies
+from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
 from gift.metrics import pass_at_k, standard_error, summarize
 from gift.models import (
     load_causal_lm,
@@ -71,12 +71,24 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
             weights = model_hash(folder)
             device = pick_device(config.device)
             model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-            replies = _generate(config, model, weights, tokenizer, texts, output)
+            prompts: list[list[int]] = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+            ]
+            limits = reply_limits(model, prompts, config.max_new_tokens)
+            short = sum(limit < config.max_new_tokens for limit in limits)
+            if short:
+                warn(
+                    f"{short} of {len(prompts)} questions leave less than --max-new-tokens "
+                    f"{config.max_new_tokens} in the model's context, the least {min(limits)} "
+                    "tokens"
+                )
+            replies = _generate(config, model, weights, tokenizer, prompts, output)
             samples = _check(config, checker, questions, texts, replies)
         _write_lines(output.partial / "samples.jsonl", samples)
         metrics = summarize(samples, [question.group for question in questions])
         metrics |= {
             "unreadable_answers": unreadable,
+            "questions_cut_by_context": short,
             "settings": config.model_dump(mode="json"),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -106,13 +118,10 @@ def _generate(
     model: PreTrainedModel,
     weights_hash: str,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     output: Output,
 ) -> list[list[Reply]]:
     """All replies [row][sample]: those kept in the work folder, and the rest, kept there too."""
-    prompts: list[list[int]] = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
-    ]
     # All that decides the replies. The batch size does not, so that after running out of memory
     # one can resume with a smaller one; neither do answers and checks.
     output.begin(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import gift
 from gift.console import error_console
@@ -99,6 +99,29 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> An
         first_line = str(error).splitlines()[0]
         raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
     return model.to(device).eval()
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model's config allows, RoPE scaling included; None where it names no limit.
+
+    `max_position_embeddings` counts before linear, dynamic and YaRN scaling and after all other.
+    """
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if length is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings", length)
+    return max(length, int(before * (rope.get("factor") or 1)))
+
+
+def folder_context(folder: Path) -> int | None:
+    """`context_length` of a model folder."""
+    try:
+        return context_length(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{folder}: config.json cannot be read ({first_line})") from error
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from gift.files import hash_file, hash_folder, hash_json
 from gift.lock import lock_path, owned
 from gift.merge.adapter import WEIGHTS_FILE
 from gift.merge.command import merge
+from gift.merge.methods import METHODS
 from gift.models import model_hash, resolve_model
 from gift.publish import (
     check_published,
@@ -114,7 +115,7 @@ def _stages(config: RunOptions) -> list[Stage]:
     )
     instruct = resolve_model(config.instruct)
     base = resolve_model(config.base)
-    data = hash_json(read_rows(config.data, config.limit))
+    data = hash_json(read_rows(config.data, config))
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
     guided = config.weighting == "guide"
     stages = []
@@ -135,7 +136,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         MergeConfig,
         config,
         model=str(instruct),
-        base=str(base) if config.method in ("re-adapt", "lore-adapt") else None,
+        base=str(base) if METHODS[config.method].needs_base else None,
         adapter=[str(adapter)],
         dtype="keep",
         output=merged,

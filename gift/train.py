@@ -33,6 +33,7 @@ from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
@@ -46,7 +47,7 @@ from gift.models import (
     versions,
 )
 from gift.publish import WORK_FOLDER, output_folder, partial_path
-from gift.weighting import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift.weighting import WeightedRow, token_weight, weight_transform, weighted_rows
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
@@ -64,7 +65,10 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
     """
     with ranks.process_group() as group, _work_folder(config, group, key) as begin:
         store, tokenizer = _store_and_tokenizer(config)
-        data = encode_file(config.data, tokenizer, config)
+        context = folder_context(resolve_model(config.model))
+        if store is not None:
+            context = store.shorter_context(context)
+        data = encode_file(config.data, tokenizer, config, context)
         if store is not None:
             require_same_rows(store, data, tokenizer)
         rows = weighted_rows(config, data, store)
@@ -118,7 +122,7 @@ def _made_from(
         "model": model_hash(resolve_model(config.model)),
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
-        "data": hash_json(read_rows(config.data, config.limit)),
+        "data": hash_json(read_rows(config.data, config)),
         "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
     }
 
@@ -213,14 +217,16 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
             target_ids(examples, device),
             token_weight(config, micro, device),
             reduction="sum",
-            return_stats=True,
-            **own_weight_options(config),
+            stats=("nll", "top1", "weight"),
+            # Annotated weights have been transformed before training.
+            transform=weight_transform(config) if config.weighting == "self" else None,
             **head.options(),
         )
         if not bool(torch.isfinite(loss)):
             bad_rows += [example.row for example in examples]
             continue
         loss.backward()
+        assert stats.nll is not None and stats.weight is not None and stats.top1 is not None
         signal = (stats.weight * stats.nll).double()
         kept = torch.stack(
             [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]

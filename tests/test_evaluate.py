@@ -281,7 +281,7 @@ def test_an_existing_output_is_refused_unless_overwritten(model, tmp_path):
 def test_a_prompt_that_the_template_refuses_is_named(model, tmp_path):
     turns = [{"role": "tool", "content": "what"}, {"role": "user", "content": "is"}]
     data = write_data(tmp_path / "d.jsonl", [{"messages": turns, "answer": 1}])
-    with pytest.raises(InputError, match=r"line 1: the model's chat template refuses.*no tools"):
+    with pytest.raises(InputError, match=r"line 1: the chat template refuses.*no tools"):
         evaluate(configure(model, tmp_path, data=data))
 
 

@@ -72,3 +72,12 @@ class DataOptions(Options):
     limit: int | None = Field(
         default=None, ge=1, description="Use only the first rows of the data."
     )
+    ignore_keys: str = Field(
+        default="",
+        description="Keys of rows and messages to leave out, separated by commas. Without it, keys "
+        "that say what a model is to read and that nothing reads are an error.",
+    )
+
+    def ignored_keys(self) -> set[str]:
+        """The names in `ignore_keys`."""
+        return {key.strip() for key in self.ignore_keys.split(",")} - {""}

@@ -20,6 +20,8 @@ from gift.files import hash_json, read_json, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import read_adapter, refuse_dead_values
 from gift.merge.build import Recipe, build_shards, open_statistics
+from gift.merge.method import Method
+from gift.merge.methods import METHODS
 from gift.merge.plan import MergePlan, plan_merge, plan_rows
 from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE, ShardPlan, write_shards
@@ -29,31 +31,6 @@ from gift.publish import Output, check_published, output_folder
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint
 
 OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-NEEDS_BASE = ("re-adapt", "lore-adapt")
-NEEDS_STATISTICS = ("fisher", "regmean")
-FORMULAS: dict[str, str] = {
-    "lora": "instruct + Σ scale · BA",
-    "task-arithmetic": "origin + λ Σ τ",
-    "re-adapt": "base + α τ + β (instruct - base)",
-    "lore-adapt": "base + α τ + β · low-rank part of (instruct - base)",
-    "ties": "origin + λ · mean of the trimmed τ that agree with the elected sign",
-    "dare": "origin + λ Σ τ with entries dropped at random and the rest rescaled",
-    "dare-ties": "TIES' election on vectors that DARE dropped from",
-    "fisher": "Σ F θ / Σ F over instruct and origin + τ",
-    "regmean": "(Σ G)^-1 Σ G W over instruct and origin + τ",
-}
-# Which settings a method reads; the card and the manifest list these only.
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "lora": (),
-    "task-arithmetic": ("task_weight",),
-    "re-adapt": ("task_weight", "instruct_weight"),
-    "lore-adapt": ("task_weight", "instruct_weight", "energy_share"),
-    "ties": ("task_weight", "trim_keep"),
-    "dare": ("task_weight", "drop_rate", "dare_seed"),
-    "dare-ties": ("task_weight", "drop_rate", "dare_seed"),
-    "fisher": (),
-    "regmean": ("off_diagonal",),
-}
 
 
 def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
@@ -75,7 +52,8 @@ def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
 def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
     """Fills the output; without one it only plans."""
     coefficients = config.coefficients()
-    _check_options(config)
+    method = METHODS[config.method]
+    _check_options(config, method)
     folder = resolve_model(config.model)
     checkpoint = open_checkpoint(folder)
     base = open_checkpoint(resolve_model(config.base)) if config.base else None
@@ -87,10 +65,11 @@ def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
         coefficients,
         base=base,
         untie=config.untie_embeddings,
-        allow_dora=config.method == "lora",
+        allow_dora=method.takes_dora,
     )
-    recipe = _recipe(config, plan)
-    statistics = open_statistics(config.statistics, config.method, plan)
+    device, dtype = pick_device(config.device), OUTPUT_DTYPES[config.dtype]
+    recipe = Recipe(config, len(plan.adapters), device, dtype)
+    statistics = open_statistics(config.statistics, method, plan)
     shards = build_shards(plan, recipe, statistics)
     files, left_out = merge_output.side_files(
         folder, [INDEX_FILE, *(shard.name for shard in shards)]
@@ -109,8 +88,8 @@ def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
         "model": config.model,
         "base": config.base,
         "method": config.method,
-        "formula": FORMULAS[config.method],
-        "settings": {name: getattr(config, name) for name in SETTINGS[config.method]},
+        "formula": method.formula,
+        "settings": {name: getattr(config, name) for name in method.settings},
         "dtype": config.dtype,
         "untied_head": plan.untied_head,
         "added_head": None if plan.untied_head in checkpoint.tensors else plan.untied_head,
@@ -140,32 +119,16 @@ def adapter_folder(name: str) -> Path:
     return Path(name)
 
 
-def _recipe(config: MergeConfig, plan: MergePlan) -> Recipe:
-    return Recipe(
-        method=config.method,
-        task_weight=config.task_weight,
-        instruct_weight=config.instruct_weight,
-        keep=config.trim_keep / 100,
-        drop_rate=config.drop_rate,
-        seed=config.dare_seed,
-        energy_share=config.energy_share,
-        off_diagonal=config.off_diagonal,
-        adapters=len(plan.adapters),
-        device=pick_device(config.device),
-        dtype=OUTPUT_DTYPES[config.dtype],
-    )
-
-
-def _check_options(config: MergeConfig) -> None:
-    if config.method in NEEDS_BASE and not config.base:
-        raise InputError(f"--base: --method {config.method} needs the base model")
-    if config.method in NEEDS_STATISTICS and len(config.statistics) != 1 + len(config.adapter):
+def _check_options(config: MergeConfig, method: Method) -> None:
+    if method.needs_base and not config.base:
+        raise InputError(f"--base: --method {method.name} needs the base model")
+    if method.statistics and len(config.statistics) != 1 + len(config.adapter):
         raise InputError(
-            f"--statistics: --method {config.method} needs {1 + len(config.adapter)} folders (the "
+            f"--statistics: --method {method.name} needs {1 + len(config.adapter)} folders (the "
             f"instruct model's, then one per adapter), got {len(config.statistics)}"
         )
-    if config.statistics and config.method not in NEEDS_STATISTICS:
-        raise InputError(f"--statistics: --method {config.method} uses none; leave it out")
+    if config.statistics and not method.statistics:
+        raise InputError(f"--statistics: --method {method.name} uses none; leave it out")
     if config.save_residual and config.dtype != "keep":
         raise InputError("--save-residual: needs --dtype keep; another dtype loses the bits")
 
@@ -173,15 +136,9 @@ def _check_options(config: MergeConfig) -> None:
 def _notes(
     config: MergeConfig, plan: MergePlan, folder: Path, left_out: Sequence[str]
 ) -> list[str]:
-    notes = []
     vectors = len(plan.adapters) + (config.base is not None)
-    if config.method == "ties" and vectors == 1:
-        notes.append(
-            "TIES with one task vector is magnitude trimming only: there is no other vector to "
-            "elect a sign with"
-        )
-    if config.method == "re-adapt" and config.instruct_weight == 1:
-        notes.append("re-adapt with an instruct weight of 1 is instruct + α τ")
+    note = METHODS[config.method].note(config, vectors)
+    notes = [note] if note else []
     own_names = {config.model, str(folder), folder.name}
     for adapter in plan.adapters:
         if adapter.base_name and adapter.base_name not in own_names:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gift.config import UnmergeConfig
+from gift.config import MergeOptions, UnmergeConfig
 from gift.console import print_summary
 from gift.errors import InputError
 from gift.files import read_json, write_json
@@ -17,6 +17,7 @@ from gift.merge import output as merge_output
 from gift.merge.adapter import Adapter, read_adapter
 from gift.merge.build import Statistics, build_shards
 from gift.merge.command import adapter_folder
+from gift.merge.methods import METHODS
 from gift.merge.plan import plan_merge
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
@@ -121,9 +122,7 @@ def _subtracting_shards(
     weight = _subtractable_weight(manifest, adapters)
     scales = [-weight * entry["scale"] for entry in manifest["adapters"]]
     plan = plan_merge(checkpoint, read_json(folder / "config.json"), adapters, scales)
-    recipe = Recipe(
-        method="lora", adapters=len(adapters), device=pick_device(config.device), dtype=None
-    )
+    recipe = Recipe(MergeOptions(), len(adapters), pick_device(config.device))
     return build_shards(plan, recipe, Statistics())
 
 
@@ -135,12 +134,13 @@ def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -
         raise InputError(
             f"--adapter: without a saved residual the merged adapters are needed, in order: {names}"
         )
-    method = manifest["method"]
-    plain = method == "lora" or (method == "task-arithmetic" and manifest["base"] is None)
+    method = METHODS[manifest["method"]]
+    options = MergeOptions(**manifest["settings"])
+    weight = method.sum_weight(options, manifest["base"] is not None)
     full = any(adapter.uses_dora or adapter.saved for adapter in adapters)
-    if not plain or manifest["dtype"] != "keep" or full:
+    if weight is None or manifest["dtype"] != "keep" or full:
         raise InputError(
-            f"--model: this merge ({method}, dtype {manifest['dtype']}) is no plain sum that could "
-            "be subtracted; only a merge with --save-residual could be taken back"
+            f"--model: this merge ({method.name}, dtype {manifest['dtype']}) is no plain sum that "
+            "could be subtracted; only a merge with --save-residual could be taken back"
         )
-    return float(manifest["settings"].get("task_weight", 1.0))
+    return weight

@@ -76,7 +76,7 @@ def solve(problem: Problem) -> LinearCE:
     if guide is not None:
         guide = guide._replace(hidden=guide.hidden[rows])
         nll = row_stats(guide, target[rows], temperature=problem.temperature, **chunks).nll
-        weight = transform_weight(torch.exp(-nll), *transform).to(dtype)
+        weight = transform_weight(torch.exp(-nll), transform).to(dtype)
     elif problem.row_weight is not None:
         weight = problem.row_weight[rows].to(dtype)
     else:
@@ -106,7 +106,7 @@ def solve(problem: Problem) -> LinearCE:
         )
         gradients = Gradients(None, None, None)
     if problem.self_weight:
-        weight = transform_weight(torch.exp(-stats.nll), *transform)
+        weight = transform_weight(torch.exp(-stats.nll), transform)
     return _scatter(problem, rows, stats, weight, gradients)
 
 
@@ -224,7 +224,7 @@ def stats_and_gradients(
         _exponentials_to_gradient_(exponentials, target[rows], shard)
         factor = head.logit_scale / exponentials.total
         if self_weight is not None:
-            chunk_weight = transform_weight(torch.exp(-stats.nll), *self_weight)
+            chunk_weight = transform_weight(torch.exp(-stats.nll), self_weight)
         else:
             chunk_weight = row_weight[rows]
         counts = chunk_weight != 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift_kernels import dispatch
+from gift_kernels import checks
 from gift_kernels.linear_ce import eager
 from gift_kernels.linear_ce.types import (
     Head,
@@ -63,12 +63,12 @@ def linear_ce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
     shard = _shard(group_name, vocab_start)
-    if dispatch.reads_targets(target):
-        heads = {"lm_head_weight": lm_head_weight, "guide_lm_head_weight": guide_lm_head_weight}
+    if checks.reads_targets(target):
+        heads = {"lm_head_weight": lm_head_weight, "guide.lm_head_weight": guide_lm_head_weight}
         for name, head in heads.items():
             if head is not None:
                 vocab_size = whole_vocabulary(head.shape[0], shard)
-                dispatch.check_target_values(target, vocab_size, ignore_index, name)
+                checks.target_values(target, vocab_size, ignore_index, name)
     guide = None
     if guide_hidden is not None:
         assert guide_lm_head_weight is not None

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_, merge_in_blocks
 
-GOLDEN = Path(__file__).parent / "golden" / "merge.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "merge.safetensors"
 IMPLS = ["eager", "triton"]
 
 
@@ -323,5 +323,5 @@ def test_eager_needs_no_triton():
         "lora_merge(torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1), 1.0)\n"
         "assert 'triton' not in sys.modules"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from merge_cases import make_adapter, make_weight, truth
 
-from gift_kernels.dispatch import Impl
+from gift_kernels.implementation import Impl
 from gift_kernels.lora_merge.api import lora_merge
 from gift_kernels.lora_merge.triton import _round_stochastically
 
