@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.data import EncodedData
 from gift.errors import InputError
-from gift.files import read_json, write_json
+from gift.files import naming, read_json, write_json
 from gift.models import load_tokenizer, template_hash, tokenizer_hash
+from gift.publish import check_published
 from gift.rows import json_lines
 
 CONFIDENCE_FILE = "confidence.safetensors"
@@ -56,13 +57,12 @@ def write_store(
     """Writes the store's files into an existing folder; `confidence` has one array per row."""
     lengths = [example.targets if example else 0 for example in data.examples]
     assert lengths == [len(values) for values in confidence]
-    save_file(
-        {
-            "confidence": np.concatenate([np.zeros(0, np.float32), *confidence]).astype(np.float32),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        },
-        folder / CONFIDENCE_FILE,
-    )
+    tensors = {
+        "confidence": np.concatenate([np.zeros(0, np.float32), *confidence]).astype(np.float32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    }
+    with naming(folder / CONFIDENCE_FILE):
+        save_file(tensors, folder / CONFIDENCE_FILE)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     hashes = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -72,13 +72,14 @@ def write_store(
 
 
 def load_store(folder: Path) -> ConfidenceStore:
-    """Reads a store; InputError where a file is missing or does not fit the others."""
+    """Reads a store; InputError where a file is missing, damaged or does not fit the others."""
     manifest_path = folder / MANIFEST_FILE
     if not manifest_path.is_file():
         raise InputError(
             f"--confidence: {folder} is no confidence store (no {MANIFEST_FILE}); "
             "make one with gift annotate"
         )
+    check_published(folder)
     manifest = read_json(manifest_path)
     try:
         tensors = load_file(folder / CONFIDENCE_FILE)

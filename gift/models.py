@@ -1,6 +1,5 @@
 """Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
 
-import functools
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import gift
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
-from gift.shards import open_checkpoint
+from gift.publish import check_published
+from gift.shards import open_checkpoint, open_shard
 from gift_kernels import weighted_ce
 
 WEIGHT_FILES = "*.safetensors"
@@ -24,13 +24,17 @@ HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2
 
 
 def resolve_model(name: str) -> Path:
-    """A local folder as it is, or the snapshot of a hub id, downloaded if need be."""
+    """A local folder as it is, or the snapshot of a hub id, downloaded if need be.
+
+    InputError: no such model, or one whose files are not what a stage of this program wrote.
+    """
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
                 f"{folder}: no config.json, so this is not a Transformers model folder"
             )
+        check_published(folder, nested=False)
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: expected a model folder or a hub id such as org/name")
@@ -289,16 +293,14 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Hash of a model folder's config and weights, remembered while the files stay as they are."""
+    """Hash of a model folder's config and weights; InputError names a file that is cut short."""
     files = sorted([*folder.glob(WEIGHT_FILES), *folder.glob("config.json")])
     if len(files) < 2:
         raise InputError(f"{folder}: no {WEIGHT_FILES} weights beside config.json")
-    return hash_json({path.name: _hash_unchanged(path, path.stat().st_mtime_ns) for path in files})
-
-
-@functools.lru_cache
-def _hash_unchanged(path: Path, modified: int) -> str:
-    return hash_file(path)
+    for path in files:
+        if path.match(WEIGHT_FILES):
+            open_shard(path)
+    return hash_json({path.name: hash_file(path) for path in files})
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import InputError
-from gift.files import hash_bytes, hash_json, read_json
+from gift.files import hash_bytes, hash_json, read_json, remember_hash
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -346,18 +346,25 @@ class ShardWriter:
 
 
 def hash_tensors(path: Path) -> dict[str, str]:
-    """sha256 of every tensor in a file, read anew."""
+    """sha256 of every tensor in a file, read anew; the whole file's is remembered."""
     hashes = {}
     buffer = memoryview(bytearray(READ_BYTES))
+    shard = open_shard(path)
+    whole, contiguous = hashlib.sha256(), True
     with path.open("rb", buffering=0) as file:
-        for entry in open_shard(path).data_order:
+        whole.update(file.read(min((e.begin for e in shard.entries), default=0)))
+        for entry in shard.data_order:
             digest, left = hashlib.sha256(), entry.size
+            contiguous &= file.tell() == entry.begin
             file.seek(entry.begin)
             while left:
                 count = file.readinto(buffer[: min(left, READ_BYTES)])
                 digest.update(buffer[:count])
+                whole.update(buffer[:count])
                 left -= count
             hashes[entry.name] = digest.hexdigest()
+    if contiguous:
+        remember_hash(path, whole.hexdigest())
     return hashes
 
 

@@ -17,8 +17,8 @@ from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.files import partial_path
 from gift.models import check_head, context_length, lm_head, load_tokenizer
+from gift.publish import partial_path
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_damaged_stores_are_named(folder, tmp_path):
     annotate(config(folder, tmp_path / "store"))
     tensors = (tmp_path / "store/confidence.safetensors").read_bytes()
     (tmp_path / "store/confidence.safetensors").write_bytes(tensors[:50])
-    with pytest.raises(InputError, match="damaged store"):
+    with pytest.raises(InputError, match="confidence.safetensors: has 50 bytes, .* were written"):
         load_store(tmp_path / "store")
     with pytest.raises(InputError, match="is no confidence store"):
         load_store(tmp_path)

@@ -15,7 +15,8 @@ from gift.console import console, error_console, print_table, progress
 from gift.demo.figures import plot_accuracy, plot_signal
 from gift.demo.study import METHODS, Sizes, study_pair
 from gift.figures import INSTALL, can_draw
-from gift.files import output_folder, write_json
+from gift.files import write_json
+from gift.publish import output_folder
 
 FIRST_PAIR_SEED = 10
 MEASURES = {
@@ -33,7 +34,8 @@ COMPARED = ("Instruct", "Instruct-SFT", "Shadow-FT", "GIFT-BaseT")
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Runs the study, prints its tables and writes models, replies, results and figures."""
     started = time.perf_counter()
-    with output_folder(config.output, overwrite=config.overwrite) as partial:
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        partial = output.begin()
         results = _study(config, partial)
         results.sort(key=lambda entry: (entry["pair"], entry["seed"]))
         summary = {

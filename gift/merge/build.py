@@ -20,6 +20,7 @@ from gift.merge.transforms import (
     ReplaceTransform,
     Transform,
 )
+from gift.publish import check_published
 from gift.shards import TORCH_DTYPES, Checkpoint, TensorEntry, open_shard, spec_of
 
 STATISTICS_FILE = "statistics.safetensors"
@@ -47,6 +48,7 @@ def open_statistics(folders: Sequence[str], method: Method, plan: MergePlan) -> 
         return Statistics()
     names, hashes = [], []
     for folder in map(Path, folders):
+        check_published(folder)
         manifest = read_json(folder / STATISTICS_MANIFEST)
         if manifest.get("kind") != f"gift {method.name} statistics":
             raise InputError(

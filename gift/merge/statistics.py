@@ -22,7 +22,7 @@ from gift.batches import pad_batch, target_ids
 from gift.config import StatisticsConfig
 from gift.console import print_summary, progress
 from gift.data import Example, data_summary, encode_file, require_vocabulary
-from gift.files import hash_file, output_folder, write_json
+from gift.files import hash_file, naming, write_json
 from gift.merge.build import STATISTICS_FILE, STATISTICS_MANIFEST
 from gift.merge.methods import METHODS
 from gift.models import (
@@ -35,28 +35,32 @@ from gift.models import (
     resolve_model,
     versions,
 )
+from gift.publish import output_folder
 
 
 def merge_statistics(config: StatisticsConfig) -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
-    folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    data = encode_file(config.data, tokenizer, config, folder_context(folder))
-    device = pick_device(config.device)
-    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-    require_vocabulary(model, data, config.model)
-    diagonal = METHODS[config.kind].statistics == "diagonal"
-    collect = fisher_diagonals if diagonal else gram_matrices
-    with output_folder(config.output, overwrite=config.overwrite) as partial:
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        folder = resolve_model(config.model)
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        data = encode_file(config.data, tokenizer, config, folder_context(folder))
+        weights = model_hash(folder)
+        device = pick_device(config.device)
+        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+        require_vocabulary(model, data, config.model)
+        diagonal = METHODS[config.kind].statistics == "diagonal"
+        collect = fisher_diagonals if diagonal else gram_matrices
         statistics = collect(model, data.kept)
-        save_file(statistics, partial / STATISTICS_FILE)
+        partial = output.begin()
+        with naming(partial / STATISTICS_FILE):
+            save_file(statistics, partial / STATISTICS_FILE)
         summary = {**data_summary(data), "tensors": len(statistics)}
         write_json(
             partial / STATISTICS_MANIFEST,
             {
                 "kind": f"gift {config.kind} statistics",
                 "model": config.model,
-                "model_hash": model_hash(folder),
+                "model_hash": weights,
                 "data_hash": hash_file(config.data),
                 "summary": summary,
                 "versions": versions(),

@@ -12,6 +12,7 @@ from gift.config import UnmergeConfig
 from gift.errors import InputError
 from gift.merge.residual import decode_block, encode_block
 from gift.merge.unmerge import unmerge
+from gift.publish import LIST_FILE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -89,6 +90,9 @@ def test_a_residual_of_other_weights_is_refused(tmp_path: Path) -> None:
     weights = load_file(path)
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match="model.safetensors: is not what was written"):
+        unmerge(UnmergeConfig(model=str(merged), output=tmp_path / "back"))
+    (merged / LIST_FILE).unlink()
     with pytest.raises(InputError, match="does not fit the merged weights"):
         unmerge(UnmergeConfig(model=str(merged), output=tmp_path / "back"))
     assert not (tmp_path / "back").exists()
