@@ -79,6 +79,11 @@ def pick_device(device: str) -> torch.device:
         ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: cuda is asked for, but this machine has no CUDA device")
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"--device: {device} cannot be used here ({first_line})") from None
     return chosen
 
 

@@ -61,6 +61,7 @@ def run(config: RunOptions) -> dict[str, str]:
     InputError: a stage's folder was made with other settings or inputs, or is damaged, and
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
+    config.refuse_unread_settings()
     for option, name in (("--base", config.base), ("--instruct", config.instruct)):
         _check_model(config, option, name)
     with owned(config.output):
