@@ -1,6 +1,7 @@
 """Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -272,6 +273,11 @@ def check_head(model: Any, input_ids: Tensor) -> None:
     ours = float(weighted_ce(hidden, head.weight, input_ids[1:], **head.options()))
     logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[0, :-1].float()
     own = float(torch.nn.functional.cross_entropy(logits, input_ids[1:]))
+    if not math.isfinite(own):
+        raise InputError(
+            f"{model.config.name_or_path or type(model).__name__}: the model's loss is {own}: its "
+            f"weights are damaged, or overflow in {head.weight.dtype}"
+        )
     if not abs(ours - own) <= HEAD_TOLERANCE[head.weight.dtype] * max(1.0, abs(own)):
         raise InputError(
             f"{type(model).__name__}: the loss of the model's own forward ({own:.6f}) differs from "
