@@ -1,4 +1,4 @@
-"""Other tiles, chunk sizes and products for the Triton cross-entropy, to choose defaults by.
+"""Other tiles and chunk sizes for the Triton cross-entropy, to choose defaults by.
 
 The default of each table is a candidate too, so that all are compared in one run.
 """
@@ -36,9 +36,6 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
             for tiles in tiles_for(table, default.machine, case.torch_dtype):
                 if tiles != getattr(default, field):
                     changes[f"{field} {'-'.join(map(str, tiles))}"] = {field: tiles}
-    changes["library products"] = {"products": "library"}
-    changes["library logits"] = {"logits": "library"}
-    changes["library logits and products"] = {"logits": "library", "products": "library"}
     field, factors = "chunk", [(1, 0.5), (1, 2), (2, 0.5), (4, 0.25), (0.5, 2), (0.25, 4)]
     if case.trainable:  # as many rows as dW keeps, or there is one product more
         field, factors = "kept", [(1, 0.25), (1, 0.5), (1, 2)]

@@ -112,8 +112,6 @@ def requests_of(arch: int) -> list[KernelRequest]:
             stack.enter_context(mock.patch(f"{PACKAGE}.{module}.{name}", kernel))
         for problem in problems():
             ce.solve(problem)
-            library = {"logits": "library", "products": "library"}
-            ce.solve(problem, plans.default_plan(problem.head)._replace(**library))
         rows, factor = empty(8192, 4096, dtype=torch.float32), empty(8192, dtype=torch.float32)
         ce.scaled_rows(rows, factor, torch.bfloat16)
     return found

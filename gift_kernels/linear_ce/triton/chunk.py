@@ -1,8 +1,7 @@
 """One chunk of logits, [rows, columns]: its buffers, and the launches that fill and use it.
 
-N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape; only its fields
-`logits` and `products` say who multiplies. Token counts are run-time arguments of every
-kernel, sizes of the model decide on code.
+N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Token counts are
+run-time arguments of every kernel, sizes of the model decide on code.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -71,10 +70,6 @@ class Chunk:
         )
         size = (self.rows, self.columns) if exponentials else (0, 0)
         self.exp = torch.empty(size, dtype=self.dtype, device=device)
-        self.product = None
-        if plan.logits == "library":
-            self.product = torch.empty(self.rows, self.columns, dtype=torch.float32, device=device)
-        self.dh_rows: Tensor | None = None
 
     def gather(
         self,
@@ -108,7 +103,7 @@ class Chunk:
             self.inner,
             self.outer,
             self.rows,
-            self.rows if self.plan.products == "library" else self.pad,
+            self.pad,
             GUESS=guess,
             BELOW=self.below,
             HAS_BIAS=self.head.bias is not None,
@@ -141,25 +136,6 @@ class Chunk:
         }
         where = (rows.count, first_row, first_v, columns)
         scalars = (self.inner, self.outer, self.rows, self.slices)
-        if self.product is not None:
-            assert guide is None, "a library multiplies one head at a time"
-            block = self.head.weight[first_v : first_v + columns]
-            float32_mm(self.hidden, block.T, self.product[:, :columns])
-            # Without products to hold, fewer rows at a time.
-            block_n = tiles.block_m // 4
-            grid = (self.rows // block_n, triton.cdiv(columns, self.width))
-            triton_logits._exponentials_kernel[grid](
-                self.product,
-                *self._outputs(state, first_row),
-                self.exp,
-                *where,
-                *scalars,
-                BLOCK_N=block_n,
-                WIDTH=self.width,
-                PARTS=1,
-                **options,
-            )
-            return
         options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
         options |= {"TMA": self.tma, **tile_options(tiles)}
         stored = (tiles.block_m, tiles.block_n // tiles.parts)
@@ -215,14 +191,13 @@ class Chunk:
         self, rows: "Rows", state: "RowState", dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
-        index, sums = self._dh_places(rows, dh)
         block_n = self.plan.row_block[0] * 2
         triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
             self.partial,
             state.parts[:, first_row:],
             self.exp,
-            sums,
-            index,
+            dh,
+            rows.index,
             rows.count,
             first_row,
             state.parts.stride(0),
@@ -243,10 +218,6 @@ class Chunk:
     def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
         """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
         columns = self._columns_from(first_v)
-        if self.plan.products == "library":
-            exp, block = self.exp[:, :columns], self.head.weight[first_v : first_v + columns]
-            float32_mm(exp, block, self._dh_places(rows, dh)[1], accumulate=first_v > 0)
-            return
         tiles = self.plan.product_tiles
         triton_products._product_kernel[self._programs(tiles)](
             operand(self.exp, (tiles.block_m, tiles.block_k), self.tma),
@@ -266,19 +237,6 @@ class Chunk:
             ACCUMULATE=first_v > 0,
             **self._product_options(),
         )
-
-    def deliver_dh(self, rows: "Rows", dh: Tensor, first_row: int) -> None:
-        """Puts sums that a library made in rows of this chunk in the caller's rows."""
-        if self.dh_rows is not None:
-            triton_rows._scatter_kernel[(self.rows, triton.cdiv(self.hidden_size, 1024))](
-                self.dh_rows,
-                dh,
-                rows.index,
-                rows.count,
-                first_row,
-                self.hidden_size,
-                BLOCK_D=1024,
-            )
 
     def weigh(
         self,
@@ -306,7 +264,7 @@ class Chunk:
             columns,
             self.rows,
             self.columns,
-            self.rows if self.plan.products == "library" else self.pad,
+            self.pad,
             BLOCK_N=block[0],
             BLOCK_C=block[1],
         )
@@ -316,15 +274,6 @@ class Chunk:
     ) -> None:
         """dW += Eᵀ H for the columns of this chunk."""
         columns = self._columns_from(first_v)
-        if self.plan.products == "library":
-            block = dw[first_v : first_v + columns]
-            part = torch.empty_like(block)
-            float32_mm(self.exp[:, :columns].T, self.hidden, part)
-            if first_row > 0:
-                block.addcmul_(part, scale)
-            else:
-                torch.mul(part, scale, out=block)
-            return
         tiles = self.plan.product_tiles
         triton_products._product_kernel[self._programs(tiles)](
             operand(self.exp, (tiles.block_k, tiles.block_m), self.tma),
@@ -375,27 +324,3 @@ class Chunk:
         tiles = self.plan.product_tiles
         sizes = {"BLOCK_M": tiles.block_m, "BLOCK_D": tiles.block_n, "BLOCK_K": tiles.block_k}
         return sizes | tile_options(tiles) | {"TMA": self.tma}
-
-    def _dh_places(self, rows: "Rows", dh: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Where the sums of E W are: in dH by the caller's rows, or in rows of this chunk."""
-        if dh is None or self.plan.products == "triton":
-            return rows.index, dh
-        if self.dh_rows is None:
-            self.dh_rows = dh.new_empty(self.rows, self.hidden_size)
-            places = torch.arange(dh.shape[0], dtype=torch.int32, device=dh.device)
-            self.dh_index = places % self.rows
-        return self.dh_index, self.dh_rows
-
-
-def float32_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out float32 [M, N] (+)= a [M, K] @ b [K, N], both of one dtype."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        a, b = a.float(), b.float()
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)

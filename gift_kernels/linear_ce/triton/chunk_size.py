@@ -1,11 +1,11 @@
-"""How a call is divided: sizes of chunks, who multiplies, with which tiles, and margins of E.
+"""How a call is divided: sizes of chunks, with which tiles, and margins of E.
 
-A chunk has at most `rows` × `columns` logits, or their exponentials E; see `triton_chunk`.
+A chunk has at most `rows` × `columns` logits, or their exponentials E; see `chunk`.
 """
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Sizes of a chunk, who multiplies (Triton or PyTorch's library), and with which tiles.
+    """Sizes of a chunk, and its tiles.
 
     Chunks with E: `chunk` for dH, `kept` for rows whose E stays for dW, `again` for other rows of
     dW; without: `statistics`.
@@ -64,8 +64,6 @@ class Plan(NamedTuple):
     kept: Shape
     again: Shape
     statistics: Shape
-    logits: Literal["triton", "library"]
-    products: Literal["triton", "library"]
     logit_tiles: Tiles
     product_tiles: Tiles
     row_block: tuple[int, int]
@@ -102,7 +100,7 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
-    return Plan(machine, *shapes, "triton", "triton", tiles, product_tiles, *blocks)
+    return Plan(machine, *shapes, tiles, product_tiles, *blocks)
 
 
 class Work(NamedTuple):

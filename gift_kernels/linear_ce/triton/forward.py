@@ -11,7 +11,7 @@ Statistics and dH, one pass (one unit of 2 N V D flops for each of its two produ
 Statistics alone are the same without E. dW and db need the probabilities of all rows for one chunk
 of the vocabulary, hence the log-sum-exp beforehand: they come from a second pass, which knows the
 final references and makes dH too. So a trainable head costs four products; three where only
-dW is asked for, and for rows whose E is kept (see `triton_head`).
+dW is asked for, and for rows whose E is kept (see `head_gradient`).
 
 A guide's tiles run in the launches of the model's first chunk of columns, and the weights are made
 of both results, unless a threshold lets the guide leave rows out of the model's products: then the
@@ -19,21 +19,27 @@ guide goes first.
 
 Nothing waits for the device: the number of rows that count is computed and read there, and the
 launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E and the
-gathered rows of one chunk (see `triton_plan`), the partial sums; none grows with N V.
+gathered rows of one chunk (see `chunk_size`), the partial sums; none grows with N V.
 """
 
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
 
-from gift_kernels.linear_ce.triton.chunk_size import Plan, default_plan
+from gift_kernels.linear_ce.triton.chunk_size import (
+    INTERPRETER_ROW_BLOCK,
+    ROW_BLOCK,
+    Plan,
+    default_plan,
+)
 from gift_kernels.linear_ce.triton.head_gradient import head_gradients
-from gift_kernels.linear_ce.triton.row_pass import RowResult, row_pass, rows_that_count, scaled_rows
+from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
+from gift_kernels.linear_ce.triton.row_pass import RowResult, row_pass, rows_that_count
 from gift_kernels.linear_ce.types import Head, LinearCE, Problem, VocabShard
 from gift_kernels.reference import transform_weight
-
-__all__ = ["scaled_rows", "solve", "solve_head_gradient"]
 
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
@@ -47,7 +53,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     kept = target != problem.ignore_index
     rows = rows_that_count(target, problem.ignore_index)
     weight = kept.float()
-    together = problem.guide if shares_launches(problem, plan) else None
+    together = problem.guide if shares_launches(problem) else None
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
 
     def confidence(nll: Tensor) -> Tensor:
@@ -97,17 +103,16 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     )
 
 
-def shares_launches(problem: Problem, plan: Plan | None) -> bool:
+def shares_launches(problem: Problem) -> bool:
     """Whether a guide's tiles run in the model's launches.
 
     Not under a threshold: the guide then leaves rows out of the model's products, which is worth
-    more. Nor where a library multiplies, or tiles of another dtype are needed.
+    more. Nor where tiles of another dtype are needed.
     """
     guide, threshold = problem.guide, problem.transform.threshold
     if guide is None or (threshold > 0 and not problem.keep_zero_rows):
         return False
-    by_library = plan is not None and plan.logits == "library"
-    return not by_library and guide.hidden.dtype == problem.head.hidden.dtype
+    return guide.hidden.dtype == problem.head.hidden.dtype
 
 
 def solve_head_gradient(
@@ -133,6 +138,26 @@ def solve_head_gradient(
     )
     empty = weight.new_empty(0)
     return dw if dw is not None else empty, db if db is not None else empty.clone()
+
+
+def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows float32 [N, D] times factor [N], rounded once to `dtype`, with no copy in between."""
+    count, size = rows.shape
+    out = torch.empty(count, size, dtype=dtype, device=rows.device)
+    if out.numel() > 0:
+        block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
+        grid = (triton.cdiv(count, block[0]), triton.cdiv(size, block[1]))
+        triton_rows._scale_rows_kernel[grid](
+            rows.contiguous(),
+            factor.float(),
+            out,
+            count,
+            size,
+            factor.stride(0),
+            BLOCK_N=block[0],
+            BLOCK_D=block[1],
+        )
+    return out
 
 
 def contiguous(problem: Problem) -> Problem:

@@ -184,8 +184,6 @@ def _of_rows_again(
         if dh is not None:
             chunk.add_to_dh(rows, dh, first_row, first_v)
         _add_columns(chunk, rows, found, factor, order, dw, db, first_row, first_v)
-    if dh is not None:
-        chunk.deliver_dh(rows, dh, first_row)
 
 
 def _add_columns(

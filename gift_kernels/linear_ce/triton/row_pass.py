@@ -15,13 +15,7 @@ from torch import Tensor
 from triton import knobs
 
 from gift_kernels.linear_ce.triton.chunk import Chunk
-from gift_kernels.linear_ce.triton.chunk_size import (
-    ALL,
-    INTERPRETER_ROW_BLOCK,
-    ROW_BLOCK,
-    Plan,
-    logit_factors,
-)
+from gift_kernels.linear_ce.triton.chunk_size import ALL, Plan, logit_factors
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
 from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE
 from gift_kernels.linear_ce.types import Head, VocabShard
@@ -66,7 +60,7 @@ class KeptRows(NamedTuple):
 class RowState(NamedTuple):
     """What is known of the rows that count, in their order, after some of the columns."""
 
-    parts: Tensor  # [4, N] ref, S, S2, M: see triton_rows
+    parts: Tensor  # [4, N] ref, S, S2, M: see kernels/rows.py
     target_logit: Tensor | None  # [N], NaN where not seen
     local_target: Tensor  # [N] int32, row of this head or −1
 
@@ -136,9 +130,8 @@ def row_pass(
         _of_row_chunk(kept.chunk, target, rows, state, sums, 0, shard, beside, kept)
         first_rest = kept.chunk.rows
     exponentials = want_dh and kept is None
-    stored = exponentials or plan.logits == "library"
-    most = plan.chunk if stored else plan.statistics
-    if not stored and kept is None:
+    most = plan.chunk if exponentials else plan.statistics
+    if not exponentials and kept is None:
         most = most._replace(columns=ALL)
     chunk = Chunk(
         head,
@@ -201,8 +194,6 @@ def _of_row_chunk(
             chunk.add_to_dh(rows, sums, first_row, first_v)
         if kept is not None:
             kept.references[number] = state.parts[0, : kept.references.shape[1]]
-    if dh is not None:
-        chunk.deliver_dh(rows, dh(), first_row)
 
 
 def _side(guide: Guide, chunk: Chunk) -> GuideSide:
@@ -300,23 +291,3 @@ def finish_dh(
         )
     if shard is not None:
         dist.all_reduce(dh, group=shard.group)
-
-
-def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows float32 [N, D] times factor [N], rounded once to `dtype`, with no copy in between."""
-    count, size = rows.shape
-    out = torch.empty(count, size, dtype=dtype, device=rows.device)
-    if out.numel() > 0:
-        block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
-        grid = (triton.cdiv(count, block[0]), triton.cdiv(size, block[1]))
-        triton_rows._scale_rows_kernel[grid](
-            rows.contiguous(),
-            factor.float(),
-            out,
-            count,
-            size,
-            factor.stride(0),
-            BLOCK_N=block[0],
-            BLOCK_D=block[1],
-        )
-    return out

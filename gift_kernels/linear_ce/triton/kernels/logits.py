@@ -14,7 +14,7 @@ a multiplication, a maximum, a subtraction, an exponential and a sum.
 
 With EXPONENTIALS the tile e · (1 − tanh²) is stored too, rounded once to the dtype of the head: the
 gradient of the logits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128, therefore
-`ref` is guessed once and replaced only where a row exceeds it 2^MARGIN-fold; `triton_rows` brings
+`ref` is guessed once and replaced only where a row exceeds it 2^MARGIN-fold; `_merge_kernel` brings
 the slices of such a row to one reference. FINAL: an earlier pass has done all that, e is wanted.
 
 Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
@@ -369,49 +369,3 @@ def _two_heads_kernel(
                 rows, slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP,
                 ENTROPY, EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
             )  # fmt: skip
-
-
-@triton.jit
-def _exponentials_kernel(
-    product_ptr,  # [rows, slices * WIDTH] float32: hidden @ head.T
-    bias_ptr,
-    target_ptr,
-    ref_ptr,
-    target_logit_ptr,
-    partial_ptr,
-    exp,
-    count_ptr,
-    first_row,
-    first_v,
-    C,
-    inner,
-    outer,
-    rows,
-    slices,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXPONENTIALS: tl.constexpr,
-    FINAL: tl.constexpr,
-    MARGIN: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The end of a tile, as in `_logits_kernel`, for products that a library made."""
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    first_n = tl.program_id(0) * BLOCK_N
-    first_c = tl.program_id(1) * WIDTH
-    if first_n >= n:
-        return
-    offs_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_c = first_c + tl.arange(0, WIDTH)
-    mask = (offs_n < n)[:, None] & (offs_c < C)[None, :]
-    product_ptrs = product_ptr + offs_n[:, None] * (slices * WIDTH) + offs_c[None, :]
-    a = tl.load(product_ptrs, mask=mask, other=0.0)
-    _finish_tile(
-        a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, first_n, first_c,
-        first_v, C, inner, outer, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-        FINAL, MARGIN, False, DTYPE,
-    )  # fmt: skip

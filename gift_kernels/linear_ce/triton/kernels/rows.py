@@ -378,25 +378,6 @@ def _column_sum_kernel(
 
 
 @triton.jit
-def _scatter_kernel(
-    rows_ptr,  # [rows, D] float32
-    out_ptr,  # [N, D] float32
-    index_ptr,  # [N] int32
-    count_ptr,  # [1] int32
-    first_row,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if first_row + row < tl.load(count_ptr):
-        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = offs_d < D
-        place = tl.load(index_ptr + first_row + row).to(tl.int64)
-        values = tl.load(rows_ptr + row.to(tl.int64) * D + offs_d, mask=mask, other=0.0)
-        tl.store(out_ptr + place * D + offs_d, values, mask=mask)
-
-
-@triton.jit
 def _scale_rows_kernel(
     rows_ptr,  # [N, D] float32, contiguous
     factor_ptr,  # [N] float32
