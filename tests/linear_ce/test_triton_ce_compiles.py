@@ -68,7 +68,7 @@ def logits(
             "exp": operand(dtype, tiles.block_m, width, tma and options["EXPONENTIALS"]),
             "count_ptr": "*i32",
             **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_head_v"), "i32"),
-            **dict.fromkeys(("inner", "outer"), "fp32"),
+            **dict.fromkeys(("inner", "cap", "bits"), "fp32"),
             **dict.fromkeys(("rows", "slices"), "i32"),
         },
         constexprs={
@@ -101,7 +101,7 @@ def two_heads(
         f"guide_{name}": signature[name]
         for name in (
             "hidden", "head", "bias_ptr", "target_ptr", "ref_ptr", "target_logit_ptr",
-            "partial_ptr", "C", "D", "inner", "outer", "slices",
+            "partial_ptr", "C", "D", "inner", "cap", "bits", "slices",
         )
     }  # fmt: skip
     signature["stride_guide_head_v"] = "i32"
