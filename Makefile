@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 
 demo: $(READY)
+	@echo "gift demo: trains and adapts tiny models; one to two minutes on two cores."
 	$(BIN)/gift demo --output demo-output --overwrite
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# With the Python there is (PYTHON=...) and what it has installed; red when anything fails.
+test-gpu:
+	rm -rf gpu-test-output
+	$(PYTHON) -m benchmarks.gpu_suite --parts warm,tests,accuracy --budget-minutes 4 \
+		--output gpu-test-output
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -21,9 +28,11 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks --output bench-output --overwrite
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): PyTorch and the other packages are downloaded, some gigabytes;"
+	@echo "one to three minutes on a fast connection. pip says what it installs:"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo-output bench-output
+	rm -rf $(VENV) demo-output bench-output gpu-test-output

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import readme, report
+from benchmarks import figures, readme, report
 from benchmarks.cases import cpu_cases, gpu_cases
 from benchmarks.measure import add_case
 from benchmarks.turns import LOST, Settings
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.quick:
         print("whole stages", flush=True)
         add_stages(results, device, arguments.stage_seconds)
-    report.plot(output, results.rows)
+    figures.plot(output, results.rows)
     print((output / "results.md").read_text())
 
 

@@ -220,10 +220,13 @@ def gpu_cases(quick: bool = False) -> list[Case]:
         CECase("gemma-2-9b", 8192),
         CECase("qwen2.5-7b", 8192),
         MergeCase("llama-3.1-8b up", factor_dtype="bfloat16"),
+        CECase("llama-3.1-8b", 512),
     ]
     if quick:
         return cases
-    cases += [CECase("llama-3.1-8b", tokens) for tokens in (1024, 2048, 4096, 16384, 32768, 65536)]
+    cases += [
+        CECase("llama-3.1-8b", tokens) for tokens in (256, 1024, 2048, 4096, 16384, 32768, 65536)
+    ]
     cases += [CECase(head, 8192) for head in list(HEADS)[:6] if head not in _SHOWN]
     cases += [CECase("llama-3.1-8b", 8192, trainable=True)]
     cases += [
@@ -235,7 +238,7 @@ def gpu_cases(quick: bool = False) -> list[Case]:
     cases += [CECase("llama-3.1-8b", 8192, weighting="self")]
     cases += [CECase("llama-3.1-8b", 8192, weighting="guide", trainable=True)]
     cases += [CECase(head, 8192, **confidence) for head in list(HEADS)[1:6]]
-    cases += [MergeCase("llama-3.1-8b up", rank=rank) for rank in (8, 256, 500)]
+    cases += [MergeCase("llama-3.1-8b up", rank=rank) for rank in (8, 128, 256, 500)]
     cases += [MergeCase(name) for name in list(MATRICES)[1:4]]
     cases += [
         CECase(head, 8192, weighting=weighting, trainable=weighting == "uniform")

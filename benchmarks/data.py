@@ -178,15 +178,15 @@ def describe_inputs(case: CECase, inputs: CEInputs, rows: int = 1024) -> dict[st
     """Mean entropy (nats), mean and quantiles of the model's confidence, over the first rows."""
     from gift_kernels import token_confidence
 
-    stats = token_confidence(
+    q, stats = token_confidence(
         inputs.hidden[:rows].detach(),
         inputs.weight.detach(),
         inputs.target[:rows],
         logit_softcap=case.shape.softcap,
-        return_stats=True,
+        stats=("entropy", "top1"),
         impl="eager",
     )
-    q = stats.confidence.float()
+    assert stats.entropy is not None and stats.top1 is not None
     levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], device=q.device)
     quantiles = torch.quantile(q, levels).tolist()
     names = ("q_p10", "q_p25", "q_p50", "q_p75", "q_p90")

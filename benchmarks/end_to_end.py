@@ -39,7 +39,7 @@ from benchmarks.architectures import (
     make_examples,
     make_model,
 )
-from benchmarks.providers import Provider
+from benchmarks.provider import Provider
 from benchmarks.turns import (
     Call,
     Contender,

@@ -1,99 +1,116 @@
-"""What the kernels are meant to reach, and what a run says about it."""
+"""What the kernels are meant to reach, and what a run says about it.
+
+Ratios are of times in one run: a floor is as many bare products as the operation cannot do without,
+or a copy of the weight; the fastest other is full logits or an exact peer.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.cases import HEADS
 from benchmarks.report import Row
 
-HEADS = ("llama-3.1-8b", "qwen2.5-7b", "gemma-2-9b")
 TOKENS = 8192
+MODELS = tuple(list(HEADS)[:6])
+LLAMA = ("llama-3.1-8b",)
+UP = ("llama-3.1-8b up",)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`figure` of a row is to be at most `bound`; rows are those of `provider` that `chosen` picks.
+    """`figure` is to be at most `bound` in the rows of `provider` that `chosen` picks.
 
-    A floor's time is that of as many bare products as the operation cannot do without.
+    `figure` gets a row and all rows of its case. Heads without such a row are not measured.
     """
 
     name: str
     bound: float
     chosen: Callable[[Row], bool]
-    figure: Callable[[Row], float | None]
+    figure: Callable[[Row, Sequence[Row]], float | None]
     provider: str = "gift triton"
-    heads: tuple[str, ...] = HEADS
+    heads: tuple[str, ...] = LLAMA
 
 
-def _weighted(weighting: str, trainable: bool) -> Callable[[Row], bool]:
+def _weighted(weighting: str, trainable: bool = False, tokens: int = TOKENS) -> Callable:
     return lambda row: (
         row["op"] == "weighted_ce"
         and row["direction"] == "both"
         and row["weighting"] == weighting
         and row["trainable"] is trainable
-        and row["tokens"] == TOKENS
-        and row["head"] in HEADS
+        and row["tokens"] == tokens
+        and row["head"] in MODELS
     )
 
 
 def _confidence(row: Row) -> bool:
-    return row["op"] == "token_confidence" and row["tokens"] == TOKENS and row["head"] in HEADS
+    return row["op"] == "token_confidence" and row["tokens"] == TOKENS and row["head"] in MODELS
 
 
-def _merge(row: Row) -> bool:
-    return row["op"] == "lora_merge" and row["rank"] <= 128 and row["head"].endswith(" up")
+def _merge(factors: str, ranks: range) -> Callable[[Row], bool]:
+    return lambda row: (
+        row["op"] == "lora_merge"
+        and row["factor_dtype"] == factors
+        and row["rank"] in ranks
+        and row["head"].endswith(" up")
+    )
 
 
-def _floors(units: int) -> Callable[[Row], float | None]:
-    """Time over that of one bare product."""
-    return lambda row: row["ratio_floor"] * units if row.get("ratio_floor") else None
+def _of(column: str) -> Callable[[Row, Sequence[Row]], float | None]:
+    return lambda row, case: row.get(column)
 
 
+def _over_full_logits(row: Row, case: Sequence[Row]) -> float | None:
+    times = [other.get("time_ms") for other in case if other["provider"] == "full logits"]
+    return row["time_ms"] / times[0] if times and times[0] and row.get("time_ms") else None
+
+
+FLOOR, OTHERS, MEMORY = _of("ratio_floor"), _of("ratio_best_peer"), _of("peak_mb")
+IN_PLACE = "gift triton, in place"
 GOALS = (
-    Goal("token_confidence, × one bare product", 1.15, _confidence, _floors(1)),
-    Goal("frozen head, × one bare product", 2.15, _weighted("offline", False), _floors(2)),
-    Goal("frozen head and guide, × one bare product", 3.25, _weighted("guide", False), _floors(3)),
-    Goal("trainable head, × one bare product", 3.3, _weighted("uniform", True), _floors(3)),
+    Goal("trainable head, × floor", 1.08, _weighted("uniform", True), FLOOR),
+    Goal("trainable head, × the fastest other", 1.0, _weighted("uniform", True), OTHERS),
+    Goal("frozen head, 512 tokens, × floor", 1.35, _weighted("offline", tokens=512), FLOOR),
+    *(
+        Goal(
+            f"frozen head, {tokens} tokens, × the fastest other",
+            1.0,
+            _weighted("offline", tokens=tokens),
+            OTHERS,
+        )
+        for tokens in (256, 512, 1024, 2048, 8192, 32768)
+    ),
+    Goal("token_confidence, × floor", 1.03, _confidence, FLOOR),
+    Goal("frozen head, × floor", 1.07, _weighted("offline"), FLOOR, heads=MODELS),
+    Goal("frozen head and guide, × floor", 1.07, _weighted("guide"), FLOOR),
     Goal(
-        "frozen head, × the fastest peer",
-        1.0,
-        _weighted("offline", False),
-        lambda row: row.get("ratio_best_peer"),
+        "merge, float32 factors, rank to 64, × a copy",
+        1.5,
+        _merge("float32", range(65)),
+        FLOOR,
+        IN_PLACE,
+        UP,
     ),
     Goal(
-        "frozen head, extra MB",
-        300,
-        _weighted("offline", False),
-        lambda row: row.get("peak_mb"),
+        "merge, float32 factors, rank 128, × a copy",
+        2.0,
+        _merge("float32", range(128, 129)),
+        FLOOR,
+        IN_PLACE,
+        UP,
     ),
     Goal(
-        "frozen head and guide, extra MB",
-        300,
-        _weighted("guide", False),
-        lambda row: row.get("peak_mb"),
+        "merge, bfloat16 factors, rank to 64, × a copy",
+        1.15,
+        _merge("bfloat16", range(65)),
+        FLOOR,
+        IN_PLACE,
+        UP,
     ),
-    Goal("token_confidence, extra MB", 300, _confidence, lambda row: row.get("peak_mb")),
-    Goal(
-        "token_confidence, relative error of q",
-        1e-3,
-        _confidence,
-        lambda row: row.get("error_q"),
-    ),
-    Goal(
-        "merge, × a copy",
-        1 / 0.9,
-        _merge,
-        lambda row: row.get("ratio_floor"),
-        provider="gift triton, in place",
-        heads=("llama-3.1-8b up",),
-    ),
-    Goal(
-        "merge, × the fastest peer",
-        1 / 3,
-        _merge,
-        lambda row: row.get("ratio_best_peer"),
-        provider="gift triton, in place",
-        heads=("llama-3.1-8b up",),
-    ),
+    Goal("eager, × full logits", 1.2, _weighted("offline"), _over_full_logits, "gift eager"),
+    Goal("frozen head, extra MB", 300, _weighted("offline"), MEMORY),
+    Goal("frozen head and guide, extra MB", 300, _weighted("guide"), MEMORY),
+    Goal("token_confidence, extra MB", 300, _confidence, MEMORY),
+    Goal("token_confidence, relative error of q", 1e-3, _confidence, _of("error_q")),
 )
 
 
@@ -105,12 +122,15 @@ def judge(rows: Sequence[Row]) -> list[Row]:
         heads = dict.fromkeys([*goal.heads, *(row["head"] for row in cases)])
         for head in heads:
             of_head = [row for row in cases if row["head"] == head] or [None]
-            found += [_judged(goal, head, row) for row in of_head]
+            found += [_judged(goal, head, row, rows) for row in of_head]
     return found
 
 
-def _judged(goal: Goal, head: str, row: Row | None) -> Row:
-    figure = goal.figure(row) if row is not None and row["status"] == "ok" else None
+def _judged(goal: Goal, head: str, row: Row | None, rows: Sequence[Row]) -> Row:
+    figure = None
+    if row is not None and row["status"] == "ok":
+        figure = goal.figure(row, [one for one in rows if one.get("case") == row.get("case")])
     met = "not measured" if figure is None else "yes" if figure <= goal.bound else "no"
-    case = head if row is None else ", ".join(filter(None, [head, row["data"]]))
+    rank = f"rank {row['rank']}" if row is not None and row["rank"] else ""
+    case = head if row is None else ", ".join(filter(None, [head, row["data"], rank]))
     return {"goal": goal.name, "case": case, "at most": goal.bound, "found": figure, "met": met}

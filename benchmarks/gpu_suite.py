@@ -1,10 +1,11 @@
 """`python -m benchmarks.gpu_suite`: all that needs a GPU, in one call, the most telling first.
 
-Tests natively, stored results, accuracy against float64, benchmarks beside all peers, whole stages
-on real architectures, candidates for our tile sizes, compute-sanitizer; then more benchmarks until
-the budget ends. Results are written after every step, so a run that is cut off loses nothing. The
-summary comes last. Where a provider takes the device with it, the suite goes on without it in a new
-process. `--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
+Our kernels compiled by parallel processes, tests natively, stored results, accuracy against
+float64, benchmarks beside all peers, whole stages on real architectures, candidates for our tile
+sizes, compute-sanitizer; then more benchmarks until the budget ends, and torch.compile's ways.
+Results are written after every step, so a run that is cut off loses nothing. The summary comes
+last. Where a provider takes the device with it, the suite continues without it in a new process.
+`--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
 """
 
 import argparse
@@ -18,14 +19,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import goals, report
+from benchmarks import figures, goals, report
 from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
-from benchmarks.measure import add_case, check, gate_truth, measure_case
+from benchmarks.data import make_inputs
+from benchmarks.measure import add_case, check, gate_truth, measure_case, outputs_of
 from benchmarks.providers import floors, own_providers, providers_of
 from benchmarks.turns import LOST, Settings, device_works, failure
 
@@ -48,6 +51,8 @@ END_TO_END_SECONDS = 90  # kept for whole stages
 SANITIZER_SECONDS = 20  # a tool's, at least
 CANDIDATES_SECONDS = 60  # a case's, most of them for the compiler
 OURS = "gift"  # the way of `end_to_end` that is ours
+COMPILED = "torch.compile"  # in the names of providers that it makes
+WARM_SECONDS = 60
 SANITIZED = "bfloat16-triton or float32-triton"
 
 
@@ -77,10 +82,11 @@ class Suite:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--budget-minutes", type=float, default=8.0)
+    parser.add_argument("--budget-minutes", type=float, default=6.0)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
+    parser.add_argument("--compile", metavar="I/N", help="only compile each N-th case, from I")
     parser.add_argument("--resume", action="store_true", help="go on with --output's results")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
@@ -94,6 +100,10 @@ def main() -> None:
     elif not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run walks through the suite on a CPU")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
+    if arguments.compile:
+        first, count = map(int, arguments.compile.split("/"))
+        compile_cases(_first_cases(arguments.dry_run)[first::count], device)
+        return
     environment = report.environment(device)
     output = arguments.output
     if arguments.dry_run:
@@ -118,8 +128,8 @@ def main() -> None:
         results.tables["goals"] = goals.judge(results.rows)
         results.save()
         print(summary(suite), flush=True)
-        report.plot(output, results.rows)
-    if broken := failures(results):
+        figures.plot(output, results.rows)
+    if broken := failures(results, measured="benchmarks" in parts):
         print(f"{len(broken)} failures, the first: {broken[0]}")
         sys.exit(1)
 
@@ -151,18 +161,49 @@ def go_on_in_a_new_process(suite: Suite, name: str) -> None:
         os.execv(command[0], command)
 
 
+def run_warm(suite: Suite) -> None:
+    """Fills Triton's cache: a process compiles on one core, and the others wait for nothing."""
+    cases = _first_cases(suite.dry_run)
+    count = min(len(cases), 1 if suite.dry_run else 12, os.cpu_count() or 1)
+    options = ["--dry-run"] if suite.dry_run else []
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", *options, "--compile"]
+    begun, limit = time.monotonic(), min(WARM_SECONDS, suite.left())
+    with ThreadPoolExecutor(count) as pool:
+        calls = [[*command, f"{first}/{count}"] for first in range(count)]
+        found = list(pool.map(lambda call: run_limited(call, limit), calls))
+    texts = [f"rc {code}: {text[-200:]}" for code, text in found if code != 0]
+    status = "ok" if not texts else f"failed: {texts[0]}"
+    seconds = round(time.monotonic() - begun, 1)
+    suite.add("compiled", {"processes": count, "status": status, "seconds": seconds})
+
+
+def compile_cases(cases: Sequence[Case], device: torch.device) -> None:
+    """Our kernels once for each case, at its own size."""
+    for case in cases:
+        inputs = make_inputs(case, device)
+        for provider in providers_of(case):
+            if provider.name.startswith("gift triton"):
+                outputs_of(provider, case, inputs)
+        del inputs
+
+
+def _first_cases(dry_run: bool) -> list[Case]:
+    return _toy()[:1] if dry_run else gpu_cases(quick=True)
+
+
 def run_tests(suite: Suite) -> None:
     """Stored results, then the kernels' tests, natively where there is a GPU."""
     if suite.dry_run:
         selected = [GOLDEN_TESTS[0], "-k", "ce_weights and float32 and confidence"]
         suite.add("tests", pytest_row("stored results", selected, 60, suite.results.output))
         return
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has("xdist") else []
+    alone = "benchmarks" not in suite.parts  # `make test-gpu`: all time is theirs
+    workers = ["-n", str(min(14, os.cpu_count() or 1))] if _has("xdist") else []
     for name, files, share in (
         ("stored results", GOLDEN_TESTS, 0.1),
         ("kernels", KERNEL_TESTS, 0.25),
     ):
-        limit = min(share * suite.seconds, suite.left())
+        limit = suite.left() if alone else min(share * suite.seconds, suite.left())
         row = pytest_row(name, [*workers, *files], limit, suite.results.output)
         suite.add("tests", row)
 
@@ -272,6 +313,7 @@ def _run_cases(suite: Suite, cases: Sequence[Case], keep: float = 0) -> None:
             return
         print(f"  [{number + 1}/{len(cases)}] {case.label}", flush=True)
         providers = [one for one in providers_of(case) if one.name not in lost]
+        providers = [one for one in providers if COMPILED not in one.name]
         if suite.dry_run:
             # Peers' kernels take seconds in the interpreter; tests/test_benchmarks.py runs them.
             providers = [one for one in providers if one.package in (None, "peft")]
@@ -297,7 +339,6 @@ def run_end_to_end(suite: Suite) -> None:
 def run_candidates(suite: Suite) -> None:
     """Other settings of our kernels, in one interleaved run each for a few cases."""
     from benchmarks.candidates import candidates
-    from benchmarks.data import make_inputs
 
     cases = [
         CECase("llama-3.1-8b", 8192),
@@ -314,6 +355,26 @@ def run_candidates(suite: Suite) -> None:
         bare = [provider for provider in floors() if case.op in provider.ops]
         label = report.CANDIDATES + case.label
         rows = measure_case(case, suite.settings, [*providers, *bare])
+        suite.results.rows += [{"case": label, **row} for row in rows]
+        suite.results.save()
+        if not device_works(suite.settings.device):
+            return
+
+
+def run_compiled(suite: Suite) -> None:
+    """torch.compile's ways beside ours: last, because compiling takes a minute a case."""
+    for case in [] if suite.dry_run else gpu_cases(quick=True)[:3]:
+        if suite.left() <= CANDIDATES_SECONDS:
+            reason = f"less than {CANDIDATES_SECONDS} s left for {case.label}"
+            suite.add("not run", {"part": "compiled", "reason": reason})
+            return
+        providers = [
+            one
+            for one in providers_of(case)
+            if COMPILED in one.name or one.name == "gift triton" or one.kind == "floor"
+        ]
+        rows = measure_case(case, suite.settings, providers)
+        label = f"{case.label} ({COMPILED})"
         suite.results.rows += [{"case": label, **row} for row in rows]
         suite.results.save()
         if not device_works(suite.settings.device):
@@ -346,6 +407,7 @@ def run_sanitizer(suite: Suite) -> None:
 
 
 PARTS: dict[str, Callable[[Suite], None]] = {
+    "warm": run_warm,
     "tests": run_tests,
     "accuracy": run_accuracy,
     "benchmarks": run_benchmarks,
@@ -353,6 +415,7 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "candidates": run_candidates,
     "sanitizer": run_sanitizer,
     "more": run_more,
+    "compiled": run_compiled,
 }
 
 
@@ -382,8 +445,11 @@ def summary(suite: Suite) -> str:
     return text if len(text) <= SUMMARY_CHARACTERS else text[: SUMMARY_CHARACTERS - len(end)] + end
 
 
-def failures(results: report.Results) -> list[report.Row]:
-    """Rows that say that something of ours is wrong, or that a part could not run."""
+def failures(results: report.Results, measured: bool = True) -> list[report.Row]:
+    """Rows that say that something of ours is wrong, or that a part could not run.
+
+    With `measured`, it is a failure too that nothing of ours was.
+    """
     tables = results.tables
     broken = [row for row in tables.get("tests", []) if row["status"] != "ok" or not row["passed"]]
     broken += [row for row in tables.get("accuracy against float64", []) if _bad(row)]
@@ -399,7 +465,10 @@ def failures(results: report.Results) -> list[report.Row]:
         for row in tables.get("not run", [])
         if row["reason"].startswith(("failed", "not installed"))
     ]
-    if not any(row["kind"] == "ours" and row["status"] == "ok" for row in results.rows):
+    broken += [row for row in tables.get("compiled", []) if _bad(row)]
+    if measured and not any(
+        row["kind"] == "ours" and row["status"] == "ok" for row in results.rows
+    ):
         broken.append({"part": "benchmarks", "reason": "nothing of ours was measured"})
     return broken
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case, CECase, MergeCase
 from benchmarks.data import CEInputs, MergeInputs, describe_inputs, make_inputs
-from benchmarks.providers import Provider, eager_nll, from_nll, providers_of
+from benchmarks.provider import Provider, eager_nll, from_nll
+from benchmarks.providers import providers_of
 from benchmarks.report import Results
 from benchmarks.turns import (
     CACHE_BYTES,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import MergeCase
 from benchmarks.data import MergeInputs
-from benchmarks.providers import Provider, needs_triton
+from benchmarks.provider import Provider, needs_triton
 
 MERGE = ("lora_merge",)
 

@@ -1,152 +1,43 @@
-"""The registry: who can be asked for an operation, and how its users would ask.
+"""The registry: who can be asked for an operation. Ours, full logits and the floors are here."""
 
-A CE provider turns a case and its inputs into the loss Σ w·nll / N (`weighted_ce`) or into
-confidences [N] (`token_confidence`); gradients come from autograd. A merge provider returns the
-merged weight. Where a package lacks the operation, its users' way around is what runs, and the
-note of the row says so. Packages are imported when asked for, never before.
-"""
-
-import importlib.util
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, CECase, MergeCase, gpu_cases
+from benchmarks import merge_providers, peers
+from benchmarks.cases import Case, CECase, MergeCase
 from benchmarks.data import CEInputs
-
-Kind = str  # "ours", "candidate" (ours with other settings), "peer", "baseline" or "floor"
-CE_OPS = ("weighted_ce", "token_confidence")
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One column of the comparison.
-
-    `prepare` makes the function to time from a case and inputs, once, outside the clock; `skip`
-    says why a case is not run (an empty string runs it); `note` says what is not native about it;
-    `budget` replaces the error budget where the provider approximates by design.
-    """
-
-    name: str
-    kind: Kind
-    ops: tuple[str, ...]
-    prepare: Callable[[Any, Any], Callable[[], Tensor]]
-    package: str | None = None
-    skip: Callable[[Any, torch.device], str] = lambda case, device: ""
-    note: Callable[[Any], str] = lambda case: ""
-    budget: float | None = None
-
-    def missing(self) -> str:
-        """`not installed` where the package is absent."""
-        absent = self.package is not None and importlib.util.find_spec(self.package) is None
-        return "not installed" if absent else ""
+from benchmarks.provider import CE_OPS, Provider, compile_skip, eager_nll, from_nll, needs_triton
 
 
 def providers_of(case: Case) -> list[Provider]:
     """Those that know the operation, ours first and floors last."""
-    from benchmarks import merge_providers, peers
-
     registry = [*own_providers(), *peers.PROVIDERS, *merge_providers.PROVIDERS, *floors()]
     order = {"ours": 0, "baseline": 1, "peer": 2, "floor": 3}
     known = [provider for provider in registry if case.op in provider.ops]
     return sorted(known, key=lambda provider: order[provider.kind])
 
 
-def logits_of(case: CECase, hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 logits [N, V] the way Transformers makes them: product and soft-cap in the dtype."""
-    logits = torch.nn.functional.linear(hidden, weight)
-    softcap = case.shape.softcap
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits.float()
-
-
-def eager_nll(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """−log softmax of the targets [N] from full logits."""
-    logits = logits_of(case, hidden, weight)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
-
-
-def weights_from(
-    case: CECase, inputs: CEInputs, nll: Tensor | None, guide_nll: Callable[[], Tensor]
-) -> Tensor | None:
-    """The row weights [N] of a case, None for 1; `guide_nll` is asked for without gradients."""
-    if case.weighting == "offline":
-        return inputs.token_weight
-    if case.weighting == "self":
-        assert nll is not None
-        return torch.exp(-nll.detach())
-    if case.weighting == "guide":
-        with torch.no_grad():
-            return torch.exp(-guide_nll())
-    return None
-
-
-def weighted_mean_loss(
-    case: CECase, inputs: CEInputs, nll_of: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Σ w·nll / N from a function of hidden states and head to nll [N]."""
-    nll = nll_of(inputs.hidden, inputs.weight)
-    weight = weights_from(
-        case,
-        inputs,
-        nll,
-        lambda: nll_of(inputs.guide_hidden, inputs.guide_weight),  # pyright: ignore
-    )
-    weighted = nll if weight is None else nll * weight.to(nll.dtype)
-    return weighted.sum() / len(nll)
-
-
-def from_nll(
-    nll_of: Callable[[CECase, Tensor, Tensor, Tensor], Tensor],
-) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
-    """`prepare` of a provider that has per-token losses and nothing more."""
-
-    def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
-        def rows(hidden: Tensor, weight: Tensor) -> Tensor:
-            return nll_of(case, hidden, weight, inputs.target)
-
-        if case.op == "token_confidence":
-            return lambda: torch.exp(-rows(inputs.hidden, inputs.weight))
-        return lambda: weighted_mean_loss(case, inputs, rows)
-
-    return prepare
-
-
 def gift_ce(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
     """`prepare` of one of our implementations."""
 
     def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
-        from gift_kernels import token_confidence, weighted_ce
+        from gift_kernels import Guide, token_confidence, weighted_ce
 
         softcap = case.shape.softcap
         head = (inputs.hidden, inputs.weight, inputs.target)
         if case.op == "token_confidence":
             return lambda: token_confidence(*head, logit_softcap=softcap, impl=impl)
         weight: Any = {"offline": inputs.token_weight, "self": "self"}.get(case.weighting)
-        guide: dict[str, Any] = {}
+        guide = None
         if case.weighting == "guide":
-            guide = {
-                "guide_hidden": inputs.guide_hidden,
-                "guide_lm_head_weight": inputs.guide_weight,
-                "guide_logit_softcap": softcap,
-            }
-        return lambda: weighted_ce(*head, weight, logit_softcap=softcap, impl=impl, **guide)
+            assert inputs.guide_hidden is not None and inputs.guide_weight is not None
+            guide = Guide(inputs.guide_hidden, inputs.guide_weight, logit_softcap=softcap)
+        return lambda: weighted_ce(*head, weight, guide=guide, logit_softcap=softcap, impl=impl)
 
     return prepare
-
-
-def needs_triton(case: Case, device: torch.device) -> str:
-    """Why Triton kernels cannot run here; they can on CUDA, and anywhere in the interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs a GPU"
-    return ""
 
 
 def _compiled(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
@@ -155,15 +46,6 @@ def _compiled(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return from_nll(torch.compile(eager_nll))(case, inputs)
-
-
-def compile_skip(case: CECase, device: torch.device) -> str:
-    """Why torch.compile is not asked for a case."""
-    if device.type != "cuda":
-        return "needs a GPU"
-    if case not in gpu_cases(quick=True):
-        return "compiled for the first cases alone: compiling costs the others their time"
-    return ""
 
 
 def own_providers() -> list[Provider]:

@@ -156,49 +156,6 @@ def _markdown_row(row: Row) -> str:
     )
 
 
-def plot(output: Path, rows: Sequence[Row]) -> None:
-    """time.png and memory.png against tokens, and ratios.png, of every case that was timed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("figures not made: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if "time_ms" in row and not row["case"].startswith(CANDIDATES)]
-    if not timed:
-        return
-    alike = [name for name in KEY if name not in ("case", "tokens", "provider")]
-    families: dict[tuple[Any, ...], list[Row]] = {}
-    for row in timed:
-        families.setdefault(tuple(row.get(name) for name in alike), []).append(row)
-    growing = max(families.values(), key=lambda family: len({row["tokens"] for row in family}))
-    for name, column, unit in (("time", "time_ms", "ms"), ("memory", "peak_mb", "extra MB")):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for provider in dict.fromkeys(row["provider"] for row in growing):
-            points = sorted(
-                (row["tokens"], row[column]) for row in growing if row["provider"] == provider
-            )
-            axes.plot(*zip(*points, strict=True), marker="o", label=provider)
-        axes.set(xlabel="tokens", ylabel=unit, xscale="log", title=growing[0]["case"])
-        if all(row[column] > 0 for row in growing):
-            axes.set_yscale("log")
-        axes.legend(fontsize=7)
-        figure.savefig(output / f"{name}.png", dpi=150, bbox_inches="tight")
-        pyplot.close(figure)
-    ours = [row for row in timed if row["kind"] == "ours" and row.get("ratio_best_peer")]
-    if ours:
-        figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(ours) + 1))
-        labels = [f"{row['case']}: {row['provider']}" for row in ours]
-        axes.barh(labels, [row["ratio_best_peer"] for row in ours])
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlabel("time / time of the fastest other provider")
-        axes.tick_params(axis="y", labelsize=6)
-        figure.savefig(output / "ratios.png", dpi=150, bbox_inches="tight")
-        pyplot.close(figure)
-
-
 # Of a row of any table: what it is about; the rest are figures, but for those that follow others.
 NAMES = ("case", "provider", "stage", "model", "way", "tests", "of", "goal", "tool", "part")
 FOLLOWING = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.providers import Provider
+from benchmarks.provider import Provider
 
 CACHE_BYTES = 256 << 20  # larger than any cache of today's devices
 SLOW = 4.0  # times the median of all providers' medians

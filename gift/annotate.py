@@ -20,14 +20,16 @@ from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
-from gift.files import hash_json, output_folder, read_json, replacing, write_json
+from gift.files import hash_json, replacing, sealed_files
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
     load_tokenizer,
     model_hash,
+    model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
@@ -35,48 +37,56 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
+from gift.publish import output_folder
+from gift.show import show_rows
 from gift_kernels import token_confidence
 
-PARTS_FOLDER = "parts"
-PROGRESS_FILE = "progress.json"
 
+def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
+    """Writes the confidence store of `config.data` under `config.model`; returns its summary.
 
-def annotate(config: AnnotateConfig) -> dict[str, Any]:
-    """Writes the confidence store of `config.data` under `config.model`; returns its summary."""
-    folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    data = encode_file(config.data, tokenizer, config)
-    fingerprint = annotate_fingerprint(config)
-    with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
-        batches = plan_batches(data.kept, config.batch_tokens)
-        parts = [
-            batches[start : start + config.part_batches]
-            for start in range(0, len(batches), config.part_batches)
-        ]
-        _start_or_resume(partial, fingerprint)
-        missing = [number for number in range(len(parts)) if not _part(partial, number).exists()]
-        if missing:
-            _annotate_parts(config, folder, data, partial, parts, missing)
-        confidence = _collect(data, partial, parts)
+    With `config.show_rows` it prints the first rows, writes nothing and returns nothing. `key` is
+    kept in the folder's list, see `publish.output_folder`.
+    """
+    if config.show_rows is not None:
+        _show_rows(config, config.show_rows)
+        return {}
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
+        folder = resolve_model(config.model)
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        structure = model_structure(folder)
+        data = encode_file(config.data, tokenizer, config, folder_context(folder))
+        require_vocabulary(structure, data, config.model)
+        made_from = _made_from(config, folder, tokenizer)
+        partial = output.begin(made_from)
+        _annotate_missing(config, folder, data, output.work)
+        confidence = _collect(data, output.work)
+        summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
         manifest = {
             "kind": "gift confidence store",
             "model": config.model,
-            "model_hash": model_hash(folder),
-            "fingerprint": fingerprint,
+            "model_hash": made_from["model"],
+            "fingerprint": hash_json(made_from),
             "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
             "versions": versions(),
+            "summary": summary,
         }
-        summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
-        write_store(partial, data, confidence, tokenizer, {**manifest, "summary": summary})
-        _remove_progress(partial)
+        write_store(partial, data, confidence, tokenizer, manifest)
     print_summary(f"Annotated {config.data.name}: {config.output}", summary)
     return summary
+
+
+def _show_rows(config: AnnotateConfig, count: int) -> None:
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    shown = config.model_copy(update={"limit": count, "max_dropped": 1.0})
+    show_rows(encode_file(config.data, tokenizer, shown, folder_context(folder)), tokenizer)
 
 
 def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     """Turns the authors' scores file into a confidence store; returns its summary."""
     tokenizer = load_tokenizer(resolve_model(config.tokenizer))
-    data = encode_file(config.scores, tokenizer, config)
+    data = encode_file(config.scores, tokenizer, config, also_read=("scores",))
     scores = read_author_scores(config.scores)[: len(data.examples)]
     confidence = []
     for example, values in zip(data.examples, scores, strict=True):
@@ -100,27 +110,25 @@ def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
         "versions": versions(),
         "summary": summary,
     }
-    with output_folder(config.output, overwrite=config.overwrite) as partial:
-        write_store(partial, data, confidence, tokenizer, manifest)
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        write_store(output.begin(), data, confidence, tokenizer, manifest)
     print_summary(f"Imported {config.scores.name}: {config.output}", summary)
     return summary
 
 
-def annotate_fingerprint(config: AnnotateConfig) -> str:
-    """Hash of all that decides the store's content: model, tokenizer, data and settings."""
-    folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    return hash_json(
-        {
-            "settings": config.model_dump(
-                mode="json", exclude={"output", "overwrite", "model", "tokenizer", "data"}
-            ),
-            "model": model_hash(folder),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "template": template_hash(tokenizer),
-            "data": hash_json(read_rows(config.data, config.limit)),
-        }
-    )
+def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """All that decides the store's content: settings, model, tokenizer and data."""
+    inputs = {"output", "overwrite", "model", "tokenizer", "data"}
+    device = pick_device(config.device)
+    return {
+        **config.model_dump(mode="json", exclude=inputs),
+        "device": device.type,
+        "dtype": str(pick_dtype(config.dtype, device)),
+        "model": model_hash(folder),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": template_hash(tokenizer),
+        "data": hash_json(read_rows(config.data, config)),
+    }
 
 
 def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
@@ -133,29 +141,31 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _annotate_parts(
-    config: AnnotateConfig,
-    folder: Path,
-    data: EncodedData,
-    partial: Path,
-    parts: Sequence[Sequence[Sequence[Example]]],
-    missing: Sequence[int],
-) -> None:
+def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, work: Path) -> None:
+    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`."""
+    batches = plan_batches(data.kept, config.batch_tokens)
+    starts = range(0, len(batches), config.part_batches)
+    parts = {
+        f"part-{number:05d}.safetensors": batches[start : start + config.part_batches]
+        for number, start in enumerate(starts)
+    }
+    finished = sealed_files(work)
+    missing = {name: part for name, part in parts.items() if name not in finished}
+    if not missing:
+        return
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-    require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    with progress(
-        "annotate", sum(map(len, parts)), sum(map(len, parts)) - _count(parts, missing)
-    ) as bar:
-        for number in missing:
+    done = len(batches) - sum(map(len, missing.values()))
+    with progress("annotate", len(batches), done) as bar:
+        for name, part in missing.items():
             values = {}
-            for batch in parts[number]:
+            for batch in part:
                 rows = annotate_batch(model, batch, config.guide_temperature)
                 values |= {str(example.row): row for example, row in zip(batch, rows, strict=True)}
                 bar.advance()
-            with replacing(_part(partial, number)) as temporary:
+            with replacing(work / name, sealed=True) as temporary:
                 save_file(values, temporary)
 
 
@@ -183,37 +193,16 @@ def annotate_batch(
     return np.split(values, np.cumsum(lengths)[:-1])
 
 
-def _start_or_resume(partial: Path, fingerprint: str) -> None:
-    """Keeps the parts of an interrupted annotation with the same inputs; removes all others."""
-    state = partial / PROGRESS_FILE
-    if state.exists() and read_json(state) == {"fingerprint": fingerprint}:
-        return
-    _remove_progress(partial)
-    (partial / PARTS_FOLDER).mkdir(exist_ok=True)
-    write_json(state, {"fingerprint": fingerprint})
-
-
-def _remove_progress(partial: Path) -> None:
-    for path in (partial / PARTS_FOLDER).glob("*"):
-        path.unlink()
-    if (partial / PARTS_FOLDER).exists():
-        (partial / PARTS_FOLDER).rmdir()
-    (partial / PROGRESS_FILE).unlink(missing_ok=True)
-
-
-def _part(partial: Path, number: int) -> Path:
-    return partial / PARTS_FOLDER / f"part-{number:05d}.safetensors"
-
-
-def _count(parts: Sequence[Sequence[Any]], numbers: Sequence[int]) -> int:
-    return sum(len(parts[number]) for number in numbers)
-
-
-def _collect(data: EncodedData, partial: Path, parts: Sequence[Any]) -> list[np.ndarray]:
+def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
     """Confidences in row order, from all parts."""
     values: dict[str, np.ndarray] = {}
-    for number in range(len(parts)):
-        values |= load_file(_part(partial, number))
+    for path in sealed_files(work).values():
+        values |= load_file(path)
+    if len(values) != len(data.kept):
+        raise OSError(
+            f"{work}: parts were removed, or read back otherwise than written; the disk is failing "
+            "or another program changed them"
+        )
     return [
         values[str(example.row)] if example else np.zeros(0, np.float32)
         for example in data.examples

@@ -1,17 +1,14 @@
-"""Training checkpoints: everything that decides the rest of a run, in one file, replaced whole."""
+"""Training checkpoints: everything that decides the rest of a run, in one sealed file."""
 
-import json
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gift.files import replacing
+from gift.files import replacing, sealed_files
 from gift.ranks import Group, gather_tensors
-
-CHECKPOINT_FILE = "checkpoint.pt"
-METRICS_FILE = "metrics.jsonl"
 
 
 class TrainingState:
@@ -23,21 +20,13 @@ class TrainingState:
         self._scheduler = scheduler
         self._group = group
 
-    def save(
-        self,
-        folder: Path,
-        fingerprint: str,
-        step: int,
-        history: list[dict[str, float]],
-        signal: Tensor,
-    ) -> None:
-        """Writes the state after `step` steps; every rank takes part."""
+    def save(self, work: Path, step: int, history: list[dict[str, float]], signal: Tensor) -> None:
+        """Writes the state after `step` steps, then removes older ones; every rank takes part."""
         random = gather_tensors(torch.get_rng_state())
         cuda = gather_tensors(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
         if not self._group.is_main:
             return
         state = {
-            "fingerprint": fingerprint,
             "step": step,
             "history": history,
             "signal": signal,
@@ -47,17 +36,21 @@ class TrainingState:
             "random": random,
             "cuda_random": cuda,
         }
-        with replacing(folder / CHECKPOINT_FILE) as temporary:
-            torch.save(state, temporary)
-        with replacing(folder / METRICS_FILE) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        # PyTorch's own writing to a file reports no reason where it fails.
+        content = io.BytesIO()
+        torch.save(state, content)
+        older = list(work.glob("checkpoint-*"))
+        with replacing(work / f"checkpoint-{step:08d}.pt", sealed=True) as temporary:
+            temporary.write_bytes(content.getbuffer())
+        for path in older:
+            path.unlink(missing_ok=True)
 
-    def load(self, folder: Path, fingerprint: str) -> tuple[int, list[dict[str, float]], Tensor]:
-        """Restores the last checkpoint of the same run: its step, metrics and signal; else 0."""
-        path = folder / CHECKPOINT_FILE
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        if state.get("fingerprint") != fingerprint:
+    def load(self, work: Path) -> tuple[int, list[dict[str, float]], Tensor]:
+        """Restores the last undamaged checkpoint: its step, metrics and signal; step 0 without."""
+        checkpoints = [path for name, path in sealed_files(work).items() if name.endswith(".pt")]
+        if not checkpoints:
             return 0, [], torch.zeros(0)
+        state = torch.load(max(checkpoints), map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self._trainable().items():
                 parameter.copy_(state["adapter"][name])
@@ -74,8 +67,3 @@ class TrainingState:
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
-
-
-def remove(folder: Path) -> None:
-    """Removes the checkpoint of a finished run."""
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)

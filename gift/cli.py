@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from safetensors import SafetensorError
 
+import gift
 from gift.config import (
     AnnotateConfig,
     DemoConfig,
@@ -38,10 +39,20 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    invoke_without_command=True,
     help="Guided fine-tuning: annotate data with an instruct model, train an adapter on its base "
     "model, merge it into the instruct model, evaluate. Every option can also come from "
     "--config recipe.yaml; flags win.",
 )
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    if version:
+        print(f"gift {gift.__version__}")
+        raise typer.Exit
 
 
 CONFIGS: dict[str, type[Options]] = {}
@@ -89,7 +100,8 @@ def _add_command(
         )
     CONFIGS[name] = config
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
-    app.command(name, help=help_text)(command)
+    summary = help_text[: help_text.index(".") + 1]
+    app.command(name, help=help_text, short_help=summary)(command)
 
 
 def _flag(key: str, field: FieldInfo) -> tuple[Any, Any]:
@@ -118,21 +130,21 @@ _add_command(
     "annotate",
     AnnotateConfig,
     "gift.annotate:annotate",
-    "Stage 1: write the instruct model's confidence in every target token of the data. Costs one "
-    "forward pass of the model over the data and holds no logits; a killed run goes on where it "
-    "was.",
+    "Stage 1: find the instruct model's confidence in the data. Writes it for every target token. "
+    "Costs one forward pass of the model over the data and holds no logits; a killed run resumes "
+    "where it stopped.",
 )
 _add_command(
     "import-scores",
     ImportScoresConfig,
     "gift.annotate:import_scores",
-    "Turn a scores file of the authors' code into a confidence store. Costs no model.",
+    "Turn the authors' scores file into a confidence store. Costs no model.",
 )
 _add_command(
     "train",
     TrainConfig,
     "gift.train:train",
-    "Stage 2: train a LoRA adapter on the base model with the loss weighted by confidence. Costs "
+    "Stage 2: train a LoRA adapter on the base model. Confidence weights the loss. Costs "
     "about three forward passes per epoch and memory for the frozen model, the adapter and one "
     "micro-batch. Under torchrun each process takes a share of every batch.",
 )
@@ -143,36 +155,36 @@ _add_command(
     MergeConfig,
     "gift.merge.command:merge",
     "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
-    "few tensors; reads and writes its weights once; a killed merge goes on where it was.",
+    "few tensors; reads and writes its weights once; a killed merge resumes where it stopped.",
 )
 _add_command(
     "merge-statistics",
     StatisticsConfig,
     "gift.merge.statistics:merge_statistics",
-    "What --method fisher and regmean need to know of a model. Costs a pass over the data, for "
-    "fisher with gradients, and memory for a float32 copy of the parameters or a Gram matrix a "
-    "layer.",
+    "Collect the statistics that some merge methods need. Costs a pass over the data, for the "
+    "Fisher diagonal with gradients, and memory for a float32 copy of the parameters or a Gram "
+    "matrix a layer.",
 )
 _add_command(
     "diff",
     DiffConfig,
     "gift.merge.diff:diff",
-    "What changed between two models, layer by layer: size and rank of the change, and how much of "
-    "it bf16 cannot hold. Reads both models once.",
+    "Show what changed between two models, layer by layer. Size and rank of the change, and how "
+    "much of it bf16 cannot hold. Reads both models once.",
     positional=("model_a", "model_b"),
 )
 _add_command(
     "unmerge",
     UnmergeConfig,
     "gift.merge.unmerge:unmerge",
-    "Take a merge back: bit for bit where it was made with --save-residual, else to within one "
+    "Take a merge back. Bit for bit where it was made with --save-residual, else to within one "
     "rounding. Costs what the merge did.",
 )
 _add_command(
     "evaluate",
     EvaluateConfig,
     "gift.evaluate:evaluate",
-    "Stage 4: sample replies to questions, check their answers, report avg@k and pass@k. Costs the "
+    "Stage 4: sample replies to questions and check them. Reports avg@k and pass@k. Costs the "
     "generation of samples x questions replies; finished batches are kept.",
 )
 _add_command(
@@ -180,14 +192,15 @@ _add_command(
     RunConfig,
     "gift.run:run",
     "All stages in one folder. Finished stages are skipped while their settings and inputs stay "
-    "the same; a killed run goes on where it was. Options of the evaluation begin with eval-.",
+    "the same; a killed run resumes where it stopped. Options of the evaluation begin with eval-.",
 )
 _add_command(
     "demo",
     DemoConfig,
     "gift.demo.main:demo",
-    "Make tiny base/instruct pairs on this machine, adapt them in four ways with the real stages "
-    "and compare. Costs a few minutes of two CPU cores; needs no network.",
+    "Make tiny models, adapt them in four ways and compare. Base and instruct pairs, made on this "
+    "machine and adapted by the real stages. Costs a few minutes of two CPU cores; needs no "
+    "network.",
 )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 console = Console()
 error_console = Console(stderr=True)
@@ -61,14 +63,47 @@ def quiet() -> Iterator[None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; the first column is text, the others are numbers."""
-    table = Table()
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(title, style="bold")
-    console.print(table)
+    """Prints a table; the first column is text, the others are numbers.
+
+    No name is cut and no number is broken: headers fold at words, and columns that do not fit
+    beside the others follow in another table under the same names.
+    """
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for part in _fitting_parts(columns, rows, console.width):
+        table = Table()
+        for number, (place, width) in enumerate(part):
+            justify = "left" if number == 0 else "right"
+            table.add_column(Text(columns[place]), justify=justify, width=width, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[place]) for place, _ in part))
+        console.print(table)
+
+
+def _fitting_parts(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], available: int
+) -> list[list[tuple[int, int]]]:
+    """Tables that fit, each a list of columns by place and width; all begin with the first column.
+
+    A column is as wide as its header where all fit so, else as its longest cell or word.
+    """
+    cells = [[row[place] for row in rows] for place in range(len(columns))]
+    whole = [max(map(cell_len, [name, *cells[i]])) for i, name in enumerate(columns)]
+    if sum(whole) + 3 * len(whole) + 1 <= available:
+        return [list(enumerate(whole))]
+    narrow = [max(map(cell_len, [*name.split(), *cells[i], ""])) for i, name in enumerate(columns)]
+    room = available - 1 - (narrow[0] + 3)
+    if room < max(narrow[1:], default=0) + 3:  # a name or path as long as the line: it folds
+        narrow = [min(width, max(8, (available - 7) // 2)) for width in narrow]
+        room = available - 1 - (narrow[0] + 3)
+    parts: list[list[tuple[int, int]]] = []
+    left = 0
+    for place, width in list(enumerate(narrow))[1:]:
+        if not parts or width + 3 > left:
+            parts.append([(0, narrow[0])])
+            left = room
+        parts[-1].append((place, width))
+        left -= width + 3
+    return parts or [[(0, narrow[0])]]
 
 
 def print_summary(title: str, summary: Mapping[str, Any]) -> None:

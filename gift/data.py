@@ -1,28 +1,44 @@
-"""From JSONL rows to token ids and target masks, through the instruct model's own chat template.
+"""From rows to token ids and target masks, through the instruct model's own chat template.
 
-A row is `{"instruction", "response"}` (with optional `input` and `system`), `{"prompt",
-"completion"}` (texts or message lists) or `{"messages"}`. Targets are exactly the tokens an
-assistant would have to produce: each assistant turn's content and its end-of-turn token.
+What becomes a target, in every stage: the tokens that generation would have to produce after the
+prompt as inference renders it (the turns before, with `add_generation_prompt`), as far as they are
+the data's words:
+
+- An assistant turn's reasoning, content and tool calls, with what the template writes between them
+  and to open and close them (`<think>`, `</think>`, `<tool_call>`), and white space after the
+  prompt, which belongs to the reply's first token.
+- Its end-of-turn token: the first special token that the template writes after the words (after
+  tool calls, which may close with special tokens of their own, the last).
+- Not what the template adds by itself between prompt and words: an empty think block, or the
+  header of a template that ignores `add_generation_prompt`. A note says what was left out.
+- Not the first token of a sequence: nothing before it could predict it.
+
+`{% generation %}` blocks of a template do not change this. It is an error where the prompt's
+rendering is not how the row's rendering begins, because the reply would be learned after another
+prompt than it is asked with (a template whose prompt ends with `<think>` but which renders replies
+without it; reasoning that is left out only once a later turn is there), and where the template
+leaves out or changes what the user or the assistant says. White space at the ends may be stripped;
+reasoning before a later user turn may be left out, which a note says. A system turn or a tool's
+result that is left out is a note. The keys of a row that are read are listed in `gift.rows`.
 """
 
 import itertools
-import json
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from gift.config import DataOptions
+from gift.console import error_console
 from gift.errors import InputError
 from gift.files import hash_bytes
-
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant", "tool")
+from gift.models import require_embeddings
+from gift.rows import Conversation, Message, read_conversations
+from gift.targets import Rendering, find_targets
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class EncodedData:
-    """All rows in file order (None where dropped), what was lost, and notes for the user."""
+    """All rows in file order (None where dropped), what was lost, and notes for the user.
+
+    `context` is the model's, in tokens, if it has a limit.
+    """
 
     examples: tuple[Example | None, ...]
     losses: tuple[Loss, ...]
     notes: tuple[str, ...]
+    context: int | None = None
 
     @property
     def kept(self) -> list[Example]:
@@ -67,6 +87,7 @@ class EncodedData:
         """Counts, length statistics and every loss, for the stage's manifest."""
         return {
             "rows": len(self.examples),
+            "context": self.context,
             "rows_kept": len(self.kept),
             "tokens": sum(len(example.input_ids) for example in self.kept),
             "target_tokens": sum(example.targets for example in self.kept),
@@ -78,91 +99,92 @@ class EncodedData:
         }
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[list[Message]]:
+def read_rows(path: Path, options: DataOptions | None = None) -> list[Conversation]:
     """Conversations of a JSONL file; InputError names the file and the line that is wrong."""
-    if not path.is_file():
-        raise InputError(f"--data: {path}: no such file")
-    conversations = []
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if limit is not None and len(conversations) == limit:
-                break
-            if not raw.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{place}: not UTF-8 ({error.reason})") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{place}: not valid JSON ({error})") from None
-            conversations.append(_conversation(row, place))
-    if not conversations:
-        raise InputError(f"--data: {path} has no rows")
-    return conversations
+    options = options or DataOptions()
+    ignore = options.ignored_keys()
+    return read_conversations(path, limit=options.limit, ignore=ignore)[0]
 
 
 def encode(
-    conversations: Sequence[list[Message]],
+    conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    context: int | None = None,
     overlong: str = "drop",
     max_dropped: float = 0.01,
 ) -> EncodedData:
     """Tokens and targets of every conversation.
 
-    Rows without target tokens are dropped; rows longer than `max_length` are dropped or, with
-    `overlong="truncate"`, cut. InputError where the share of lost rows exceeds `max_dropped`, or
-    where the template gives no stable mask.
+    Rows in which no assistant turn says anything are dropped; rows longer than `max_length` or
+    the model's `context`, in tokens, are dropped or, with `overlong="truncate"`, cut.
+
+    Raises:
+        InputError: the share of lost rows exceeds `max_dropped`; an assistant turn among others
+            is empty, which would teach an empty reply; or see the rule at the top of this file.
     """
     examples: list[Example | None] = []
     losses: list[Loss] = []
-    without_end = 0
+    notes: Counter[str] = Counter()
     special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for row, conversation in enumerate(conversations):
-        replies = [turn["content"] for turn in conversation if turn["role"] == "assistant"]
-        if not any(reply.strip() for reply in replies):
+        replies = [
+            (number, _says_nothing(turn))
+            for number, turn in enumerate(conversation.turns, 1)
+            if turn["role"] == "assistant"
+        ]
+        if all(is_empty for _, is_empty in replies):
             examples.append(None)
             losses.append(Loss(row, "dropped", "no assistant text"))
             continue
-        example = encode_conversation(row, conversation, tokenizer)
+        for number, is_empty in replies:
+            if is_empty:
+                raise InputError(
+                    f"row {row}: turn {number} of the assistant is empty, which would teach an "
+                    "empty reply; remove the turn or the row"
+                )
+        rendering = find_targets(row, conversation, tokenizer)
+        example = _tokenise(row, rendering, tokenizer)
+        notes.update(set(rendering.notes))
         if int(example.input_ids[np.flatnonzero(example.is_target)[-1]]) not in special_ids:
-            without_end += 1
-        length = len(example.input_ids)
-        if length > max_length and overlong == "drop":
-            losses.append(Loss(row, "dropped", f"{length} tokens, --max-length is {max_length}"))
-            examples.append(None)
-            continue
-        if length > max_length:
-            losses.append(Loss(row, "truncated", f"{length} tokens, --max-length is {max_length}"))
-            example = Example(row, example.input_ids[:max_length], example.is_target[:max_length])
-            if example.targets == 0:
-                losses[-1] = Loss(row, "dropped", f"no target in the first {max_length} tokens")
-                examples.append(None)
-                continue
+            notes["no end-of-turn token is rendered: a model may not learn to stop"] += 1
+        example, loss = _fit_length(example, max_length, context, overlong)
         examples.append(example)
+        losses += [loss] if loss else []
     _refuse_losses(losses, len(conversations), max_dropped)
-    notes = []
-    if without_end:
-        notes.append(
-            f"{without_end} rows end without an end-of-turn token: the chat template renders none, "
-            "so a model trained on them may not learn to stop"
-        )
-    return EncodedData(tuple(examples), tuple(losses), tuple(notes))
+    texts = tuple(f"{note} ({rows} rows)" for note, rows in notes.most_common())
+    return EncodedData(tuple(examples), tuple(losses), texts, context)
 
 
 def encode_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    context: int | None = None,
+    also_read: Collection[str] = (),
 ) -> EncodedData:
-    """Reads and encodes a data file as the options say."""
-    return encode(
-        read_rows(path, options.limit),
+    """Reads and encodes a data file as the options say, and prints the notes.
+
+    `context` is the model's, in tokens; `also_read` are keys of the rows that the caller reads.
+    """
+    conversations, unread = read_conversations(
+        path, limit=options.limit, ignore={*options.ignored_keys(), *also_read}
+    )
+    data = encode(
+        conversations,
         tokenizer,
         max_length=options.max_length,
+        context=context,
         overlong=options.overlong,
         max_dropped=options.max_dropped,
     )
+    if unread:
+        keys = ", ".join(f"{key} ({rows} rows)" for key, rows in unread.most_common())
+        data = replace(data, notes=(*data.notes, f"keys that nothing reads: {keys}"))
+    for note in data.notes:
+        error_console.print(f"note: {path}: {note}", markup=False, highlight=False, soft_wrap=True)
+    return data
 
 
 def data_summary(data: EncodedData) -> dict[str, Any]:
@@ -179,24 +201,23 @@ def data_summary(data: EncodedData) -> dict[str, Any]:
 def require_vocabulary(model: Any, data: EncodedData, name: str) -> None:
     """InputError where the data has token ids that the model has no embedding for."""
     largest = max(int(example.input_ids.max()) for example in data.kept)
-    size = model.get_input_embeddings().weight.shape[0]
-    if largest >= size:
-        raise InputError(
-            f"--model: {name} has {size} token embeddings, but the tokenizer gives id {largest}; "
-            "the model and the tokenizer do not belong together (resize the model's embeddings)"
-        )
+    require_embeddings(model, largest, name)
 
 
-def encode_conversation(
-    row: int, conversation: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    """Tokens and targets of one conversation; InputError names the row where they are unstable.
+def prompt_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that ask for the next assistant turn; special tokens come from the template."""
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
 
-    The text is tokenised as a whole if its tokens break at the borders of every assistant turn as
-    they do at inference, where the prompt stands alone; else piece by piece.
+
+def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokens and targets of a rendered row; InputError names the row where they are unstable.
+
+    The text is tokenised as a whole if its tokens break at the borders of every prompt and of its
+    targets as they do at inference, where the prompt stands alone; else piece by piece.
     """
-    text, spans = assistant_spans(row, conversation, tokenizer)
-    borders = sorted({0, len(text), *(border for span in spans for border in span)})
+    text = rendering.text
+    borders = sorted({0, len(text), *(border for target in rendering.targets for border in target)})
 
     def ids(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]  # pyright: ignore
@@ -217,8 +238,8 @@ def encode_conversation(
             )
     position = dict(zip(borders, positions, strict=True))
     is_target = np.zeros(len(tokens), dtype=bool)
-    for start, end in spans:
-        is_target[position[start] : position[end]] = True
+    for target in rendering.targets:
+        is_target[position[target.start] : position[target.end]] = True
     # The first token of a sequence has nothing before it that could predict it.
     is_target[:1] = False
     if not is_target.any():
@@ -226,155 +247,27 @@ def encode_conversation(
     return Example(row, np.array(tokens, dtype=np.int32), is_target)
 
 
-def assistant_spans(
-    row: int, conversation: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text and the character spans of its assistant turns, end-of-turn included."""
-    template = tokenizer.get_chat_template()
-    full = _render(row, conversation, tokenizer)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        render: Any = render_jinja_template
-        _, marked = render(
-            conversations=[conversation],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-        spans = [(start, end) for start, end in marked[0] if end > start]
-    else:
-        spans = [
-            _turn_span(row, conversation, turn, full, tokenizer)
-            for turn, message in enumerate(conversation)
-            if message["role"] == "assistant"
-        ]
-    ends = _end_tokens(tokenizer)
-    return full, [(start, _close_turn(full, start, end, ends)) for start, end in spans]
+def _fit_length(
+    example: Example, max_length: int, context: int | None, overlong: str
+) -> tuple[Example | None, Loss | None]:
+    """The example within both limits, None where it is dropped; and what was lost of it."""
+    length = len(example.input_ids)
+    limit, name = max_length, "--max-length"
+    if context is not None and context < max_length:
+        limit, name = context, "the model's context"
+    if length <= limit:
+        return example, None
+    reason = f"{length} tokens, {name} is {limit}"
+    if overlong == "drop":
+        return None, Loss(example.row, "dropped", reason)
+    cut = Example(example.row, example.input_ids[:limit], example.is_target[:limit])
+    if cut.targets == 0:
+        return None, Loss(example.row, "dropped", f"no target in the first {limit} tokens")
+    return cut, Loss(example.row, "truncated", reason)
 
 
-def prompt_ids(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that ask for the next assistant turn; special tokens come from the template."""
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
-
-
-def _turn_span(
-    row: int,
-    conversation: list[Message],
-    turn: int,
-    full: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[int, int]:
-    """Span of one assistant turn, by rendering what comes before it and what ends with it."""
-    before = _render(row, conversation[:turn], tokenizer, prompt=True)
-    if not full.startswith(before):
-        raise InputError(
-            f"row {row}: the chat template renders the prompt of turn {turn + 1} differently once "
-            "the reply is there, so the targets cannot be told from the prompt"
-        )
-    through = _render(row, conversation[: turn + 1], tokenizer)
-    if full.startswith(through) and len(through) > len(before):
-        return len(before), len(through)
-    # Some templates write an earlier turn otherwise than the last one (reasoning is left out).
-    content = conversation[turn]["content"].strip()
-    found = full.find(content, len(before))
-    if found < 0:
-        raise InputError(
-            f"row {row}: the chat template does not render the text of turn {turn + 1} as it "
-            "stands, so its targets cannot be found"
-        )
-    return len(before), found + len(content)
-
-
-def _close_turn(text: str, start: int, end: int, ends: Sequence[str]) -> int:
-    """The span's end moved to just behind its end-of-turn token."""
-    stripped = start + len(text[start:end].rstrip())
-    if any(text.endswith(token, start, stripped) for token in ends):
-        return stripped
-    rest = text[end:]
-    following = [token for token in ends if rest.lstrip().startswith(token)]
-    if following:
-        return end + len(rest) - len(rest.lstrip()) + max(map(len, following))
-    return end
-
-
-def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that can end a turn: all but those that begin a text or fill it up."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    tokens -= {str(tokenizer.bos_token), str(tokenizer.unk_token)}
-    return sorted(tokens | ({str(tokenizer.eos_token)} if tokenizer.eos_token else set()))
-
-
-def _render(
-    row: int, conversation: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False
-) -> str:
-    if not conversation:
-        raise InputError(f"row {row}: the conversation begins with the assistant's turn")
-    try:
-        return tokenizer.apply_chat_template(  # pyright: ignore
-            conversation, tokenize=False, add_generation_prompt=prompt
-        )
-    except Exception as error:
-        raise InputError(
-            f"row {row}: the chat template refuses the conversation ({error})"
-        ) from error
-
-
-def _conversation(row: Any, place: str) -> list[Message]:
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    if "messages" in row:
-        return _messages(row["messages"], place, "messages")
-    if "instruction" in row and "response" in row:
-        question = "\n\n".join(
-            _text(row[key], place, key) for key in ("instruction", "input") if row.get(key)
-        )
-        reply = _text(row["response"], place, "response")
-    elif "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-            prompt = _messages(row["prompt"], place, "prompt")
-            return prompt + _messages(row["completion"], place, "completion")
-        question = _text(row["prompt"], place, "prompt")
-        reply = _text(row["completion"], place, "completion")
-    else:
-        raise InputError(
-            f"{place}: expected the keys instruction and response, prompt and completion, or "
-            f"messages; got {', '.join(sorted(row)) or 'no keys'}"
-        )
-    for turn in system:
-        _text(turn["content"], place, "system")
-    return [
-        *system,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": reply},
-    ]
-
-
-def _messages(messages: Any, place: str, key: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: {key}: expected a non-empty list of messages")
-    turns = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise InputError(
-                f"{place}: {key}, message {number}: expected an object with a role out of "
-                f"{', '.join(ROLES)} and a content"
-            )
-        content = message.get("content")
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(part["text"] for part in content)
-        text = _text(content, place, f"{key}, message {number}, content")
-        turns.append({"role": message["role"], "content": text})
-    return turns
-
-
-def _text(value: Any, place: str, key: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {key}: expected a text, got {type(value).__name__}")
-    return value
+def _says_nothing(turn: Message) -> bool:
+    return not (turn["content"] or "").strip() and "tool_calls" not in turn
 
 
 def _refuse_losses(losses: Sequence[Loss], rows: int, max_dropped: float) -> None:
@@ -385,8 +278,8 @@ def _refuse_losses(losses: Sequence[Loss], rows: int, max_dropped: float) -> Non
     shown = "; ".join(f"row {loss.row} {loss.action}: {loss.reason}" for loss in losses[:3])
     raise InputError(
         f"--data: {len(losses)} of {rows} rows are lost ({shown}{', …' if len(losses) > 3 else ''})"
-        f", more than --max-dropped {max_dropped:g} allows; raise --max-length or --max-dropped, "
-        "or mend the rows"
+        f", more than --max-dropped {max_dropped:g} allows; raise --max-length (up to the "
+        "model's context) or --max-dropped, or mend the rows"
     )
 
 

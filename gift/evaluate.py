@@ -7,8 +7,7 @@ what the rule takes away.
 """
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.answers import Checker, Verdict, open_checker
 from gift.config import EvaluateConfig
-from gift.console import error_console, print_summary, print_table, progress
-from gift.files import (
-    hash_json,
-    output_folder,
-    read_json,
-    refuse_existing,
-    replacing,
-    write_json,
-)
-from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies
+from gift.console import print_summary, print_table, progress
+from gift.files import hash_json, replacing, sealed_files, write_json
+from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
 from gift.metrics import pass_at_k, standard_error, summarize
 from gift.models import (
     load_causal_lm,
@@ -34,10 +26,12 @@ from gift.models import (
     model_hash,
     pick_device,
     pick_dtype,
+    require_embeddings,
     resolve_model,
     tokenizer_hash,
     versions,
 )
+from gift.publish import Output, output_folder, warn
 from gift.questions import Question, read_questions, render_prompts
 
 __all__ = [
@@ -51,50 +45,61 @@ __all__ = [
 WARN_UNFINISHED = 0.2
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """Generates, checks and writes samples.jsonl and metrics.json; returns the metrics.
 
     Finished batches stay in OUTPUT.partial, so that a call with the same settings, model and data
-    goes on where an interrupted one stopped, and ends with the same files.
+    resumes where an interrupted one stopped, and ends with the same files. `key` is kept in the
+    folder's list, see `publish.output_folder`.
 
     Raises:
         InputError: bad options, data or model, or an existing output.
     """
-    refuse_existing(config.output, config.overwrite)
-    questions = read_questions(
-        config.data,
-        limit=config.limit,
-        question_field=config.question_field,
-        group_by=config.group_by,
-        system_prompt=config.system_prompt,
-        prompt_suffix=config.prompt_suffix,
-    )
-    with open_checker(config.check, config.answer_pattern, config.check_timeout) as checker:
-        unreadable = _count_unreadable(checker, questions, config.data)
-        folder = resolve_model(config.model)
-        tokenizer = load_tokenizer(folder)
-        texts = render_prompts(tokenizer, questions, config.data)
-        device = pick_device(config.device)
-        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-        with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
-            replies = _generate(
-                config, model, model_hash(folder), tokenizer, texts, partial / "parts"
-            )
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
+        questions = read_questions(
+            config.data,
+            limit=config.limit,
+            question_field=config.question_field,
+            group_by=config.group_by,
+            system_prompt=config.system_prompt,
+            prompt_suffix=config.prompt_suffix,
+            ignore=config.ignored_keys(),
+        )
+        with open_checker(config.check, config.answer_pattern, config.check_timeout) as checker:
+            unreadable = _count_unreadable(checker, questions, config.data)
+            folder = resolve_model(config.model)
+            tokenizer = load_tokenizer(folder)
+            texts = render_prompts(tokenizer, questions, config.data)
+            weights = model_hash(folder)
+            device = pick_device(config.device)
+            model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+            prompts: list[list[int]] = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+            ]
+            require_embeddings(model, max(max(ids, default=0) for ids in prompts), config.model)
+            limits = reply_limits(model, prompts, config.max_new_tokens)
+            short = sum(limit < config.max_new_tokens for limit in limits)
+            if short:
+                warn(
+                    f"{short} of {len(prompts)} questions leave less than --max-new-tokens "
+                    f"{config.max_new_tokens} in the model's context, the least {min(limits)} "
+                    "tokens"
+                )
+            replies = _generate(config, model, weights, tokenizer, prompts, output)
             samples = _check(config, checker, questions, texts, replies)
-            with replacing(partial / "samples.jsonl") as path:
-                _write_lines(path, samples)
-            metrics = summarize(samples, [question.group for question in questions])
-            metrics |= {
-                "unreadable_answers": unreadable,
-                "settings": config.model_dump(mode="json"),
-                "device": str(model.device),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "model_hash": model_hash(folder),
-                "data_hash": hash_json([asdict(question) for question in questions]),
-                "versions": versions(),
-            }
-            write_json(partial / "metrics.json", metrics)
-            shutil.rmtree(partial / "parts")
+        _write_lines(output.partial / "samples.jsonl", samples)
+        metrics = summarize(samples, [question.group for question in questions])
+        metrics |= {
+            "unreadable_answers": unreadable,
+            "questions_cut_by_context": short,
+            "settings": config.model_dump(mode="json"),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "model_hash": weights,
+            "data_hash": hash_json([asdict(question) for question in questions]),
+            "versions": versions(),
+        }
+        write_json(output.partial / "metrics.json", metrics)
     _print(config, metrics)
     return metrics
 
@@ -103,7 +108,7 @@ def _count_unreadable(checker: Checker, questions: Sequence[Question], data: Pat
     """Counts, and warns of, references in which math-verify finds no expression to compare."""
     unreadable = [question for question in questions if not checker.can_read(question.answer)]
     if unreadable:
-        _warn(
+        warn(
             f"math-verify cannot read {len(unreadable)} of {len(questions)} answers in {data}, "
             f"the first in line {unreadable[0].line}: {unreadable[0].answer!r}; only the same text "
             "counts as right there"
@@ -116,37 +121,37 @@ def _generate(
     model: PreTrainedModel,
     weights_hash: str,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    parts: Path,
+    prompts: Sequence[Sequence[int]],
+    output: Output,
 ) -> list[list[Reply]]:
-    """All replies [row][sample]: those kept in `parts`, and the rest, kept there batch by batch."""
-    prompts: list[list[int]] = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
-    ]
+    """All replies [row][sample]: those kept in the work folder, and the rest, kept there too."""
     # All that decides the replies. The batch size does not, so that after running out of memory
-    # one can go on with a smaller one; neither do answers and checks.
-    fingerprint = {
-        "model": weights_hash,
-        "tokenizer": tokenizer_hash(tokenizer),
-        "end tokens": list(end_token_ids(model, tokenizer)),
-        "prompts": hash_json(prompts),
-        "samples": config.samples,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "device": model.device.type,
-        "dtype": str(model.dtype),
-    }
-    _open_parts(parts, fingerprint)
-    done = _read_parts(parts)
+    # one can resume with a smaller one; neither do answers and checks.
+    output.begin(
+        {
+            "model": weights_hash,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "end tokens": list(end_token_ids(model, tokenizer)),
+            "prompts": hash_json(prompts),
+            "samples": config.samples,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+            "device": model.device.type,
+            "dtype": str(model.dtype),
+        }
+    )
+    kept = sealed_files(output.work)
+    done = _read_replies(kept.values())
+    number = 1 + max((int(Path(name).stem) for name in kept), default=-1)
     with progress("generating", len(prompts) * config.samples, done=len(done)) as bar:
 
         def keep(batch: list[FinishedReply]) -> None:
-            number = 1 + max((int(path.stem) for path in parts.glob("*.jsonl")), default=-1)
-            with replacing(parts / f"{number:06d}.jsonl") as path:
-                rows = [{"row": row, "sample": sample} | asdict(r) for row, sample, r in batch]
-                _write_lines(path, rows)
+            nonlocal number
+            rows = [{"row": row, "sample": sample} | asdict(r) for row, sample, r in batch]
+            _write_lines(output.work / f"{number:06d}.jsonl", rows, sealed=True)
+            number += 1
             bar.advance(len(batch))
 
         return generate_replies(
@@ -164,28 +169,9 @@ def _generate(
         )
 
 
-def _open_parts(parts: Path, fingerprint: dict[str, Any]) -> None:
-    """Keeps the batches of an interrupted evaluation with this fingerprint; removes all others."""
-    described = parts / "fingerprint.json"
-    if described.exists():
-        before = read_json(described)
-        differing = [name for name in fingerprint if before.get(name) != fingerprint[name]]
-        if not differing:
-            return
-        if any(parts.glob("*.jsonl")):
-            _warn(
-                f"starting anew: the unfinished evaluation in {parts.parent} differs in "
-                f"{', '.join(differing)}"
-            )
-    if parts.exists():
-        shutil.rmtree(parts)
-    parts.mkdir()
-    write_json(described, fingerprint)
-
-
-def _read_parts(parts: Path) -> dict[tuple[int, int], Reply]:
+def _read_replies(parts: Iterable[Path]) -> dict[tuple[int, int], Reply]:
     done = {}
-    for path in sorted(parts.glob("*.jsonl")):
+    for path in parts:
         for line in path.read_text(encoding="utf-8").splitlines():
             kept = json.loads(line)
             reply = Reply(tuple(kept["tokens"]), kept["text"], kept["finished"])
@@ -193,10 +179,9 @@ def _read_parts(parts: Path) -> dict[tuple[int, int], Reply]:
     return done
 
 
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]], *, sealed: bool = False) -> None:
+    with replacing(path, sealed=sealed) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _check(
@@ -236,10 +221,6 @@ def _check(
     return rows
 
 
-def _warn(message: str) -> None:
-    error_console.print(f"warning: {message}", markup=False, highlight=False)
-
-
 def _print(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
     count = metrics["samples"]
     shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if 1 < n < count] + [count] * (count > 1)
@@ -276,7 +257,7 @@ def _print(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
             ],
         )
     if metrics["unfinished"] > WARN_UNFINISHED:
-        _warn(
+        warn(
             f"{_percent(metrics['unfinished'])} of the replies did not end within "
             f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens, or "
             "the model does not use its end token"

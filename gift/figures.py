@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+INSTALL = "pip install matplotlib"
+
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""

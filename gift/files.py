@@ -1,9 +1,9 @@
-"""Files that are either whole or absent: write aside, then rename; and the hashes of inputs."""
+"""Single files: written aside, synced and renamed; hashes of content."""
 
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,69 +11,78 @@ from typing import Any
 
 from gift.errors import InputError
 
-PARTIAL_SUFFIX = ".partial"
-
-
-def partial_path(output: Path) -> Path:
-    """The folder or file in which `output` is prepared; it survives a kill so work can go on."""
-    return output.with_name(output.name + PARTIAL_SUFFIX)
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raises InputError where `output` is a file, or exists and `overwrite` is not given."""
-    if output.is_file():
-        raise InputError(f"--output: {output} is a file; choose the name of a folder")
-    if output.exists() and not overwrite:
-        raise InputError(
-            f"--output: {output} already exists; choose another folder or pass --overwrite"
-        )
+REMEMBERED_BYTES = 1 << 20
+_hashes: dict[tuple[int, ...], str] = {}
+_SEALED = re.compile(r"(?P<stem>.+)\.(?P<sha256>[0-9a-f]{64})(?P<suffix>\.\w+)")
 
 
 @contextmanager
-def output_folder(output: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
-    """Yields a partial folder that becomes `output` only when the block ends without an error.
+def replacing(path: Path, *, sealed: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that replaces `path` when the block ends without an error.
 
-    With `resume` the partial folder keeps what an interrupted call left there, and keeps it again
-    if this call fails; the caller decides what of it is still valid. Without it the partial folder
-    starts empty and is removed on failure.
+    A sealed file gets its sha256 into its name, before the suffix: see `sealed_files`.
     """
-    refuse_existing(output, overwrite)
-    partial = partial_path(output)
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
     try:
-        yield partial
-    except BaseException:
-        if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    publish(partial, output)
-
-
-def publish(partial: Path, output: Path) -> None:
-    """Renames a finished partial folder to `output`, replacing what stood there."""
-    if output.exists():
-        replaced = output.with_name(output.name + ".replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.rename(output, replaced)
-        os.rename(partial, output)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(partial, output)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            name = f"{path.stem}.{hash_file(temporary)}{path.suffix}" if sealed else path.name
+            os.replace(temporary, path.with_name(name))
+            sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sealed_files(folder: Path) -> dict[str, Path]:
+    """The sealed files of a folder whose content is what was written, by their first names."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        match = _SEALED.fullmatch(path.name)
+        if match is not None and hash_file(path) == match["sha256"]:
+            files[match["stem"] + match["suffix"]] = path
+    return files
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written aside."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Failures of the operating system in the block become OSErrors that name a file, or `path`."""
+    try:
+        yield
+    except Exception as error:
+        failure = system_failure(error, path)
+        if failure is None or failure is error:
+            raise
+        raise failure from error
+
+
+def system_failure(error: BaseException, path: Path) -> OSError | None:
+    """The operating system's failure behind an error, None where there is none.
+
+    It names `path` where it names no file. Libraries written in Rust (safetensors, tokenizers)
+    raise types of their own, with the number in the text.
+    """
+    if isinstance(error, OSError):
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        return error
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+
+
+def sync(path: Path) -> None:
+    """Puts a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -103,12 +112,28 @@ def hash_json(content: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's content."""
+    """sha256 of a file's content; a big file is read once a process while it stays as it is."""
+    known = _hashes.get(_identity(path))
+    if known is not None:
+        return known
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
+    remember_hash(path, digest.hexdigest())
     return digest.hexdigest()
+
+
+def remember_hash(path: Path, sha256: str) -> None:
+    """Saves `hash_file` from reading a big file whose content was just hashed."""
+    if path.stat().st_size >= REMEMBERED_BYTES:
+        _hashes[_identity(path)] = sha256
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Changes with a file's content, and not when the file is renamed."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def hash_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:

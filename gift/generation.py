@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.errors import InputError
+from gift.models import context_length
 
 # Taking finished sequences out of the batch copies the cache once, which costs about as much as one
 # step of the whole batch; it pays when at least this share of the batch is finished.
@@ -72,7 +73,7 @@ def generate_replies(
     """
     _check_options(samples, temperature, top_p, max_new_tokens, seed, batch_size)
     end_ids = end_token_ids(model, tokenizer)
-    limits = _reply_limits(model, prompts, max_new_tokens)
+    limits = reply_limits(model, prompts, max_new_tokens)
     replies = dict(done or {})
     # The sort is stable, so the order and with it the batches do not depend on what was done.
     pending = [
@@ -139,11 +140,11 @@ def _check_options(
         )
 
 
-def _reply_limits(
+def reply_limits(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
     """Tokens that each reply may have within `max_new_tokens` and the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     limits = []
     for row, prompt in enumerate(prompts):
         if not prompt:

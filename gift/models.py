@@ -1,8 +1,8 @@
 """Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
 
-import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import gift
-from gift.console import error_console
 from gift.errors import InputError
-from gift.files import hash_bytes, hash_file, hash_json
+from gift.files import hash_bytes, hash_file, hash_json, read_json
+from gift.publish import check_published
+from gift.shards import open_checkpoint, open_shard
 from gift_kernels import weighted_ce
 
 WEIGHT_FILES = "*.safetensors"
@@ -23,13 +24,17 @@ HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2
 
 
 def resolve_model(name: str) -> Path:
-    """A local folder as it is, or the snapshot of a hub id, downloaded if need be."""
+    """A local folder as it is, or the snapshot of a hub id, downloaded if need be.
+
+    InputError: no such model, or one whose files are not what a stage of this program wrote.
+    """
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
                 f"{folder}: no config.json, so this is not a Transformers model folder"
             )
+        check_published(folder, nested=False)
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: expected a model folder or a hub id such as org/name")
@@ -51,8 +56,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; InputError where it or its chat template is missing."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0]
+    except Exception as error:
+        # The tokenizers library raises plain Exception where tokenizer.json is damaged.
+        first_line = (str(error).splitlines() or [repr(error)])[0]
         raise InputError(f"{folder}: no tokenizer can be loaded ({first_line})") from error
     if not tokenizer.chat_template:
         raise InputError(
@@ -85,15 +91,125 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The causal language model of a folder, in evaluation mode."""
-    if not error_console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
+    """The causal language model of a folder, in evaluation mode.
+
+    InputError: see `model_structure`.
+    """
+    return _load(folder, dtype=dtype).to(device).eval()
+
+
+def model_structure(folder: Path) -> Any:
+    """The causal language model of a folder on the meta device: its modules without any values.
+
+    InputError: no whole safetensors weights, weights that lack a tensor or have one of another
+    shape, quantised weights that cannot be loaded here, an architecture unknown to Transformers.
+    """
+    return _load(folder, device_map="meta")
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    transformers.utils.logging.disable_progress_bar()  # it would run through ours
+    open_checkpoint(folder)
+    method = quantisation(read_json(folder / "config.json"))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:
+        # Transformers raises many types here: OSError, KeyError, errors of config validation.
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        if method is not None:
+            raise InputError(
+                f"{folder}: the weights are quantised with {method}, which cannot be loaded here "
+                f"({first_line}); install what it needs, or use the bf16 or float16 model"
+            ) from error
+        raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
+    model, report = loaded
+    if method is not None and getattr(model, "hf_quantizer", None) is None:
+        raise InputError(
+            f"{folder}: the weights are quantised with {method}, which Transformers "
+            f"{transformers.__version__} does not know; use the bf16 or float16 model"
+        )
+    _refuse_incomplete(folder, type(model).__name__, report)
+    return model
+
+
+def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
+    """InputError for what Transformers would fill with random values."""
+    problems = [f"lacks {key}" for key in sorted(report["missing_keys"])]
+    problems += [
+        f"has {key} of shape {list(found)}, not {list(expected)}"
+        for key, found, expected in sorted(report["mismatched_keys"])
+    ]
+    if problems:
+        unknown = sorted(report["unexpected_keys"])
+        hint = f" (renamed? it also has {listed(unknown)})" if unknown else ""
+        raise InputError(
+            f"{folder}: the checkpoint does not hold the whole {name}: it {listed(problems)}{hint};"
+            " download or save the model again"
+        )
+
+
+def missing_tensors(folder: Path) -> list[str]:
+    """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
+        )
+    except Exception:  # a merge needs names only, so it takes models that Transformers cannot run
+        return []
+    _, report = loaded
+    return sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names separated by commas, the first `most` of them."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def quantisation(config: Any) -> str | None:
+    """The quantisation method that a model's config.json names; None where it names none."""
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    for part in parts:
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            return str(method or "an unnamed method")
+    return None
+
+
+def require_embeddings(model: Any, largest_id: int, name: str) -> None:
+    """InputError where the model has no embedding for a token id."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= size:
+        raise InputError(
+            f"--model: {name} has {size} token embeddings, but the tokenizer gives id {largest_id};"
+            " the model and the tokenizer do not belong together (resize the model's embeddings)"
+        )
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model's config allows, RoPE scaling included; None where it names no limit.
+
+    `max_position_embeddings` counts before linear, dynamic and YaRN scaling and after all other.
+    """
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if length is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings", length)
+    return max(length, int(before * (rope.get("factor") or 1)))
+
+
+def folder_context(folder: Path) -> int | None:
+    """`context_length` of a model folder."""
+    try:
+        return context_length(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).splitlines()[0]
-        raise InputError(f"{folder}: the model cannot be loaded ({first_line})") from error
-    return model.to(device).eval()
+        raise InputError(f"{folder}: config.json cannot be read ({first_line})") from error
 
 
 @dataclass(frozen=True)
@@ -177,16 +293,14 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Hash of a model folder's config and weights, remembered while the files stay as they are."""
+    """Hash of a model folder's config and weights; InputError names a file that is cut short."""
     files = sorted([*folder.glob(WEIGHT_FILES), *folder.glob("config.json")])
     if len(files) < 2:
         raise InputError(f"{folder}: no {WEIGHT_FILES} weights beside config.json")
-    return hash_json({path.name: _hash_unchanged(path, path.stat().st_mtime_ns) for path in files})
-
-
-@functools.lru_cache
-def _hash_unchanged(path: Path, modified: int) -> str:
-    return hash_file(path)
+    for path in files:
+        if path.match(WEIGHT_FILES):
+            open_shard(path)
+    return hash_json({path.name: hash_file(path) for path in files})
 
 
 def versions() -> dict[str, str]:

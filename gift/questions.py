@@ -1,16 +1,26 @@
 """Questions with known answers: rows of a JSONL file, and the prompts they become."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gift.errors import InputError
+from gift.rows import (
+    Conversation,
+    Message,
+    add_system,
+    json_lines,
+    read_messages,
+    read_question,
+    read_tools,
+    refuse_surrogates,
+    refuse_unread,
+)
+from gift.targets import check_rendered, render
 
 QUESTION_FIELDS = ("instruction", "problem", "question", "prompt")
 
@@ -20,9 +30,10 @@ class Question:
     """One row: `line` counts from 1, `answer` is text also where the file has a number."""
 
     line: int
-    turns: list[dict[str, str]]
+    turns: list[Message]
     answer: str
     group: str | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_questions(
@@ -33,43 +44,29 @@ def read_questions(
     group_by: str | None = None,
     system_prompt: str | None = None,
     prompt_suffix: str | None = None,
+    ignore: Collection[str] = (),
 ) -> list[Question]:
     """Reads the rows with what the options add to each prompt; the options are EvaluateOptions'.
 
     Raises:
         InputError: names file and line of the first row that cannot be used.
     """
+    for option, text in (("system-prompt", system_prompt), ("prompt-suffix", prompt_suffix)):
+        refuse_surrogates(text, f"--{option}")
     questions = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line, text in enumerate(file, start=1):
-                if len(questions) == limit:
-                    break
-                if not text.strip():
-                    continue
-                place = f"{path}, line {line}"
-                row = _parse(text, place)
-                turns = _turns(row, question_field, place)
-                _extend(turns, system_prompt, prompt_suffix, place)
-                group = None if group_by is None else _group(row, group_by, place)
-                questions.append(Question(line, turns, _answer(row, place), group))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise InputError(f"--data: cannot read {path} ({error.strerror})") from None
+    for place, line, row in json_lines(path):
+        if len(questions) == limit:
+            break
+        row = {key: value for key, value in row.items() if key not in ignore}
+        refuse_unread(row, place)
+        turns = add_system(_turns(row, question_field, place, ignore), row, place)
+        tools = read_tools(row, place)
+        turns = _extend(turns, system_prompt, prompt_suffix, place)
+        group = None if group_by is None else _group(row, group_by, place)
+        questions.append(Question(line, turns, _answer(row, place), group, tools))
     if not questions:
         raise InputError(f"--data: {path} has no rows")
     return questions
-
-
-def _parse(text: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: expected an object with a question and an `answer`")
-    return row
 
 
 def _answer(row: dict[str, Any], place: str) -> str:
@@ -96,12 +93,20 @@ def _group(row: dict[str, Any], group_by: str, place: str) -> str:
     return str(group)
 
 
-def _turns(row: dict[str, Any], question_field: str | None, place: str) -> list[dict[str, str]]:
+def _turns(
+    row: dict[str, Any], question_field: str | None, place: str, ignore: Collection[str]
+) -> list[Message]:
     """The turns of the prompt as the row has them."""
     fields = QUESTION_FIELDS if question_field is None else (question_field,)
     found = {name: row[name] for name in fields if row.get(name) is not None}
     if not found and question_field is None and "messages" in row:
-        return _checked_messages(row["messages"], place)
+        turns = read_messages(row["messages"], place, "messages", ignore)
+        if turns[-1]["role"] != "user":
+            raise InputError(
+                f"{place}: `messages` must end with the user turn that the model is to answer, "
+                f"the last is of {turns[-1]['role']!r}"
+            )
+        return turns
     if not found:
         expected = ", ".join(f"`{name}`" for name in fields)
         more = " or `messages`" if question_field is None else ""
@@ -115,35 +120,23 @@ def _turns(row: dict[str, Any], question_field: str | None, place: str) -> list[
         )
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{place}: `{name}` must be a text that is not empty, got {question!r}")
+    if name == "instruction":
+        question = read_question(row, place)
     return [{"role": "user", "content": question}]
 
 
-def _checked_messages(messages: Any, place: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: `messages` must be a list of turns, got {messages!r}")
-    for turn in messages:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("role", "content")
-        ):
-            raise InputError(f"{place}: a turn needs the texts `role` and `content`, got {turn!r}")
-    if messages[-1]["role"] != "user":
-        raise InputError(
-            f"{place}: `messages` must end with the user turn that the model is to answer, "
-            f"the last is of {messages[-1]['role']!r}"
-        )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-
-
 def _extend(
-    turns: list[dict[str, str]], system_prompt: str | None, prompt_suffix: str | None, place: str
-) -> None:
-    """Puts the system turn before `turns` and the suffix on a line after the last of them."""
+    turns: list[Message], system_prompt: str | None, prompt_suffix: str | None, place: str
+) -> list[Message]:
+    """The turns with the system prompt before them and the suffix on a line after the last."""
     if prompt_suffix is not None:
-        turns[-1]["content"] += "\n" + prompt_suffix
-    if system_prompt is not None:
-        if turns[0]["role"] == "system":
-            raise InputError(f"{place}: has a system turn of its own; leave out --system-prompt")
-        turns.insert(0, {"role": "system", "content": system_prompt})
+        last = turns[-1]
+        turns = [*turns[:-1], {**last, "content": last["content"] + "\n" + prompt_suffix}]
+    if system_prompt is None:
+        return turns
+    if turns[0]["role"] == "system":
+        raise InputError(f"{place}: has a system turn of its own; leave out --system-prompt")
+    return [{"role": "system", "content": system_prompt}, *turns]
 
 
 def render_prompts(
@@ -152,18 +145,12 @@ def render_prompts(
     """The prompts as the tokenizer's chat template writes them, up to the header of the reply.
 
     They hold every special token the model wants: tokenise them without adding any. InputError
-    names the line of `path` whose prompt the template refuses.
+    names the line of `path` whose prompt the template refuses or leaves something out of.
     """
     texts = []
     for question in questions:
-        try:
-            text = tokenizer.apply_chat_template(
-                question.turns, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise InputError(
-                f"{path}, line {question.line}: the model's chat template refuses the prompt "
-                f"({error})"
-            ) from None
-        texts.append(str(text))
+        conversation = Conversation(question.turns, question.tools)
+        place = f"{path}, line {question.line}"
+        texts.append(render(conversation, tokenizer, place, prompt=True))
+        check_rendered(place, conversation, texts[-1], tokenizer, prompt=True)
     return texts

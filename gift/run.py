@@ -1,13 +1,12 @@
 """All stages in one folder: annotate → train → merge → evaluate.
 
-Each stage's key, a hash of its settings and of the content of its inputs, is written down before
-the stage starts, and a stage's folder appears only when it is complete: a folder with the right key
-is finished and skipped, and a killed run goes on where it was.
+A stage's folder appears only when it is complete, and its list holds the stage's key, a hash of its
+settings and of the content of its inputs (`gift.publish`): a folder with the right key is finished
+and skipped, and a killed run resumes where it stopped.
 """
 
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,12 +19,22 @@ from gift.console import print_table
 from gift.data import read_rows
 from gift.errors import InputError
 from gift.evaluate import evaluate
-from gift.files import hash_file, hash_folder, hash_json, read_json, write_json
+from gift.files import hash_file, hash_folder, hash_json, read_json
+from gift.lock import lock_path, owned
+from gift.lora_targets import find_targets
+from gift.merge.adapter import WEIGHTS_FILE
 from gift.merge.command import merge
-from gift.models import model_hash, resolve_model
+from gift.merge.methods import METHODS
+from gift.models import load_tokenizer, model_hash, model_structure, quantisation, resolve_model
+from gift.publish import (
+    check_published,
+    complete,
+    partial_path,
+    published_key,
+    replaced_path,
+)
 from gift.train import train
 
-RUN_FILE = "run.json"
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}
 
@@ -37,7 +46,7 @@ class Stage(NamedTuple):
 
     name: str
     config: Any
-    function: Callable[[Any], dict[str, Any]]
+    function: Callable[[Any, str], dict[str, Any]]
     inputs: Callable[[], list[str]]
 
     def key(self) -> str:
@@ -46,45 +55,76 @@ class Stage(NamedTuple):
         return hash_json([self.name, settings, self.inputs()])
 
 
-def run(config: RunOptions) -> dict[str, Any]:
-    """Runs the stages that are not finished yet; returns the summary of each."""
-    state_file = config.output / RUN_FILE
-    if config.output.exists() and not state_file.exists():
-        raise InputError(
-            f"--output: {config.output} exists and is not a run; choose another folder"
-        )
-    config.output.mkdir(parents=True, exist_ok=True)
-    state = read_json(state_file) if state_file.exists() else {}
-    rows = []
-    for stage in _stages(config):
-        output = stage.config.output
-        key = stage.key()
-        finished = output.exists() and state.get(stage.name, {}).get("key") == key
-        started = time.perf_counter()
-        if not finished:
-            if output.exists():
-                if not config.overwrite:
-                    raise InputError(
-                        f"--output: {output} was made with other settings or inputs; pass "
-                        "--overwrite to make it anew, or choose another folder"
-                    )
-                shutil.rmtree(output)
-            state[stage.name] = {"key": key}
-            write_json(state_file, state)
-            state[stage.name]["summary"] = stage.function(stage.config)
-            state[stage.name]["seconds"] = time.perf_counter() - started
-            write_json(state_file, state)
-        seconds = state[stage.name].get("seconds")
-        rows.append(
-            (
-                stage.name,
-                "already there" if finished else "done",
-                "" if seconds is None else f"{seconds:.1f}",
-                str(output),
-            )
-        )
+def run(config: RunOptions) -> dict[str, str]:
+    """Runs the stages that are not finished yet; returns "done" or "already there" for each.
+
+    InputError: a stage's folder was made with other settings or inputs, or is damaged, and
+    `overwrite` is not given; another run owns the output; what a stage raises.
+    """
+    for option, name in (("--base", config.base), ("--instruct", config.instruct)):
+        _check_model(config, option, name)
+    with owned(config.output):
+        stages = _stages(config)
+        _refuse_other_folder(config.output, [stage.config.output for stage in stages])
+        states, rows = {}, []
+        for stage in stages:
+            started = time.perf_counter()
+            finished = _is_finished(stage, config.overwrite)
+            output = stage.config.output
+            if not finished:
+                options = stage.config.model_copy(update={"overwrite": config.overwrite})
+                stage.function(options, stage.key())
+            states[stage.name] = "already there" if finished else "done"
+            seconds = "" if finished else f"{time.perf_counter() - started:.1f}"
+            rows.append((stage.name, states[stage.name], seconds, str(output)))
     print_table(f"Run: {config.output}", ("stage", "", "seconds", "output"), rows)
-    return {name: entry.get("summary", {}) for name, entry in state.items()}
+    return states
+
+
+def _refuse_other_folder(output: Path, folders: Sequence[Path]) -> None:
+    present = set(output.iterdir()) if output.exists() else set()
+    beside = (partial_path, replaced_path, lock_path)
+    ours = {*folders, *(path(folder) for path in beside for folder in folders)}
+    if present and not present & ours:
+        raise InputError(f"--output: {output} exists and is not a run; choose another folder")
+
+
+def _is_finished(stage: Stage, overwrite: bool) -> bool:
+    """Whether the stage's folder is there and right; InputError where only `overwrite` helps."""
+    output = stage.config.output
+    with owned(output):
+        complete(output)
+    if not output.exists():
+        return False
+    problem = "was made with other settings or inputs"
+    if published_key(output) == stage.key():
+        try:
+            check_published(output, sizes_only=True)
+            return True
+        except InputError as error:
+            problem = f"is damaged ({error})"
+    if not overwrite:
+        raise InputError(
+            f"--output: {output} {problem}; pass --overwrite to make it anew, or choose another "
+            "folder"
+        )
+    return False
+
+
+def _check_model(config: RunOptions, option: str, name: str) -> None:
+    """InputError, before any stage, for a model that a later one could not use."""
+    folder = resolve_model(name)
+    method = quantisation(read_json(folder / "config.json"))
+    if method is not None:
+        raise InputError(
+            f"{option}: {name} is quantised with {method}, and an adapter is merged into plain "
+            "weights; give the bf16 or float16 model"
+        )
+    structure = model_structure(folder)
+    if option == "--base":
+        find_targets(config, structure)
+    else:
+        load_tokenizer(folder)
 
 
 def _stages(config: RunOptions) -> list[Stage]:
@@ -94,7 +134,7 @@ def _stages(config: RunOptions) -> list[Stage]:
     )
     instruct = resolve_model(config.instruct)
     base = resolve_model(config.base)
-    data = hash_json(read_rows(config.data, config.limit))
+    data = hash_json(read_rows(config.data, config))
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
     guided = config.weighting == "guide"
     stages = []
@@ -115,7 +155,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         MergeConfig,
         config,
         model=str(instruct),
-        base=str(base) if config.method in ("re-adapt", "lore-adapt") else None,
+        base=str(base) if METHODS[config.method].needs_base else None,
         adapter=[str(adapter)],
         dtype="keep",
         output=merged,
@@ -129,14 +169,19 @@ def _stages(config: RunOptions) -> list[Stage]:
                 model_hash(base),
                 tokenizer,
                 data,
-                hash_file(confidence / CONFIDENCE_FILE) if guided else "",
+                _hash_of(confidence, CONFIDENCE_FILE) if guided else "",
             ],
         ),
         Stage(
             "merge",
             merge_options,
             merge,
-            lambda: [model_hash(instruct), tokenizer, model_hash(base), _adapter_hash(adapter)],
+            lambda: [
+                model_hash(instruct),
+                tokenizer,
+                model_hash(base),
+                _hash_of(adapter, WEIGHTS_FILE),
+            ],
         ),
     ]
     if config.eval_data is not None:
@@ -153,8 +198,10 @@ def _stages(config: RunOptions) -> list[Stage]:
     return stages
 
 
-def _adapter_hash(adapter: Path) -> str:
-    return hash_file(adapter / "adapter_model.safetensors")
+def _hash_of(folder: Path, name: str) -> str:
+    """sha256 of a file that a stage of this run published."""
+    check_published(folder)
+    return hash_file(folder / name)
 
 
 def _pick(kind: type[Config], config: RunOptions, prefix: str = "", **given: Any) -> Config:

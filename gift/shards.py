@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import InputError
-from gift.files import hash_bytes, hash_json, read_json
+from gift.files import hash_bytes, hash_json, read_json, remember_hash
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -182,6 +182,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise InputError(f"{index_path}: has no weight_map; save the model again")
     weight_map: dict[str, str] = index["weight_map"]
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(
+            f"{index_path}: weight_map holds what is no file name; save the model again"
+        )
     shards = tuple(open_shard(folder / name) for name in sorted(set(weight_map.values())))
     entries = {(shard.path.name, entry.name): entry for shard in shards for entry in shard.entries}
     missing = sorted(name for name, file in weight_map.items() if (file, name) not in entries)
@@ -342,18 +346,25 @@ class ShardWriter:
 
 
 def hash_tensors(path: Path) -> dict[str, str]:
-    """sha256 of every tensor in a file, read anew."""
+    """sha256 of every tensor in a file, read anew; the whole file's is remembered."""
     hashes = {}
     buffer = memoryview(bytearray(READ_BYTES))
+    shard = open_shard(path)
+    whole, contiguous = hashlib.sha256(), True
     with path.open("rb", buffering=0) as file:
-        for entry in open_shard(path).data_order:
+        whole.update(file.read(min((e.begin for e in shard.entries), default=0)))
+        for entry in shard.data_order:
             digest, left = hashlib.sha256(), entry.size
+            contiguous &= file.tell() == entry.begin
             file.seek(entry.begin)
             while left:
                 count = file.readinto(buffer[: min(left, READ_BYTES)])
                 digest.update(buffer[:count])
+                whole.update(buffer[:count])
                 left -= count
             hashes[entry.name] = digest.hexdigest()
+    if contiguous:
+        remember_hash(path, whole.hexdigest())
     return hashes
 
 

@@ -10,39 +10,37 @@ tokens or the weights of the whole global batch: any split of it gives the same 
 Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
 """
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from transformers import get_scheduler
 
-from gift import checkpoint, figures, ranks
+from gift import figures, ranks
 from gift.batches import pad_batch, target_ids
+from gift.checkpoint import TrainingState
 from gift.confidence_store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
 from gift.config import TrainConfig
-from gift.console import print_summary, progress
+from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
-from gift.files import (
-    hash_file,
-    hash_json,
-    output_folder,
-    partial_path,
-    refuse_existing,
-    write_json,
-)
+from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.lora_targets import find_targets, lora_config
 from gift.models import (
     check_head,
+    folder_context,
     last_hidden_state,
     lm_head,
     load_causal_lm,
     load_tokenizer,
     model_hash,
+    model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
@@ -50,7 +48,8 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.weighting import WeightedRow, own_weight_options, token_weight, weighted_rows
+from gift.publish import WORK_FOLDER, output_folder, partial_path
+from gift.weighting import WeightedRow, token_weight, weight_transform, weighted_rows
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
@@ -61,69 +60,77 @@ BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
 SUMS = ("loss", "nll", "weight", "tokens", "hits")
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains and writes the PEFT adapter; returns the summary."""
-    refuse_existing(config.output, config.overwrite)
-    store, tokenizer = _store_and_tokenizer(config)
-    data = encode_file(config.data, tokenizer, config)
-    if store is not None:
-        require_same_rows(store, data, tokenizer)
-    rows = weighted_rows(config, data, store)
-    with ranks.process_group() as group:
-        fingerprint = hash_json([train_fingerprint(config), group.size])
+def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
+    """Trains and writes the PEFT adapter; returns the summary.
+
+    `key` is kept in the folder's list, see `publish.output_folder`.
+    """
+    with ranks.process_group() as group, _work_folder(config, group, key) as begin:
+        targets = find_targets(config, model_structure(resolve_model(config.model)))
+        store, tokenizer = _store_and_tokenizer(config)
+        context = folder_context(resolve_model(config.model))
+        if store is not None:
+            context = store.shorter_context(context)
+        data = encode_file(config.data, tokenizer, config, context)
+        if store is not None:
+            require_same_rows(store, data, tokenizer)
+        rows = weighted_rows(config, data, store)
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
+        made_from = {
+            **_made_from(config, tokenizer, store),
+            "ranks": group.size,
+            "device": device.type,
+            "dtype": str(dtype),
+        }
         model = _adapted_model(config, data, dtype, device)
-        with _output(config, group) as partial:
-            history, signal = _fit(config, model, rows, group, partial, fingerprint)
-            summary = {**data_summary(data), **_run_summary(history)}
-            if store is not None:
-                summary |= {
-                    f"signal from {name}": share
-                    for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
-                }
-            if group.is_main:
-                _write_adapter(config, model, tokenizer, partial, summary, fingerprint, store)
+        partial = begin(made_from)
+        group.barrier()
+        history, signal = _fit(config, model, rows, group, partial)
+        summary = {**data_summary(data), **_run_summary(history)}
+        if store is not None:
+            summary |= {
+                f"signal from {name}": share
+                for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
+            }
         if group.is_main:
-            print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
+            manifest = _manifest(config, tokenizer, summary, hash_json(made_from), store)
+            _write_adapter(model, tokenizer, partial, history, manifest)
+    if group.is_main:
+        if targets.left:
+            note = f"Note: no LoRA pair for {', '.join(targets.left)}"
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
     return summary
 
 
 @contextmanager
-def _output(config: TrainConfig, group: ranks.Group) -> Iterator[Path]:
-    """The partial folder; the main rank opens and publishes it."""
+def _work_folder(
+    config: TrainConfig, group: ranks.Group, key: str
+) -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """Yields what makes the partial folder; the main rank owns, makes and publishes it for all."""
     if not group.is_main:
-        group.barrier()
-        yield partial_path(config.output)
+        yield lambda _: partial_path(config.output)
         return
-    with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
-        group.barrier()
-        yield partial
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
+        yield output.begin
 
 
-def train_fingerprint(config: TrainConfig) -> str:
-    """Hash of all that decides the adapter: model, tokenizer, data, confidences and settings."""
-    folder = resolve_model(config.model)
-    store, tokenizer = _store_and_tokenizer(config)
-    skipped = {
-        "output",
-        "overwrite",
-        "checkpoint_steps",
-        "model",
-        "data",
-        "confidence",
-        "tokenizer",
+def _made_from(
+    config: TrainConfig, tokenizer: Any, store: ConfidenceStore | None
+) -> dict[str, Any]:
+    """All that decides the adapter: settings, model, tokenizer, data and confidences."""
+    inputs = {"model", "data", "confidence", "tokenizer"}
+    return {
+        **config.model_dump(
+            mode="json", exclude={"output", "overwrite", "checkpoint_steps"} | inputs
+        ),
+        "model": model_hash(resolve_model(config.model)),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": template_hash(tokenizer),
+        "data": hash_json(read_rows(config.data, config)),
+        "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
     }
-    return hash_json(
-        {
-            "settings": config.model_dump(mode="json", exclude=skipped),
-            "model": model_hash(folder),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "template": template_hash(tokenizer),
-            "data": hash_json(read_rows(config.data, config.limit)),
-            "confidence": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
-        }
-    )
 
 
 def _fit(
@@ -132,7 +139,6 @@ def _fit(
     rows: Sequence[WeightedRow],
     group: ranks.Group,
     partial: Path,
-    fingerprint: str,
 ) -> tuple[list[dict[str, float]], Tensor]:
     """The training loop; returns the metrics of every step and the learning signal per band."""
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
@@ -142,8 +148,8 @@ def _fit(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
-    state = checkpoint.TrainingState(model, optimizer, scheduler, group)
-    first_step, history, signal = state.load(partial, fingerprint)
+    state = TrainingState(model, optimizer, scheduler, group)
+    first_step, history, signal = state.load(partial / WORK_FOLDER)
     if first_step == 0:
         # Every rank draws its own dropout masks.
         torch.manual_seed(config.seed + 1 + group.rank)
@@ -188,7 +194,9 @@ def _fit(
             bar.advance()
             bar.note(f"loss {history[-1]['loss']:.4f}")
             if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
-                state.save(partial, fingerprint, step + 1, history, signal)
+                state.save(partial / WORK_FOLDER, step + 1, history, signal)
+                if group.is_main:
+                    _write_metrics(partial, history)
     return history, signal
 
 
@@ -215,14 +223,16 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
             target_ids(examples, device),
             token_weight(config, micro, device),
             reduction="sum",
-            return_stats=True,
-            **own_weight_options(config),
+            stats=("nll", "top1", "weight"),
+            # Annotated weights have been transformed before training.
+            transform=weight_transform(config) if config.weighting == "self" else None,
             **head.options(),
         )
         if not bool(torch.isfinite(loss)):
             bad_rows += [example.row for example in examples]
             continue
         loss.backward()
+        assert stats.nll is not None and stats.weight is not None and stats.top1 is not None
         signal = (stats.weight * stats.nll).double()
         kept = torch.stack(
             [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]
@@ -282,73 +292,65 @@ def _adapted_model(
     require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    targets = config.lora_targets
     torch.manual_seed(config.seed)
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
-                lora_dropout=config.lora_dropout,
-                target_modules=_linear_layers(model)
-                if targets == "all-linear"
-                else targets.split(","),
-                use_rslora=config.rslora,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
     except ValueError as error:
         raise InputError(f"--lora-targets: {error}") from error
-    adapted.peft_config["default"].base_model_name_or_path = config.model
+    lora: Any = adapted.peft_config["default"]
+    lora.base_model_name_or_path = config.model
+    # PEFT holds the names as a set, and writes them in an order that differs from run to run.
+    lora.target_modules = sorted(lora.target_modules)
     checkpointing = config.gradient_checkpointing
     if checkpointing if checkpointing is not None else device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
 
 
-def _linear_layers(model: Any) -> list[str]:
-    """Names, within their block, of all linear layers below the head."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.get_decoder().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-    )
-
-
-def _write_adapter(
+def _manifest(
     config: TrainConfig,
-    model: Any,
     tokenizer: Any,
-    partial: Path,
     summary: dict[str, Any],
     fingerprint: str,
     store: ConfidenceStore | None,
+) -> dict[str, Any]:
+    return {
+        "kind": "gift adapter",
+        "fingerprint": fingerprint,
+        "base_model": config.model,
+        "base_model_hash": model_hash(resolve_model(config.model)),
+        "guide_model": store.manifest["model"] if store else None,
+        "guide_model_hash": store.manifest.get("model_hash") if store else None,
+        "data_hash": hash_file(config.data),
+        "confidence_hash": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "template_hash": template_hash(tokenizer),
+        "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
+        "summary": summary,
+        "versions": versions(),
+    }
+
+
+def _write_adapter(
+    model: Any,
+    tokenizer: Any,
+    partial: Path,
+    history: Sequence[dict[str, float]],
+    manifest: dict[str, Any],
 ) -> None:
-    model.save_pretrained(partial, save_embedding_layers=False)
-    tokenizer.save_pretrained(partial)
-    write_json(
-        partial / MANIFEST_FILE,
-        {
-            "kind": "gift adapter",
-            "fingerprint": fingerprint,
-            "base_model": config.model,
-            "base_model_hash": model_hash(resolve_model(config.model)),
-            "guide_model": store.manifest["model"] if store else None,
-            "guide_model_hash": store.manifest.get("model_hash") if store else None,
-            "data_hash": hash_file(config.data),
-            "confidence_hash": hash_file(store.folder / CONFIDENCE_FILE) if store else None,
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "template_hash": template_hash(tokenizer),
-            "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
-            "summary": summary,
-            "versions": versions(),
-        },
-    )
+    with naming(partial / "adapter_model.safetensors"):
+        model.save_pretrained(partial, save_embedding_layers=False)
+    with naming(partial / "tokenizer.json"):
+        tokenizer.save_pretrained(partial)
+    write_json(partial / MANIFEST_FILE, manifest)
+    _write_metrics(partial, history)
     figures.plot_training(partial / METRICS_FILE, partial / "loss.png")
-    checkpoint.remove(partial)
+
+
+def _write_metrics(partial: Path, history: Sequence[dict[str, float]]) -> None:
+    """The metrics of all steps; before the end a copy of what the checkpoint holds, to look at."""
+    with replacing(partial / METRICS_FILE) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:

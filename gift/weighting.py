@@ -16,6 +16,7 @@ from gift.confidence_store import ConfidenceStore
 from gift.config import TrainOptions
 from gift.data import EncodedData, Example
 from gift.errors import InputError
+from gift_kernels import WeightTransform
 from gift_kernels.reference import transform_weight
 
 
@@ -40,12 +41,7 @@ def weighted_rows(
         weight = None
         if config.weighting == "guide":
             assert confidence is not None
-            weight = transform_weight(
-                confidence,
-                config.confidence_power,
-                config.confidence_floor,
-                config.confidence_threshold,
-            )
+            weight = transform_weight(confidence, weight_transform(config))
         elif config.end_weight is not None:
             weight = torch.ones(example.targets)
         if config.end_weight is not None:
@@ -71,12 +67,10 @@ def token_weight(
     return torch.cat(weights).to(device) if weights else None
 
 
-def own_weight_options(config: TrainOptions) -> dict[str, float]:
-    """Annotated weights are transformed once, before training; own ones in the loss."""
-    if config.weighting != "self":
-        return {}
-    return {
-        "weight_power": config.confidence_power,
-        "weight_floor": config.confidence_floor,
-        "weight_threshold": config.confidence_threshold,
-    }
+def weight_transform(config: TrainOptions) -> WeightTransform:
+    """What the options make of a confidence."""
+    return WeightTransform(
+        power=config.confidence_power,
+        floor=config.confidence_floor,
+        threshold=config.confidence_threshold,
+    )

@@ -1,7 +1,7 @@
 """Specification of every operation: the obvious formulas in plain PyTorch, logits held in full.
 
     z = softcap(s · (H Wᵀ + b))            softcap(x) = c · tanh(x / c), identity when c is None
-    lse_i = log Σ_v exp z_iv               nll_i = lse_i − z_i,y_i          q_i = exp(−nll_i)
+    m_i = max_v z_iv     nll_i = log Σ_v exp(z_iv − m_i) − (z_i,y_i − m_i)     q_i = exp(−nll_i)
     loss = Σ_i w_i · nll_i / normalizer
 
 Letters: N tokens, D hidden, V vocabulary, R LoRA rank, K in, M out. Every function computes in the
@@ -11,28 +11,12 @@ Source of the weighted loss: GIFT, ACL 2026 (arXiv 2605.01256); of `token_weight
 (arXiv 2508.05629); of the merge: LoRA (arXiv 2106.09685).
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["none", "sum", "mean", "weighted_mean"]
-
-
-class TokenStats(NamedTuple):
-    """Per-token statistics, float32 [*B] (`top1` is bool), without gradient; 0 on ignored rows.
-
-    `nll` is −log softmax of the target (natural log), `confidence` exp(−nll), `lse` the
-    log-sum-exp of the logits, `entropy` the entropy of the softmax in nats, `top1` whether no
-    logit is larger than the target's, `weight` the factor the loss gave to the row.
-    """
-
-    nll: Tensor
-    confidence: Tensor
-    lse: Tensor
-    entropy: Tensor
-    top1: Tensor
-    weight: Tensor
+from gift_kernels.linear_ce.types import Guide, Reduction, TokenStats, WeightTransform
 
 
 def head_logits(
@@ -52,25 +36,46 @@ def head_logits(
     return logits
 
 
-def token_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> TokenStats:
-    """Statistics of logits [*B, V] for targets [*B]; differentiable in the logits."""
+def token_stats(
+    logits: Tensor, target: Tensor, ignore_index: int = -100, temperature: float = 1.0
+) -> TokenStats:
+    """Statistics of logits [*B, V] / temperature for targets [*B]; differentiable in the logits.
+
+    Everything is relative to the row's largest logit m, so that an offset of all logits is lost
+    before anything is rounded; the target's own term stays out of the sum. With r = Σ_{v≠y} exp(z_v
+    − m), nll is log1p(r) where the target is the largest, else log(r + exp(z_y − m)) − (z_y − m).
+    """
     kept = target != ignore_index
-    safe_target = torch.where(kept, target, 0)
-    lse = torch.logsumexp(logits, dim=-1)
+    column = torch.where(kept, target, 0).unsqueeze(-1)
+    target_logit = logits.gather(-1, column)
+    largest = logits.amax(-1, keepdim=True)
     # A logit of +inf leaves the softmax undefined; a confidence of 0 would hide it.
-    lse = torch.where(lse == torch.inf, torch.nan, lse)
-    target_logit = logits.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
-    nll = lse - target_logit
-    probability = torch.exp(logits - lse.unsqueeze(-1))
-    entropy = lse - torch.where(probability > 0, probability * logits, 0).sum(-1)
-    top1 = target_logit >= logits.amax(-1)
+    largest = torch.where(largest == torch.inf, torch.nan, largest)
+    top1 = target_logit >= largest
+    # Where the target is the largest, r depends on it through m; elsewhere m cancels.
+    m = torch.where(top1, target_logit, largest.detach())
+    shifted = (logits - m) / temperature
+    gap = shifted.gather(-1, column)
+    others = torch.exp(shifted.scatter(-1, column, -torch.inf))
+    rest = others.sum(-1, keepdim=True)
+    log_total = torch.where(top1, torch.log1p(rest), torch.log(rest + torch.exp(gap)))
+    nll = (log_total - gap).squeeze(-1)
+    lse = (log_total + m / temperature).squeeze(-1)
+    total = rest + torch.exp(gap)
+    moment = torch.where(others > 0, others * shifted, 0).sum(-1, keepdim=True)
+    moment = moment + torch.where(gap > -torch.inf, torch.exp(gap) * gap, 0)
+    # The largest terms are 1: counted apart from what is small beside them.
+    ones = (others == 1).sum(-1, keepdim=True)
+    small = torch.where(others == 1, 0, others).sum(-1, keepdim=True)
+    excess = torch.where(top1, small + ones, small + torch.exp(gap) + (ones - 1))
+    entropy = (torch.log1p(excess) - moment / total).squeeze(-1)
     zero = torch.zeros_like(nll)
     return TokenStats(
         nll=torch.where(kept, nll, zero),
         confidence=torch.where(kept, torch.exp(-nll), zero),
         lse=torch.where(kept, lse, zero),
         entropy=torch.where(kept, entropy, zero),
-        top1=kept & top1,
+        top1=kept & top1.squeeze(-1),
         weight=kept.to(nll.dtype),
     )
 
@@ -86,17 +91,22 @@ def token_confidence(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> TokenStats:
-    """Statistics of softmax(z / temperature); see `gift_kernels.linear_ce.token_confidence`."""
+    """Statistics of softmax(z / temperature); see `gift_kernels.linear_ce.api`."""
     logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-    return token_stats(logits / temperature, target, ignore_index)
+    return token_stats(logits, target, ignore_index, temperature)
 
 
-def transform_weight(weight: Tensor, power: float, floor: float, threshold: float) -> Tensor:
-    """max(w, floor) ** power, and 0 where w < threshold."""
-    transformed = weight.clamp(min=floor) if floor > 0 else weight
-    if power != 1.0:
-        transformed = transformed**power
-    return torch.where(weight < threshold, 0, transformed) if threshold > 0 else transformed
+def transform_weight(weight: Tensor, transform: WeightTransform | None) -> Tensor:
+    """max(w, floor) ** power, and 0 where w < threshold; the weights as they are without one.
+
+    No gradient where w <= floor or w < threshold.
+    """
+    if transform is None:
+        return weight
+    # Chosen before the power: where w is 0, that of a square root would be infinite, and 0 · ∞ NaN.
+    fixed = (weight <= transform.floor) | (weight < transform.threshold)
+    transformed = torch.where(fixed, transform.floor, weight) ** transform.power
+    return torch.where(weight < transform.threshold, 0, transformed)
 
 
 def reduce_loss(
@@ -141,50 +151,44 @@ def weighted_ce(
     target: Tensor,
     token_weight: Tensor | Literal["self"] | None = None,
     *,
+    guide: Guide | None = None,
+    transform: WeightTransform | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    guide_hidden: Tensor | None = None,
-    guide_lm_head_weight: Tensor | None = None,
-    guide_bias: Tensor | None = None,
-    guide_logit_scale: float = 1.0,
-    guide_logit_softcap: float | None = None,
-    guide_temperature: float = 1.0,
-    weight_power: float = 1.0,
-    weight_floor: float = 0.0,
-    weight_threshold: float = 0.0,
     reduction: Reduction = "mean",
     normalizer: Tensor | float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, TokenStats]:
-    """Loss and statistics; see `gift_kernels.linear_ce.api`."""
+    """Loss and all statistics; see `gift_kernels.linear_ce.api`."""
     kept = target != ignore_index
-    stats = token_stats(
-        head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap), target, ignore_index
-    )
-    if guide_hidden is not None:
-        assert guide_lm_head_weight is not None
-        weight = token_confidence(
-            guide_hidden,
-            guide_lm_head_weight,
+    logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    stats = token_stats(logits, target, ignore_index)
+    nll, confidence = stats.nll, stats.confidence
+    assert nll is not None and confidence is not None
+    if guide is not None:
+        guide_stats = token_confidence(
+            guide.hidden,
+            guide.lm_head_weight,
             target,
-            bias=guide_bias,
-            logit_scale=guide_logit_scale,
-            logit_softcap=guide_logit_softcap,
-            temperature=guide_temperature,
+            bias=guide.bias,
+            logit_scale=guide.logit_scale,
+            logit_softcap=guide.logit_softcap,
+            temperature=guide.temperature,
             ignore_index=ignore_index,
-        ).confidence.detach()
+        )
+        assert guide_stats.confidence is not None
+        weight = guide_stats.confidence.detach()
     elif isinstance(token_weight, str):
-        weight = stats.confidence.detach()
+        weight = confidence.detach()
     elif token_weight is not None:
-        weight = token_weight.to(stats.nll.dtype)
+        weight = token_weight.to(nll.dtype)
     else:
-        weight = torch.ones_like(stats.nll)
-    weight = transform_weight(weight, weight_power, weight_floor, weight_threshold)
-    weight = torch.where(kept, weight, 0)
-    loss = reduce_loss(stats.nll, weight, kept, reduction, normalizer)
-    detached = TokenStats(*(value.detach() for value in stats))
-    return loss, detached._replace(weight=weight.detach())
+        weight = torch.ones_like(nll)
+    weight = torch.where(kept, transform_weight(weight, transform), 0)
+    loss = reduce_loss(nll, weight, kept, reduction, normalizer)
+    stats = TokenStats(*(value.detach() for value in stats if value is not None))
+    return loss, stats._replace(weight=weight.detach())
 
 
 def lora_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
 from gift.annotate import annotate, import_scores
@@ -17,8 +17,8 @@ from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.files import partial_path
-from gift.models import check_head, lm_head, load_tokenizer
+from gift.models import check_head, context_length, lm_head, load_tokenizer
+from gift.publish import partial_path
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_authors_scores_become_a_store(folder, tmp_path):
     for conversation, example in zip(conversations, examples, strict=True):
         scores = [round(math.exp(-number / 7), 6) for number in range(example.targets - 1)]
         values.append([*scores, 0.25])
-        question, reply = (turn["content"] for turn in conversation)
+        question, reply = (turn["content"] for turn in conversation.turns)
         pairs = [[score, score] for score in scores]
         rows.append({"instruction": question, "response": reply, "scores": pairs})
     path = tmp_path / "scores.jsonl"
@@ -221,7 +221,63 @@ def test_damaged_stores_are_named(folder, tmp_path):
     annotate(config(folder, tmp_path / "store"))
     tensors = (tmp_path / "store/confidence.safetensors").read_bytes()
     (tmp_path / "store/confidence.safetensors").write_bytes(tensors[:50])
-    with pytest.raises(InputError, match="damaged store"):
+    with pytest.raises(InputError, match="confidence.safetensors: has 50 bytes, .* were written"):
         load_store(tmp_path / "store")
     with pytest.raises(InputError, match="is no confidence store"):
         load_store(tmp_path)
+
+
+def test_rows_are_shown_with_their_targets_and_nothing_is_written(folder, tmp_path, capsys):
+    tiny.make_model(tmp_path / "guide", "qwen2")
+    (tmp_path / "guide/model.safetensors").unlink()
+    annotate(config(folder, tmp_path / "store", model=str(tmp_path / "guide"), show_rows=2))
+    shown = capsys.readouterr().out
+    assert "[[The answer is 0.<|im_end|>]]" in shown and "row 1: " in shown
+    assert "row 2: " not in shown and "\x1b" not in shown
+    example = encode_rows(folder)[0]
+    assert f"row 0: {len(example.input_ids)} tokens, {example.targets} targets" in shown
+    assert not (tmp_path / "store").exists() and not partial_path(tmp_path / "store").exists()
+
+
+def test_rows_beyond_the_guides_context_are_counted(folder, tmp_path):
+    tiny.make_model(tmp_path / "guide", "qwen2", max_position_embeddings=45)
+    options = {"model": str(tmp_path / "guide"), "max_dropped": 1.0}
+    summary = annotate(config(folder, tmp_path / "store", **options))
+    lost = load_store(tmp_path / "store").manifest["data"]["lost"]
+    assert 0 < summary["rows_dropped"] == len(lost) < 12
+    assert all("the model's context is 45" in loss["reason"] for loss in lost)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 512),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 256,
+                }
+            },
+            1024,
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            512,
+        ),
+    ],
+    ids=["plain", "linear", "yarn", "llama3"],
+)
+def test_a_models_context_counts_its_rope_scaling(options, expected):
+    assert context_length(LlamaConfig(max_position_embeddings=512, **options)) == expected
+    assert context_length(GPT2Config(n_positions=96)) == 96

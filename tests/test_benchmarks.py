@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     end_to_end,
+    figures,
     goals,
     gpu_suite,
     measure,
@@ -30,7 +31,8 @@ from benchmarks.architectures import SIZES, growth
 from benchmarks.cases import CECase, toy_cases
 from benchmarks.data import make_inputs
 from benchmarks.measure import add_ratios, check, gate_truth, measure_case, time_columns
-from benchmarks.providers import needs_triton, own_providers, providers_of
+from benchmarks.provider import needs_triton
+from benchmarks.providers import own_providers, providers_of
 from benchmarks.turns import LOST, Call, Contender, Settings
 
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
@@ -116,7 +118,7 @@ def test_results_are_written_and_compared(tmp_path: Path) -> None:
     with (tmp_path / "a" / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(written["rows"])
     assert {"torch", "commit", "date", "device"} <= written["environment"].keys()
-    for name in ("time", "memory", "ratios"):
+    for name in ("time", "memory", "cases"):
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for row in written["rows"]:
         for name in row.keys() & {"time_ms", "p20_ms", "p80_ms"}:
@@ -176,7 +178,7 @@ def test_figures_need_matplotlib_and_nothing_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.plot(tmp_path, [])
+    figures.plot(tmp_path, [])
     assert capsys.readouterr().out == "figures not made: matplotlib is not installed\n"
 
 
@@ -238,12 +240,21 @@ def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
 def test_goals_are_judged_for_every_head_they_name() -> None:
     case = CECase("llama-3.1-8b", 8192)
     row = {**case.describe(), "provider": "gift triton", "status": "ok", "data": "peaked"}
-    judged = goals.judge([{**row, "ratio_floor": 1.05, "ratio_best_peer": 1.2, "peak_mb": 200.0}])
+    measured = {"ratio_floor": 1.05, "ratio_best_peer": 1.2, "peak_mb": 200.0}
+    others = [
+        {**row, "provider": "gift eager", "time_ms": 13.0},
+        {**row, "provider": "full logits", "time_ms": 10.0},
+    ]
+    judged = goals.judge([{**row, **measured}, *others])
     verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
-    assert verdicts["frozen head, × one bare product", "llama-3.1-8b, peaked"] == "yes"
-    assert verdicts["frozen head, × the fastest peer", "llama-3.1-8b, peaked"] == "no"
-    assert verdicts["frozen head, × one bare product", "gemma-2-9b"] == "not measured"
-    assert verdicts["merge, × a copy", "llama-3.1-8b up"] == "not measured"
+    assert verdicts["frozen head, × floor", "llama-3.1-8b, peaked"] == "yes"
+    assert verdicts["frozen head, 8192 tokens, × the fastest other", "llama-3.1-8b, peaked"] == "no"
+    assert verdicts["frozen head, × floor", "gemma-2-9b"] == "not measured"
+    assert verdicts["eager, × full logits", "llama-3.1-8b, peaked"] == "no"
+    assert (
+        verdicts["merge, bfloat16 factors, rank to 64, × a copy", "llama-3.1-8b up"]
+        == "not measured"
+    )
 
 
 def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:

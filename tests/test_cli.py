@@ -12,6 +12,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+import gift as gift_package
 from gift import cli
 from gift.config import TrainConfig
 from gift.config.recipe import build_config
@@ -61,6 +62,19 @@ def test_help_explains_the_stage_and_every_option(command):
         flag = f"--{name.replace('_', '-')}"
         assert flag in result.output or f" {name.upper()} " in result.output, name
         assert field.description, f"{command} --{name} has no description"
+
+
+def test_help_gives_every_command_one_line():
+    result = CliRunner().invoke(cli.app, ["--help"], terminal_width=80)
+    lines = result.output.splitlines()
+    listed = lines[lines.index("Commands:") + 1 :]
+    assert [line.split()[0] for line in listed if line] == list(COMMANDS)
+    assert all(len(line) <= 80 and line.endswith(".") for line in listed if line)
+
+
+def test_the_version_is_the_packages():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"gift {gift_package.__version__}\n")
 
 
 def test_help_does_not_wait_for_torch():

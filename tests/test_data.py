@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from gift.data import encode, encode_conversation, prompt_ids, read_rows
+from gift.data import Example, encode, prompt_ids, read_rows
 from gift.errors import InputError
+from gift.rows import Conversation
 
 LLAMA_STYLE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
@@ -37,10 +38,14 @@ TWO_TURNS = [
 ]
 
 
+def encode_one(conversation, tokenizer, tools=None) -> Example:
+    return encode([Conversation(conversation, tools)], tokenizer, max_length=4096).kept[0]
+
+
 def target_texts(template: str, conversation: list[dict[str, str]], **options: bool) -> list[str]:
     """The decoded target runs of a conversation."""
     tokenizer = tiny.make_tokenizer(template, **options)
-    example = encode_conversation(0, conversation, tokenizer)
+    example = encode_one(conversation, tokenizer)
     runs, current = [], []
     for token, is_target in zip(example.input_ids, example.is_target, strict=True):
         if is_target:
@@ -59,7 +64,7 @@ def target_texts(template: str, conversation: list[dict[str, str]], **options: b
         (GENERATION_BLOCKS, ["Five.<|im_end|>", "Thirteen, of course.<|im_end|>"]),
         (
             REASONING_IN_LAST,
-            ["Five.<|im_end|>", "<think>\n\n</think>\n\nThirteen, of course.<|im_end|>"],
+            ["Five.<|im_end|>", "Thirteen, of course.<|im_end|>"],
         ),
     ],
     ids=["chatml", "generation-blocks", "reasoning-in-last"],
@@ -83,7 +88,7 @@ def test_prompt_tokens_in_training_are_those_of_inference():
         {"role": "user", "content": "Hello?"},
         {"role": "assistant", "content": "\nThe answer"},
     ]
-    example = encode_conversation(0, conversation, tokenizer)
+    example = encode_one(conversation, tokenizer)
     asked = prompt_ids(conversation[:1], tokenizer)
     assert example.input_ids[: len(asked)].tolist() == asked
     assert not example.is_target[: len(asked)].any()
@@ -95,7 +100,7 @@ def test_first_token_is_never_a_target():
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
         "{% endif %}{% endfor %}"
     )
-    example = encode_conversation(0, TWO_TURNS[1:3], tokenizer)
+    example = encode_one([{"role": "user", "content": ""}, TWO_TURNS[2]], tokenizer)
     assert not example.is_target[0] and example.is_target[1:].all()
 
 
@@ -105,20 +110,20 @@ def test_template_that_hides_the_reply_is_an_error():
         "{% endfor %}"
     )
     with pytest.raises(InputError, match=r"row 0: .* turn 2"):
-        encode([TWO_TURNS[1:3]], tokenizer, max_length=64)
+        encode([Conversation(TWO_TURNS[1:3])], tokenizer, max_length=64)
 
 
 def test_template_that_rewrites_the_prompt_is_an_error():
     tokenizer = tiny.make_tokenizer(
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="row 3: .* differently once the reply is there"):
-        encode_conversation(3, TWO_TURNS[1:3], tokenizer)
+    with pytest.raises(InputError, match="row 0: .* differently once the reply is there"):
+        encode_one(TWO_TURNS[1:3], tokenizer)
 
 
 def test_template_without_end_of_turn_is_noted():
-    data = encode([TWO_TURNS[1:3]], tiny.make_tokenizer(NO_END), max_length=64)
-    assert "may not learn to stop" in data.notes[0]
+    data = encode([Conversation(TWO_TURNS[1:3])], tiny.make_tokenizer(NO_END), max_length=64)
+    assert any("may not learn to stop" in note for note in data.notes)
 
 
 def test_lost_rows_are_listed_with_their_reason():
@@ -127,7 +132,7 @@ def test_lost_rows_are_listed_with_their_reason():
         {"role": "assistant", "content": "The answer is five. " * 30},
     ]
     empty = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": " "}]
-    rows = [TWO_TURNS, long, empty]
+    rows = [Conversation(turns) for turns in (TWO_TURNS, long, empty)]
     tokenizer = tiny.make_tokenizer()
     dropped = encode(rows, tokenizer, max_length=100, max_dropped=1.0)
     assert [example is None for example in dropped.examples] == [False, True, True]
@@ -138,7 +143,7 @@ def test_lost_rows_are_listed_with_their_reason():
     with pytest.raises(InputError, match="2 of 3 rows are lost .* --max-dropped 0.5"):
         encode(rows, tokenizer, max_length=100, max_dropped=0.5)
     with pytest.raises(InputError, match="every row is dropped"):
-        encode([empty], tokenizer, max_length=100, max_dropped=1.0)
+        encode(rows[2:], tokenizer, max_length=100, max_dropped=1.0)
 
 
 @pytest.mark.parametrize(
@@ -162,16 +167,15 @@ def test_lost_rows_are_listed_with_their_reason():
 def test_every_row_format_gives_the_same_conversation(tmp_path, row):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n\n")
-    assert read_rows(path) == [
-        [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "Five."}]
-    ]
+    turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "Five."}]
+    assert read_rows(path) == [Conversation(turns)]
 
 
 def test_input_and_system_fields_are_not_lost(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"system": "S", "instruction": "Add.", "input": "2 3", "response": "Five."}
     path.write_text(json.dumps(row))
-    assert [turn["content"] for turn in read_rows(path)[0]] == ["S", "Add.\n\n2 3", "Five."]
+    assert [turn["content"] for turn in read_rows(path)[0].turns] == ["S", "Add.\n\n2 3", "Five."]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, content: bytes, mes
 
 def test_digest_changes_with_tokens_and_with_mask():
     tokenizer = tiny.make_tokenizer()
-    example = encode_conversation(0, TWO_TURNS, tokenizer)
+    example = encode_one(TWO_TURNS, tokenizer)
     other_mask = type(example)(0, example.input_ids, np.roll(example.is_target, 1))
     other_ids = type(example)(0, np.roll(example.input_ids, 1), example.is_target)
     assert len({example.digest, other_mask.digest, other_ids.digest}) == 3

@@ -98,6 +98,7 @@ def test_samples_and_metrics_are_written_and_agree(model, tmp_path):
     )
     returned = evaluate(config)
     assert sorted(path.name for path in config.output.iterdir()) == [
+        "gift_files.json",
         "metrics.json",
         "samples.jsonl",
     ]
@@ -191,7 +192,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(config)
     assert not config.output.exists()
-    assert len(list((tmp_path / "out.partial" / "parts").glob("*.jsonl"))) == stop_after
+    assert len(list((tmp_path / "out.partial" / "work").glob("*.jsonl"))) == stop_after
     prefills.clear()
     stop_after = 5 - stop_after  # 36 replies in batches of 8 are 5 batches
     evaluate(config)
@@ -210,12 +211,12 @@ def test_unfinished_work_serves_another_batch_size_but_no_other_settings(
                 evaluate(config)
 
     def made() -> int:
-        parts = (tmp_path / "out.partial" / "parts").glob("*.jsonl")
+        parts = (tmp_path / "out.partial" / "work").glob("*.jsonl")
         return sum(len(read_lines(path)) for path in parts)
 
     interrupt(configure(model, tmp_path))
     assert made() == 36
-    (tmp_path / "out.partial" / "parts" / "000002.jsonl").unlink()
+    next((tmp_path / "out.partial" / "work").glob("000002.*.jsonl")).unlink()
     interrupt(configure(model, tmp_path, batch_size=3))
     assert made() == 36
     assert "starting anew" not in capfd.readouterr().err
@@ -280,7 +281,7 @@ def test_an_existing_output_is_refused_unless_overwritten(model, tmp_path):
 def test_a_prompt_that_the_template_refuses_is_named(model, tmp_path):
     turns = [{"role": "tool", "content": "what"}, {"role": "user", "content": "is"}]
     data = write_data(tmp_path / "d.jsonl", [{"messages": turns, "answer": 1}])
-    with pytest.raises(InputError, match=r"line 1: the model's chat template refuses.*no tools"):
+    with pytest.raises(InputError, match=r"line 1: the chat template refuses.*no tools"):
         evaluate(configure(model, tmp_path, data=data))
 
 

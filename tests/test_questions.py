@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from gift.errors import InputError
-from gift.questions import read_questions
+from gift.questions import read_questions, render_prompts
 
 
 def write_data(path: Path, rows: list[Any]) -> Path:
@@ -20,7 +21,7 @@ def write_data(path: Path, rows: list[Any]) -> Path:
     [
         ("\n\n", {}, "has no rows"),
         ("{", {}, "line 2: not valid JSON"),
-        ("[1]", {}, "line 2: expected an object"),
+        ("[1]", {}, "line 2: expected a JSON object"),
         ('{"text": "a", "answer": 1}', {}, "line 2: no question; expected `instruction`.*text"),
         ('{"question": "a"}', {}, "line 2: `answer` must be a string or a number, got None"),
         ('{"question": "a", "answer": true}', {}, "line 2: `answer` must be .*True"),
@@ -30,8 +31,12 @@ def write_data(path: Path, rows: list[Any]) -> Path:
         ('{"prompt": ["a"], "answer": 1}', {}, "line 2: `prompt` must be a text"),
         ('{"prompt": "a", "problem": "b", "answer": 1}', {}, "problem and prompt differ"),
         ('{"q": "a", "answer": 1}', {"question_field": "body"}, "expected `body`, got q"),
-        ('{"messages": [], "answer": 1}', {}, "line 2: `messages` must be a list of turns"),
-        ('{"messages": [{"role": "user"}], "answer": 1}', {}, "line 2: a turn needs"),
+        ('{"messages": [], "answer": 1}', {}, "line 2: messages: expected a non-empty list"),
+        (
+            '{"messages": [{"role": "user"}], "answer": 1}',
+            {},
+            "line 2: messages, message 1: content: expected a text",
+        ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}], "answer": 1}',
             {},
@@ -55,10 +60,10 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, text, options, message):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read .*nothing\.jsonl"):
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file"):
         read_questions(tmp_path / "nothing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9", "answer": 1}')
-    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8"):
         read_questions(tmp_path / "latin.jsonl")
 
 
@@ -74,3 +79,36 @@ def test_questions_are_found_and_limited(tmp_path):
     assert (second.turns[0]["content"], second.answer, second.line) == ("a", "025", 2)
     path = write_data(tmp_path / "d.jsonl", rows[1:2])
     assert read_questions(path, question_field="body")[0].turns[0]["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "a \\ud83d", "answer": 1}', "'question': holds '.ud83d'"),
+        ('{"question": "a", "history": [["b", "c"]], "answer": 1}', "nothing reads history"),
+    ],
+)
+def test_what_no_model_could_read_is_refused(tmp_path, row, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(row)
+    with pytest.raises(InputError, match=f"line 1.*{message}"):
+        read_questions(path)
+
+
+def test_system_tools_and_input_of_a_question_are_asked(tmp_path):
+    tools = [{"name": "add"}]
+    row = {"system": "S", "instruction": "Add.", "input": "2 3", "tools": tools, "answer": 5}
+    (question,) = read_questions(write_data(tmp_path / "d.jsonl", [row]))
+    assert [turn["content"] for turn in question.turns] == ["S", "Add.\n\n2 3"]
+    assert question.tools == tools
+    with pytest.raises(InputError, match="does not render the tools"):
+        render_prompts(tiny.make_tokenizer(), [question], tmp_path / "d.jsonl")
+
+
+def test_keys_named_in_ignore_keys_are_left_out_of_questions(tmp_path):
+    row = {"instruction": "Add.", "history": [["a", "b"]], "answer": 5}
+    path = write_data(tmp_path / "d.jsonl", [row])
+    with pytest.raises(InputError, match="--ignore-keys history"):
+        read_questions(path)
+    (question,) = read_questions(path, ignore={"history"})
+    assert [turn["content"] for turn in question.turns] == ["Add."]

@@ -22,7 +22,7 @@ from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, TrainConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.files import partial_path
+from gift.publish import LIST_FILE, partial_path
 from gift.train import train
 
 ADAPTER = "adapter_model.safetensors"
@@ -45,6 +45,7 @@ def folder(tmp_path_factory) -> Path:
     tensors = load_file(folder / "store" / CONFIDENCE_FILE)
     noise = torch.rand(len(tensors["confidence"]), generator=torch.Generator().manual_seed(0))
     save_file({**tensors, "confidence": noise**2}, folder / "store" / CONFIDENCE_FILE)
+    (folder / "store" / LIST_FILE).unlink()  # it speaks of the values before
     return folder
 
 

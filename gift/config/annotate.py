@@ -35,6 +35,12 @@ class AnnotateConfig(AnnotateOptions, DataOptions, DeviceOptions, OutputOptions)
         description="Model whose tokenizer and chat template to use; default the guide's own. "
         "Give the instruct model here when the guide is a base model.",
     )
+    show_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="Print that many rows as the guide reads them, the target tokens marked, and "
+        "stop: no weights are loaded, nothing is written.",
+    )
 
 
 class ImportScoresConfig(DataOptions, OutputOptions):

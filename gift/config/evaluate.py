@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from gift.config.options import DeviceOptions, Options, OutputOptions
+from gift.config.options import DeviceOptions, OutputOptions, RowOptions
 
 
-class EvaluateOptions(Options):
+class EvaluateOptions(RowOptions):
     """How to ask and how to check."""
 
     check: Literal["exact", "math"] = Field(

@@ -1,62 +1,55 @@
 """Options of `gift merge` and of the tools around it: `diff`, `unmerge`, `merge-statistics`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
 from gift.errors import InputError
+from gift.merge.methods import METHODS
 
-MergeMethod = Literal[
-    "lora",
-    "task-arithmetic",
-    "re-adapt",
-    "lore-adapt",
-    "ties",
-    "dare",
-    "dare-ties",
-    "fisher",
-    "regmean",
-]
+if TYPE_CHECKING:
+    MergeMethod = StatisticsMethod = str
+else:  # a method's file is all that has to be written to make it a choice
+    MergeMethod = Literal[tuple(METHODS)]
+    StatisticsMethod = Literal[tuple(name for name in METHODS if METHODS[name].statistics)]
+NEED_BASE = " and ".join(name for name in METHODS if METHODS[name].needs_base)
+NEED_STATISTICS = " and ".join(name for name in METHODS if METHODS[name].statistics)
+
+
+def _setting(description: str, name: str, **field: Any) -> Any:
+    """A field that methods read as a setting; its description names them."""
+    readers = ", ".join(key for key, method in METHODS.items() if name in method.settings)
+    return Field(description=f"{description} ({readers}).", **field)
 
 
 class MergeOptions(Options):
     """How to merge; defaults are those of each method's paper."""
 
     method: MergeMethod = Field(
-        default="lora",
-        description="lora (GIFT, Shadow-FT), task-arithmetic, re-adapt, lore-adapt, ties, dare, "
-        "dare-ties, fisher or regmean.",
+        default="lora", description="The merge method; lora is that of GIFT and of Shadow-FT."
     )
-    task_weight: float = Field(
-        default=1.0,
-        description="λ of task-arithmetic, ties and dare; α of re-adapt and lore-adapt.",
+    task_weight: float = _setting("λ or α, the factor on task vectors", "task_weight", default=1.0)
+    instruct_weight: float = _setting(
+        "β, the factor on instruct - base", "instruct_weight", default=1.0
     )
-    instruct_weight: float = Field(
-        default=1.0, description="β of re-adapt and lore-adapt, the weight of instruct - base."
+    trim_keep: float = _setting(
+        "Percent of each task vector that is kept", "trim_keep", default=20.0, gt=0, le=100
     )
-    trim_keep: float = Field(
-        default=20.0, gt=0, le=100, description="Percent of each task vector that ties keeps."
+    drop_rate: float = _setting(
+        "Probability with which an entry is dropped", "drop_rate", default=0.9, ge=0, lt=1
     )
-    drop_rate: float = Field(
-        default=0.9,
-        ge=0,
-        lt=1,
-        description="Probability with which dare and dare-ties drop an entry.",
-    )
-    dare_seed: int = Field(default=0, ge=0, description="Seed of the entries that dare drops.")
-    energy_share: float = Field(
+    dare_seed: int = _setting("Seed of the entries that are dropped", "dare_seed", default=0, ge=0)
+    energy_share: float = _setting(
+        "Share of the squared singular values that the low-rank part holds",
+        "energy_share",
         default=0.5,
         gt=0,
         le=1,
-        description="Share of the squared singular values that lore-adapt's low-rank part holds.",
     )
-    off_diagonal: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="Factor on the off-diagonal of regmean's Gram matrices.",
+    off_diagonal: float = _setting(
+        "Factor on the off-diagonal of Gram matrices", "off_diagonal", default=0.9, ge=0, le=1
     )
     untie_embeddings: bool = Field(
         default=False,
@@ -81,12 +74,12 @@ class MergeConfig(MergeOptions, OutputOptions):
     )
     base: str | None = Field(
         default=None,
-        description="The base model: needed by re-adapt and lore-adapt; with the other methods it "
-        "becomes the origin of the task vectors, and instruct - base one of them.",
+        description=f"The base model: needed by {NEED_BASE}; with the other methods it becomes the "
+        "origin of the task vectors, and instruct - base one of them.",
     )
     statistics: list[str] = Field(
         default=[],
-        description="Folders made by gift merge-statistics for fisher and regmean: the instruct "
+        description=f"Folders made by gift merge-statistics for {NEED_STATISTICS}: the instruct "
         "model's first, then one per adapter.",
     )
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
@@ -159,7 +152,7 @@ class StatisticsConfig(DataOptions, DeviceOptions, OutputOptions):
     data: Path = Field(
         description="JSONL rows: instruction/response, prompt/completion or messages."
     )
-    kind: Literal["fisher", "regmean"] = Field(description="The merge method that will use them.")
+    kind: StatisticsMethod = Field(description="The merge method that will use them.")
     tokenizer: str | None = Field(
         default=None,
         description="Model whose tokenizer and chat template to use; default the model's own. Give "

@@ -26,7 +26,9 @@ class OutputOptions(Options):
 
     @model_validator(mode="after")
     def _replaces_no_input(self) -> "OutputOptions":
-        """InputError where `overwrite` would remove what another option names."""
+        """InputError for no folder's name, and where `overwrite` would remove another option's."""
+        if self.output.name in ("", ".."):
+            raise InputError(f"--output: {self.output} is no name for a new folder; add one")
         if not self.overwrite or not self.output.exists():
             return self
         place = self.output.resolve()
@@ -54,7 +56,21 @@ class DeviceOptions(Options):
     )
 
 
-class DataOptions(Options):
+class RowOptions(Options):
+    """What of a row is read."""
+
+    ignore_keys: str = Field(
+        default="",
+        description="Keys of rows and messages to leave out, separated by commas. Without it, keys "
+        "that say what a model is to read and that nothing reads are an error.",
+    )
+
+    def ignored_keys(self) -> set[str]:
+        """The names in `ignore_keys`."""
+        return {key.strip() for key in self.ignore_keys.split(",")} - {""}
+
+
+class DataOptions(RowOptions):
     """How rows become tokens; the same in annotation and training."""
 
     max_length: int = Field(

@@ -14,7 +14,9 @@ from gift.config import DemoConfig
 from gift.console import console, error_console, print_table, progress
 from gift.demo.figures import plot_accuracy, plot_signal
 from gift.demo.study import METHODS, Sizes, study_pair
-from gift.files import output_folder, write_json
+from gift.figures import INSTALL, can_draw
+from gift.files import write_json
+from gift.publish import output_folder
 
 FIRST_PAIR_SEED = 10
 MEASURES = {
@@ -25,13 +27,15 @@ MEASURES = {
     "other_exact": "other tasks, exact",
     "other_format": "other tasks, format",
 }
+FIGURES = {"accuracy.png": plot_accuracy, "signal.png": plot_signal}
 COMPARED = ("Instruct", "Instruct-SFT", "Shadow-FT", "GIFT-BaseT")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Runs the study, prints its tables and writes models, replies, results and figures."""
     started = time.perf_counter()
-    with output_folder(config.output, overwrite=config.overwrite) as partial:
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        partial = output.begin()
         results = _study(config, partial)
         results.sort(key=lambda entry: (entry["pair"], entry["seed"]))
         summary = {
@@ -42,8 +46,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             "seconds": time.perf_counter() - started,
         }
         write_json(partial / "results.json", summary)
-        plot_accuracy(results, partial / "accuracy.png")
-        plot_signal(results, partial / "signal.png")
+        for name, plot in FIGURES.items():
+            plot(results, partial / name)
     _print(config, summary)
     return summary
 
@@ -54,7 +58,7 @@ def _study(config: DemoConfig, partial: Path) -> list[dict[str, Any]]:
     results = []
     error_console.print(
         f"Making {config.pairs} pairs of tiny models and adapting each {config.seeds} times in "
-        f"{len(METHODS) - 1} ways; the first result takes a minute or two.",
+        f"{len(METHODS) - 1} ways: one to two minutes on two cores.",
         highlight=False,
     )
     # Spawned, not forked: PyTorch's threads do not survive a fork.
@@ -84,8 +88,10 @@ def _study(config: DemoConfig, partial: Path) -> list[dict[str, Any]]:
 def _begin_worker() -> None:
     """One core a worker: two threads would be no faster on models of this size."""
     import torch
+    import transformers
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")
 
@@ -161,10 +167,14 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
     )
     references = "clean" if config.clean else "noisy"
     console.print(
-        f"References were {references}. Everything, with figures and every reply, is in "
-        f"{config.output} ({summary['seconds']:.0f} s).",
+        f"References were {references}. In {config.output} are results.json, every reply, the "
+        f"adapters and models, {', '.join(FIGURES) if can_draw() else 'but no figures'} "
+        f"({summary['seconds']:.0f} s).",
         highlight=False,
+        soft_wrap=True,
     )
+    if not can_draw():
+        console.print(f"{' and '.join(FIGURES)} need matplotlib: {INSTALL}", highlight=False)
 
 
 def _signals(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

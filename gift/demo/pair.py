@@ -8,7 +8,6 @@ conversations. The same seed gives the same files.
 """
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,7 +36,8 @@ from gift.demo.world import (
     draw_document,
     draw_primer,
 )
-from gift.files import hash_json, output_folder, read_json, write_json
+from gift.files import write_json
+from gift.publish import output_folder
 
 BOS, EOS, PAD, UNKNOWN = "<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -113,21 +113,19 @@ def make_pair(
     recipe = recipe or Recipe()
     settings = {"seed": seed, "steps_scale": steps_scale, "recipe": asdict(recipe)}
     tokenizer = make_tokenizer()
-    with output_folder(folder, overwrite=overwrite, resume=True) as partial, _one_thread():
-        begun = partial / SETTINGS_FILE
-        if not begun.exists() or hash_json(read_json(begun)) != hash_json(settings):
-            shutil.rmtree(partial)
-            partial.mkdir()
-            write_json(begun, settings)
+    with output_folder(folder, overwrite=overwrite) as output, _one_thread():
+        partial = output.begin(settings, keep=("base", "instruct"))
+        write_json(partial / SETTINGS_FILE, settings)
         base, instruct = partial / "base", partial / "instruct"
         if not base.exists():
-            with output_folder(base) as aside:
-                _save(_make_base(recipe, tokenizer, seed, steps_scale), tokenizer, aside)
+            with output_folder(base) as made:
+                model = _make_base(recipe, tokenizer, seed, steps_scale)
+                _save(model, tokenizer, made.begin())
         if not instruct.exists():
-            with output_folder(instruct) as aside:
+            with output_folder(instruct) as made:
                 model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
                 model = _make_instruct(model, recipe, tokenizer, seed, steps_scale)
-                _save(model, tokenizer, aside)
+                _save(model, tokenizer, made.begin())
     return Pair(folder / "base", folder / "instruct")
 
 

@@ -35,22 +35,17 @@ KNOWN_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.(?P<part>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>[AB])(\.[^.]+)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-# What PEFT stores beside an adapter without having trained it.
+# What PEFT stores beside an adapter, named in its config or not.
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|shared|output_layer")
 _SAVED = re.compile(r"(?P<path>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<part>[^.]+)")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted module: factors A [R, K] and B [M, R] (for an embedding A [R, V] and B [D, R]).
-
-    `depth` counts the wrappers inside this one: PEFT nests one wrapper per adapted parameter when
-    `target_parameters` names several parameters of a module, as it does for fused experts.
-    """
+    """One adapted module: factors A [R, K] and B [M, R], of an embedding A [R, V] and B [D, R]."""
 
     path: str
     kind: Literal["linear", "embedding"]
-    depth: int
     a: TensorEntry
     b: TensorEntry
     bias: TensorEntry | None = None
@@ -68,7 +63,8 @@ class Adapter:
     """An adapter folder: its config, its LoRA modules and the tensors that it holds in full.
 
     `saved` maps parameter names to trained full tensors (`modules_to_save`, trained biases);
-    `copies` maps parameter names to tensors that PEFT stored beside the adapter, untrained.
+    `copies` maps parameter names to tensors that PEFT stored beside the adapter; `settle_copies`
+    tells which of them were trained.
     `problems` says what can not be merged, one sentence each.
     """
 
@@ -135,6 +131,8 @@ def read_adapter(folder: Path) -> Adapter:
             else f"has no {WEIGHTS_FILE}"
         )
         raise InputError(f"--adapter: {folder} {hint}")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG_FILE}: expected an object with the adapter's settings")
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"--adapter: {folder} is of type {config.get('peft_type')}; only LORA can be merged"
@@ -143,8 +141,22 @@ def read_adapter(folder: Path) -> Adapter:
         value = config.get(field)
         if not isinstance(value, int | float) or value <= 0:
             raise InputError(f"{folder / CONFIG_FILE}: {field} is {value!r}, not a positive number")
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(folder / CONFIG_FILE, field, config.get(field) or {})
     adapter = Adapter(folder, config, (), {}, {}, tuple(_refusals(config)))
     return _sort_tensors(adapter, open_shard(folder / WEIGHTS_FILE).entries)
+
+
+def _check_pattern(path: Path, field: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: {field} is {patterns!r}, not an object of pattern and number")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{path}: {field}: {pattern!r} is no pattern ({error})") from None
+        if not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"{path}: {field}: {pattern} is {value!r}, not a positive number")
 
 
 def refuse_dead_values(adapter: Adapter) -> None:
@@ -190,13 +202,16 @@ def _sort_tensors(adapter: Adapter, entries: tuple[TensorEntry, ...]) -> Adapter
             key = key.replace(wrapper, "")
         if match := _FACTOR.fullmatch(key):
             part = match["side"] if match["part"] == "weight" else f"bias {match['side']}"
-            parts.setdefault(match["path"], {})[part] = entry
         elif match := _EMBEDDING.fullmatch(key):
-            parts.setdefault(match["path"], {})[f"embedding {match['side']}"] = entry
+            part = f"embedding {match['side']}"
         elif match := _MAGNITUDE.fullmatch(key):
-            parts.setdefault(match["path"], {})["magnitude"] = entry
+            part = "magnitude"
         else:
             _sort_full_tensor(adapter.config, key, entry, saved, copies, problems)
+            continue
+        present = parts.setdefault(match["path"], {}).setdefault(part, entry)
+        if present is not entry:
+            problems.append(_twice(present, entry))
     modules = []
     for path, found in parts.items():
         module = _module(path, found)
@@ -208,6 +223,13 @@ def _sort_tensors(adapter: Adapter, entries: tuple[TensorEntry, ...]) -> Adapter
         problems.append("the adapter file holds no tensor; nothing would change")
     return replace(
         adapter, modules=tuple(modules), saved=saved, copies=copies, problems=tuple(problems)
+    )
+
+
+def _twice(first: TensorEntry, second: TensorEntry) -> str:
+    return (
+        f"{first.name} and {second.name} are the same tensor of two adapters; save each adapter to "
+        "a folder of its own and pass both as --adapter"
     )
 
 
@@ -230,7 +252,9 @@ def _sort_full_tensor(
     if "token_adapter" in key or "trainable_tokens" in key:
         problems.append(f"{entry.name}: trainable tokens (trainable_token_indices) are not merged")
     elif in_saved or (part == "bias" and config.get("bias", "none") != "none"):
-        saved[f"{module}.{part}"] = entry
+        present = saved.setdefault(f"{module}.{part}", entry)
+        if present is not entry:
+            problems.append(_twice(present, entry))
     elif path.endswith(".base_layer") or (part == "weight" and _EMBEDDINGS.search(module)):
         copies[f"{module}.{part}"] = entry
     else:
@@ -240,9 +264,9 @@ def _sort_full_tensor(
 def _module(path: str, found: dict[str, TensorEntry]) -> LoraModule | str:
     """One module from its parts, or the sentence that says what is wrong with them."""
     bare = path
+    # PEFT nests one wrapper per adapted parameter of a module, as it does for fused experts.
     while bare.endswith(".base_layer"):
         bare = bare.removesuffix(".base_layer")
-    depth = (len(path) - len(bare)) // len(".base_layer")
     embedding = "embedding A" in found or "embedding B" in found
     a, b = (found.get(f"embedding {side}" if embedding else side) for side in "AB")
     if a is None or b is None:
@@ -260,4 +284,4 @@ def _module(path: str, found: dict[str, TensorEntry]) -> LoraModule | str:
     if not a.is_float or not b.is_float:
         return f"{path}: factors of dtypes {a.dtype} and {b.dtype} are not floating-point"
     kind = "embedding" if embedding else "linear"
-    return LoraModule(bare, kind, depth, a, b, found.get("bias B"), found.get("magnitude"))
+    return LoraModule(bare, kind, a, b, found.get("bias B"), found.get("magnitude"))

@@ -9,6 +9,7 @@ import torch
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, read_json
 from gift.merge.match import Names
+from gift.merge.method import Method
 from gift.merge.plan import MergePlan, TensorPlan
 from gift.merge.stream import Job, ShardPlan, shard_jobs
 from gift.merge.transforms import (
@@ -19,6 +20,7 @@ from gift.merge.transforms import (
     ReplaceTransform,
     Transform,
 )
+from gift.publish import check_published
 from gift.shards import TORCH_DTYPES, Checkpoint, TensorEntry, open_shard, spec_of
 
 STATISTICS_FILE = "statistics.safetensors"
@@ -31,13 +33,12 @@ __all__ = ["Recipe", "Statistics", "build_shards", "open_statistics"]
 class Statistics:
     """Per output tensor the Fisher diagonals or Gram matrices, one a model; empty if not needed."""
 
-    kind: str = ""
     entries: dict[str, tuple[TensorEntry, ...]] = field(default_factory=dict)
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
 
 
-def open_statistics(folders: Sequence[str], method: str, plan: MergePlan) -> Statistics:
+def open_statistics(folders: Sequence[str], method: Method, plan: MergePlan) -> Statistics:
     """Finds every tensor's statistics; InputError where a folder is of another kind or lacks some.
 
     RegMean averages what has no Gram matrix (everything but linear layers), as its paper does; for
@@ -47,11 +48,12 @@ def open_statistics(folders: Sequence[str], method: str, plan: MergePlan) -> Sta
         return Statistics()
     names, hashes = [], []
     for folder in map(Path, folders):
+        check_published(folder)
         manifest = read_json(folder / STATISTICS_MANIFEST)
-        if manifest.get("kind") != f"gift {method} statistics":
+        if manifest.get("kind") != f"gift {method.name} statistics":
             raise InputError(
-                f"--statistics: {folder} holds {manifest.get('kind')!r}, --method {method} needs "
-                f"'gift {method} statistics'"
+                f"--statistics: {folder} holds {manifest.get('kind')!r}, --method {method.name} "
+                f"needs 'gift {method.name} statistics'"
             )
         shard = open_shard(folder / STATISTICS_FILE)
         tensors = {entry.name: entry for entry in shard.entries}
@@ -64,16 +66,17 @@ def open_statistics(folders: Sequence[str], method: str, plan: MergePlan) -> Sta
             continue
         found = [one.find(name) for one in names]
         present = tuple(entry for entry in found if entry is not None)
-        width = tensor.source.shape[-1:] * 2
-        shape = tensor.source.shape if method == "fisher" else width
+        shape = tensor.source.shape
+        if method.statistics == "gram":
+            shape = shape[-1:] * 2
         if len(present) == len(names) and all(entry.shape == shape for entry in present):
             entries[name] = present
         else:
             lacking.append(name)
-    if lacking and method == "fisher":
+    if lacking and method.statistics == "diagonal":
         raise InputError(f"--statistics: no fitting Fisher diagonal for {', '.join(lacking)}")
     notes = (f"{len(lacking)} tensors without a Gram matrix are averaged",) if lacking else ()
-    return Statistics(method, entries, hash_json(hashes), notes)
+    return Statistics(entries, hash_json(hashes), notes)
 
 
 def _differs(tensor: TensorPlan) -> bool:
@@ -135,7 +138,8 @@ def _transform(
     out: torch.dtype,
 ) -> Transform | None:
     """The method's transform for one floating-point tensor; None where it stays as it is."""
-    weight = plain_weight(recipe, tensor.base is not None)
+    method = recipe.method
+    weight = method.sum_weight(recipe.options, tensor.base is not None)
     if weight is not None:
         if not tensor.is_adapted:
             return None
@@ -152,21 +156,6 @@ def _transform(
         reader,
         recipe,
         out,
-        fishers=found if statistics.kind == "fisher" else (),
-        grams=found if statistics.kind == "regmean" else (),
+        fishers=found if method.statistics == "diagonal" else (),
+        grams=found if method.statistics == "gram" else (),
     )
-
-
-def plain_weight(recipe: Recipe, has_base: bool) -> float | None:
-    """The factor w where a method is θ_I + w Σ τ, else None.
-
-    True of re-adapt with β = 1 and of task arithmetic from the base with λ = 1: there θ_B cancels,
-    and tensors without an adapter stay as they are.
-    """
-    if recipe.method == "lora":
-        return 1.0
-    if recipe.method == "task-arithmetic" and (not has_base or recipe.task_weight == 1):
-        return recipe.task_weight
-    if recipe.method == "re-adapt" and recipe.instruct_weight == 1:
-        return recipe.task_weight
-    return None

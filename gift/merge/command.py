@@ -5,66 +5,55 @@
 Plan (which adapter tensor goes to which weight), validate (everything wrong is reported before any
 output exists), apply: shard by shard and block by block, in a few hundred megabytes of memory.
 Each finished shard is re-read, compared with what was written, and recorded, so that a killed merge
-goes on where it was; the output folder appears, by one rename, when all is there.
+resumes after it; the output folder appears, by one rename, when all is there (`gift.publish`).
 """
 
-import contextlib
-import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gift.config import MergeConfig
 from gift.console import console, print_summary, print_table
 from gift.errors import InputError
-from gift.files import hash_json, output_folder, partial_path, read_json, write_json
+from gift.files import hash_json, read_json, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import read_adapter, refuse_dead_values
 from gift.merge.build import Recipe, build_shards, open_statistics
+from gift.merge.method import Method
+from gift.merge.methods import METHODS
 from gift.merge.plan import MergePlan, plan_merge, plan_rows
 from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE, ShardPlan, write_shards
 from gift.merge.transforms import BLOCK_BYTES
 from gift.models import pick_device, resolve_model, versions
+from gift.publish import Output, check_published, output_folder
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint
 
 OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-NEEDS_BASE = ("re-adapt", "lore-adapt")
-NEEDS_STATISTICS = ("fisher", "regmean")
-FORMULAS: dict[str, str] = {
-    "lora": "instruct + Σ scale · BA",
-    "task-arithmetic": "origin + λ Σ τ",
-    "re-adapt": "base + α τ + β (instruct - base)",
-    "lore-adapt": "base + α τ + β · low-rank part of (instruct - base)",
-    "ties": "origin + λ · mean of the trimmed τ that agree with the elected sign",
-    "dare": "origin + λ Σ τ with entries dropped at random and the rest rescaled",
-    "dare-ties": "TIES' election on vectors that DARE dropped from",
-    "fisher": "Σ F θ / Σ F over instruct and origin + τ",
-    "regmean": "(Σ G)^-1 Σ G W over instruct and origin + τ",
-}
-# Which settings a method reads; the card and the manifest list these only.
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "lora": (),
-    "task-arithmetic": ("task_weight",),
-    "re-adapt": ("task_weight", "instruct_weight"),
-    "lore-adapt": ("task_weight", "instruct_weight", "energy_share"),
-    "ties": ("task_weight", "trim_keep"),
-    "dare": ("task_weight", "drop_rate", "dare_seed"),
-    "dare-ties": ("task_weight", "drop_rate", "dare_seed"),
-    "fisher": (),
-    "regmean": ("off_diagonal",),
-}
 
 
-def merge(config: MergeConfig) -> dict[str, Any]:
+def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
     """Plans, checks and writes the merged model; returns the summary.
+
+    `key` is kept in the folder's list, see `publish.output_folder`.
 
     InputError: anything that cannot be merged right, all of it in one message and before any
     output; an existing output without `overwrite`; too little disk.
     """
+    if config.dry_run:
+        return _merge(config, None)
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
+        summary = _merge(config, output)
+    print_summary(f"Merged model: {config.output}", summary)
+    return summary
+
+
+def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
+    """Fills the output; without one it only plans."""
     coefficients = config.coefficients()
-    _check_options(config)
+    method = METHODS[config.method]
+    _check_options(config, method)
     folder = resolve_model(config.model)
     checkpoint = open_checkpoint(folder)
     base = open_checkpoint(resolve_model(config.base)) if config.base else None
@@ -76,10 +65,11 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         coefficients,
         base=base,
         untie=config.untie_embeddings,
-        allow_dora=config.method == "lora",
+        allow_dora=method.takes_dora,
     )
-    recipe = _recipe(config, plan)
-    statistics = open_statistics(config.statistics, config.method, plan)
+    device, dtype = pick_device(config.device), OUTPUT_DTYPES[config.dtype]
+    recipe = Recipe(config, len(plan.adapters), device, dtype)
+    statistics = open_statistics(config.statistics, method, plan)
     shards = build_shards(plan, recipe, statistics)
     files, left_out = merge_output.side_files(
         folder, [INDEX_FILE, *(shard.name for shard in shards)]
@@ -87,19 +77,19 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     notes = [*plan.notes, *_notes(config, plan, folder, left_out), *statistics.notes]
     _print_plan(config, plan, notes)
     summary = _summary(plan, shards)
-    if config.dry_run:
+    if output is None:
         return summary
     for adapter in adapters:
         refuse_dead_values(adapter)
-    fingerprint = _fingerprint(config, checkpoint, base, plan, recipe, statistics.fingerprint)
+    made_from = _made_from(config, checkpoint, base, plan, recipe, statistics.fingerprint)
     manifest = {
         "kind": "gift merge",
-        "fingerprint": fingerprint,
+        "fingerprint": hash_json(made_from),
         "model": config.model,
         "base": config.base,
         "method": config.method,
-        "formula": FORMULAS[config.method],
-        "settings": {name: getattr(config, name) for name in SETTINGS[config.method]},
+        "formula": method.formula,
+        "settings": {name: getattr(config, name) for name in method.settings},
         "dtype": config.dtype,
         "untied_head": plan.untied_head,
         "added_head": None if plan.untied_head in checkpoint.tensors else plan.untied_head,
@@ -108,50 +98,37 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         "summary": summary,
         "versions": versions(),
     }
-    with _disk_full_as_input_error(config.output):
-        _check_disk(config.output, shards)
-        with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
-            done = write_shards(partial, shards, fingerprint, config.save_residual)
-            merge_output.copy_side_files(folder, files, partial)
-            _write_rest(config, plan, shards, partial)
-            merge_output.write_card(partial, manifest)
-            finished = {**manifest, "complete": True, "shards": done}
-            write_json(partial / MANIFEST_FILE, finished)
-    print_summary(f"Merged model: {config.output}", summary)
+    partial = output.begin(made_from, keep=[RESIDUAL_FOLDER, *(shard.name for shard in shards)])
+    _check_disk(partial, shards)
+    done = write_shards(output, shards, config.save_residual)
+    merge_output.copy_side_files(folder, files, partial)
+    _write_rest(config, plan, shards, partial)
+    merge_output.write_card(partial, manifest)
+    write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
     return summary
 
 
 def adapter_folder(name: str) -> Path:
-    """A local adapter folder as it is, or the snapshot of a hub id."""
-    return Path(name) if Path(name).is_dir() else resolve_model(name)
+    """A local adapter folder as it is, or the snapshot of a hub id.
+
+    InputError: no such adapter, or one whose files are not what a stage of this program wrote.
+    """
+    if not Path(name).is_dir():
+        return resolve_model(name)
+    check_published(Path(name))
+    return Path(name)
 
 
-def _recipe(config: MergeConfig, plan: MergePlan) -> Recipe:
-    return Recipe(
-        method=config.method,
-        task_weight=config.task_weight,
-        instruct_weight=config.instruct_weight,
-        keep=config.trim_keep / 100,
-        drop_rate=config.drop_rate,
-        seed=config.dare_seed,
-        energy_share=config.energy_share,
-        off_diagonal=config.off_diagonal,
-        adapters=len(plan.adapters),
-        device=pick_device(config.device),
-        dtype=OUTPUT_DTYPES[config.dtype],
-    )
-
-
-def _check_options(config: MergeConfig) -> None:
-    if config.method in NEEDS_BASE and not config.base:
-        raise InputError(f"--base: --method {config.method} needs the base model")
-    if config.method in NEEDS_STATISTICS and len(config.statistics) != 1 + len(config.adapter):
+def _check_options(config: MergeConfig, method: Method) -> None:
+    if method.needs_base and not config.base:
+        raise InputError(f"--base: --method {method.name} needs the base model")
+    if method.statistics and len(config.statistics) != 1 + len(config.adapter):
         raise InputError(
-            f"--statistics: --method {config.method} needs {1 + len(config.adapter)} folders (the "
+            f"--statistics: --method {method.name} needs {1 + len(config.adapter)} folders (the "
             f"instruct model's, then one per adapter), got {len(config.statistics)}"
         )
-    if config.statistics and config.method not in NEEDS_STATISTICS:
-        raise InputError(f"--statistics: --method {config.method} uses none; leave it out")
+    if config.statistics and not method.statistics:
+        raise InputError(f"--statistics: --method {method.name} uses none; leave it out")
     if config.save_residual and config.dtype != "keep":
         raise InputError("--save-residual: needs --dtype keep; another dtype loses the bits")
 
@@ -159,15 +136,9 @@ def _check_options(config: MergeConfig) -> None:
 def _notes(
     config: MergeConfig, plan: MergePlan, folder: Path, left_out: Sequence[str]
 ) -> list[str]:
-    notes = []
     vectors = len(plan.adapters) + (config.base is not None)
-    if config.method == "ties" and vectors == 1:
-        notes.append(
-            "TIES with one task vector is magnitude trimming only: there is no other vector to "
-            "elect a sign with"
-        )
-    if config.method == "re-adapt" and config.instruct_weight == 1:
-        notes.append("re-adapt with an instruct weight of 1 is instruct + α τ")
+    note = METHODS[config.method].note(config, vectors)
+    notes = [note] if note else []
     own_names = {config.model, str(folder), folder.name}
     for adapter in plan.adapters:
         if adapter.base_name and adapter.base_name not in own_names:
@@ -207,28 +178,25 @@ def _summary(plan: MergePlan, shards: Sequence[ShardPlan]) -> dict[str, Any]:
     }
 
 
-def _fingerprint(
+def _made_from(
     config: MergeConfig,
     checkpoint: Checkpoint,
     base: Checkpoint | None,
     plan: MergePlan,
     recipe: Recipe,
     statistics: str,
-) -> str:
-    """Hash of all that decides the output's bytes; shards by name, size, time and header."""
-    ignored = {"output", "overwrite", "dry_run", "device"}
-    return hash_json(
-        [
-            config.model_dump(mode="json", exclude=ignored),
-            checkpoint.fingerprint(),
-            base.fingerprint() if base is not None else None,
-            [adapter.hashes() for adapter in plan.adapters],
-            statistics,
-            recipe.device.type,
-            BLOCK_BYTES,
-            versions(),
-        ]
-    )
+) -> dict[str, Any]:
+    """All that decides the output's bytes; shards by name, size, time and header."""
+    return {
+        **config.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"}),
+        "model's shards": checkpoint.fingerprint(),
+        "base's shards": base.fingerprint() if base is not None else None,
+        "adapters": [adapter.hashes() for adapter in plan.adapters],
+        "statistics": statistics,
+        "device": recipe.device.type,
+        "block bytes": BLOCK_BYTES,
+        "versions": versions(),
+    }
 
 
 def _write_rest(
@@ -248,27 +216,12 @@ def _write_rest(
                 shutil.copyfile(folder / name, partial / RESIDUAL_FOLDER / name)
 
 
-def _check_disk(output: Path, shards: Sequence[ShardPlan]) -> None:
-    partial = partial_path(output)
-    place = next(path for path in (partial, *partial.parents) if path.exists())
+def _check_disk(partial: Path, shards: Sequence[ShardPlan]) -> None:
     present = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     needed = sum(shard.size for shard in shards if not shard.is_unchanged) - present
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(partial).free
     if needed > free:
         raise InputError(
-            f"--output: {place} has {free / 1e9:.1f} GB free, the merged model needs "
-            f"{needed / 1e9:.1f} GB; choose another disk"
+            f"--output: the disk of {partial.parent} has {free / 1e9:.1f} GB free, the merged "
+            f"model needs {needed / 1e9:.1f} GB; choose another disk"
         )
-
-
-@contextlib.contextmanager
-def _disk_full_as_input_error(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(
-            f"--output: the disk is full; what is finished stays in {partial_path(output)}, and "
-            "the same command goes on from there when there is room"
-        ) from None

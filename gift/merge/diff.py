@@ -25,12 +25,13 @@ from gift import figures
 from gift.config import DiffConfig
 from gift.console import console, print_table, progress
 from gift.errors import InputError
-from gift.files import output_folder, write_json
+from gift.files import write_json
 from gift.merge.adapter import read_adapter
 from gift.merge.command import adapter_folder
 from gift.merge.match import Change, Names, land_adapters
 from gift.merge.transforms import BLOCK_BYTES, FactorReader
 from gift.models import pick_device, resolve_model
+from gift.publish import output_folder
 from gift.shards import Checkpoint, Span, TensorEntry, open_checkpoint, read_span, spans
 
 REPORT_FILE = "diff.json"
@@ -55,6 +56,18 @@ def diff(config: DiffConfig) -> dict[str, Any]:
 
     InputError: models whose tensors differ in names or shapes.
     """
+    if config.output is None:
+        return _report(config)[0]
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        report, tensors = _report(config)
+        partial = output.begin()
+        write_json(partial / REPORT_FILE, report)
+        plot(tensors, partial / FIGURE_FILE)
+    return report
+
+
+def _report(config: DiffConfig) -> tuple[dict[str, Any], list[TensorDiff]]:
+    """Compares and prints."""
     model_a = open_checkpoint(resolve_model(config.model_a))
     model_b = open_checkpoint(resolve_model(config.model_b))
     pairs = _pairs(config, model_a, model_b)
@@ -82,11 +95,7 @@ def diff(config: DiffConfig) -> dict[str, Any]:
         "notes": _notes(config, pairs, tensors),
     }
     _print(report, tensors)
-    if config.output is not None:
-        with output_folder(config.output, overwrite=config.overwrite) as partial:
-            write_json(partial / REPORT_FILE, report)
-            plot(tensors, partial / FIGURE_FILE)
-    return report
+    return report, tensors
 
 
 def _pairs(

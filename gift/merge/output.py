@@ -10,6 +10,7 @@ from gift.files import read_json, write_json
 from gift.merge.plan import MergePlan
 from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE
+from gift.publish import LIST_FILE
 from gift.shards import INDEX_FILE, TORCH_DTYPES, Checkpoint
 
 CARD_FILE = "README.md"
@@ -28,7 +29,7 @@ WEIGHT_SUFFIXES = (
     ".npz",
     ".index.json",
 )
-OWN_FILES = (CARD_FILE, MANIFEST_FILE, CONFIG_FILE, RESIDUAL_FOLDER)
+OWN_FILES = (CARD_FILE, MANIFEST_FILE, LIST_FILE, CONFIG_FILE, RESIDUAL_FOLDER)
 
 
 def side_files(folder: Path, weights: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from gift.errors import InputError
 from gift.merge.adapter import Adapter
+from gift.merge.copies import same_values, settle_copies
 from gift.merge.match import (
     HEADS,
     INPUT_EMBEDDINGS,
@@ -16,6 +17,7 @@ from gift.merge.match import (
     canonical,
     land_adapters,
 )
+from gift.models import missing_tensors, quantisation
 from gift.shards import Checkpoint, TensorEntry
 
 
@@ -65,17 +67,35 @@ def plan_merge(
     with tied embeddings gets a head of its own where an adapter changes one side of the tie.
     `allow_dora` is false for methods that add task vectors.
     """
+    if not isinstance(config, Mapping):
+        raise InputError(f"{checkpoint.folder / 'config.json'}: expected an object of settings")
+    method = quantisation(config)
+    if method is not None:
+        raise InputError(
+            f"{checkpoint.folder}: is quantised with {method}; a quantised weight cannot be merged "
+            "into: use the model's bf16 or float16 version"
+        )
+    adapters = [settle_copies(adapter, checkpoint, base) for adapter in adapters]
     embedding = tied_embedding(config, checkpoint)
     head = None
     if embedding is not None:
         head = _stored_head(checkpoint) or replace(embedding, name=_head_name(embedding.name))
     landing = land_adapters(checkpoint, adapters, coefficients, head)
     untied = None
+    if embedding is not None and head is not None and _stays_tied(landing, embedding, head):
+        del landing.saved[head.name]
+        head = None
     touched = set(landing.changes) | set(landing.saved)
     if embedding is not None and head is not None and touched & {embedding.name, head.name}:
         untied = head.name
         if not untie:
             landing.problems.append(_tie_problem(embedding, head, touched))
+    names = Names(checkpoint)
+    landing.problems += [
+        f"the model lacks {name}, or has it in another shape than its config.json says"
+        for name in missing_tensors(checkpoint.folder)
+        if names.find(name) is None or name in checkpoint.tensors
+    ]
     if base is not None:
         landing.problems += check_base(checkpoint, base)
     landing.problems += _dora_problems(adapters, coefficients, landing, allow_dora)
@@ -97,6 +117,17 @@ def plan_merge(
         for name, entry in entries.items()
     }
     return MergePlan(checkpoint, tuple(adapters), tensors, tuple(landing.notes), untied)
+
+
+def _stays_tied(landing: Landing, embedding: TensorEntry, head: TensorEntry) -> bool:
+    """Whether an adapter holds both sides of the tie in full, with the same values."""
+    sides = [landing.saved.get(entry.name, []) for entry in (embedding, head)]
+    if embedding.name in landing.changes or head.name in landing.changes or not all(sides):
+        return False
+    return len(sides[0]) == len(sides[1]) and all(
+        one.adapter == other.adapter and same_values(one.entry, other.entry)
+        for one, other in zip(*sides, strict=True)
+    )
 
 
 def _tie_problem(embedding: TensorEntry, head: TensorEntry, touched: set[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import InputError
-from gift.files import read_json, write_json
+from gift.files import hash_file, read_json, remember_hash, write_json
 from gift.merge.transforms import BLOCK_BYTES, Transform
 from gift.shards import Span, TensorEntry, spans
 
@@ -49,9 +49,9 @@ class ResidualWriter:
 
     def __init__(self, folder: Path, shard: str) -> None:
         folder.mkdir(exist_ok=True)
-        self._index_path = folder / f"{shard}.json"
-        self._index_path.unlink(missing_ok=True)
-        self._file = (folder / f"{shard}.bin").open("wb")
+        self._index_path, self._path = folder / f"{shard}.json", folder / f"{shard}.bin"
+        self._file = self._path.open("wb")
+        self._file_digest = hashlib.sha256()
         self._tensors: dict[str, dict[str, Any]] = {}
         self._blocks: list[list[int]] = []
         self._digest = hashlib.sha256()
@@ -67,15 +67,23 @@ class ResidualWriter:
         content = encode_block(original, merged)
         self._digest.update(original.contiguous().view(torch.uint8).numpy().data)
         self._blocks.append([self._file.tell(), len(content)])
+        self._file_digest.update(content)
         self._file.write(content)
 
-    def finish(self) -> None:
-        """Flushes to the disk and writes the index."""
+    def finish(self) -> dict[str, str]:
+        """Flushes to the disk and writes the index; returns the sha256 of both files by path."""
         self._end_tensor()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        sha256 = self._file_digest.hexdigest()
+        remember_hash(self._path, sha256)
         write_json(self._index_path, {"block_bytes": BLOCK_BYTES, "tensors": self._tensors})
+        index_sha256 = hash_file(self._index_path)
+        return {
+            f"{RESIDUAL_FOLDER}/{self._path.name}": sha256,
+            f"{RESIDUAL_FOLDER}/{self._index_path.name}": index_sha256,
+        }
 
     def _end_tensor(self) -> None:
         if self._tensors:

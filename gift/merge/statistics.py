@@ -22,9 +22,11 @@ from gift.batches import pad_batch, target_ids
 from gift.config import StatisticsConfig
 from gift.console import print_summary, progress
 from gift.data import Example, data_summary, encode_file, require_vocabulary
-from gift.files import hash_file, output_folder, write_json
+from gift.files import hash_file, naming, write_json
 from gift.merge.build import STATISTICS_FILE, STATISTICS_MANIFEST
+from gift.merge.methods import METHODS
 from gift.models import (
+    folder_context,
     load_causal_lm,
     load_tokenizer,
     model_hash,
@@ -33,27 +35,32 @@ from gift.models import (
     resolve_model,
     versions,
 )
+from gift.publish import output_folder
 
 
 def merge_statistics(config: StatisticsConfig) -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
-    folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    data = encode_file(config.data, tokenizer, config)
-    device = pick_device(config.device)
-    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-    require_vocabulary(model, data, config.model)
-    collect = fisher_diagonals if config.kind == "fisher" else gram_matrices
-    with output_folder(config.output, overwrite=config.overwrite) as partial:
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        folder = resolve_model(config.model)
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        data = encode_file(config.data, tokenizer, config, folder_context(folder))
+        weights = model_hash(folder)
+        device = pick_device(config.device)
+        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+        require_vocabulary(model, data, config.model)
+        diagonal = METHODS[config.kind].statistics == "diagonal"
+        collect = fisher_diagonals if diagonal else gram_matrices
         statistics = collect(model, data.kept)
-        save_file(statistics, partial / STATISTICS_FILE)
+        partial = output.begin()
+        with naming(partial / STATISTICS_FILE):
+            save_file(statistics, partial / STATISTICS_FILE)
         summary = {**data_summary(data), "tensors": len(statistics)}
         write_json(
             partial / STATISTICS_MANIFEST,
             {
                 "kind": f"gift {config.kind} statistics",
                 "model": config.model,
-                "model_hash": model_hash(folder),
+                "model_hash": weights,
                 "data_hash": hash_file(config.data),
                 "summary": summary,
                 "versions": versions(),
@@ -68,7 +75,7 @@ def fisher_diagonals(model: nn.Module, examples: Sequence[Example]) -> dict[str,
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     device = next(iter(parameters.values())).device
-    with progress("fisher", len(examples)) as bar:
+    with progress("Fisher diagonals", len(examples)) as bar:
         for example in examples:
             model.zero_grad(set_to_none=True)
             ids, attention, predicts = pad_batch([example], device)
@@ -89,7 +96,7 @@ def fisher_diagonals(model: nn.Module, examples: Sequence[Example]) -> dict[str,
 def gram_matrices(model: nn.Module, examples: Sequence[Example]) -> dict[str, Tensor]:
     """X^T X float32 [K, K] of the inputs of every linear layer, by the weight's name."""
     device = next(model.parameters()).device
-    with _gathered_grams(model) as grams, progress("regmean", len(examples)) as bar:
+    with _gathered_grams(model) as grams, progress("Gram matrices", len(examples)) as bar:
         for example in examples:
             ids, attention, _ = pad_batch([example], device)
             model(input_ids=ids, attention_mask=attention, use_cache=False)

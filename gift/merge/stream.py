@@ -1,8 +1,7 @@
 """Writes merged shards: reading, computing and writing run side by side, a few blocks in flight."""
 
-import contextlib
+import json
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gift.console import progress
-from gift.errors import InputError
-from gift.files import read_json, write_json
+from gift.files import hash_file, naming, read_json, replacing, sealed_files
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualWriter
 from gift.merge.transforms import BLOCK_BYTES, Transform
+from gift.publish import Output
 from gift.shards import (
     ShardWriter,
     Span,
@@ -73,24 +72,26 @@ class ShardPlan:
 
 
 def write_shards(
-    partial: Path, shards: Sequence[ShardPlan], fingerprint: str, save_residual: bool = False
+    output: Output, shards: Sequence[ShardPlan], save_residual: bool = False
 ) -> dict[str, Any]:
     """Writes or links every shard that an interrupted call did not finish; returns their hashes.
 
-    The manifest in the partial folder records a shard when it has been re-read and found right.
-    While a shard is verified the next one is made.
+    A record in the work folder names a shard when it has been re-read and found right. While a
+    shard is verified the next one is made.
     """
-    done = _finished_shards(partial, shards, fingerprint)
-    started = {"kind": "gift merge", "complete": False, "fingerprint": fingerprint}
+    done = _finished_shards(output, shards)
     jobs = sum(len(shard.jobs) for shard in shards)
     finished = sum(len(shard.jobs) for shard in shards if shard.name in done)
-    waiting: list[tuple[str, dict[str, str], Future[None]]] = []
+    waiting: list[tuple[str, dict[str, str], dict[str, str], Future[None]]] = []
 
     def settle() -> None:
-        for name, hashes, verified in waiting:
+        for name, hashes, residual_files, verified in waiting:
             verified.result()
+            files = {name: hash_file(output.partial / name), **residual_files}
             done[name] = {"made": "written", "sha256": hashes}
-            write_json(partial / MANIFEST_FILE, {**started, "shards": done})
+            record = {"shard": name, "files": files, **done[name]}
+            with replacing(output.work / f"{name}.json", sealed=True) as temporary:
+                temporary.write_text(json.dumps(record), encoding="utf-8")
         waiting.clear()
 
     with (
@@ -99,7 +100,7 @@ def write_shards(
         ThreadPoolExecutor(1) as verifier,
     ):
         for shard in shards:
-            path = partial / shard.name
+            path = output.partial / shard.name
             if shard.name in done:
                 continue
             bar.note(shard.name)
@@ -109,12 +110,13 @@ def write_shards(
                 continue
             residual = None
             if save_residual:
-                residual = ResidualWriter(partial / RESIDUAL_FOLDER, shard.name)
-            hashes = write_shard(shard, path, residual, bar.advance)
-            if residual is not None:
-                residual.finish()
+                residual = ResidualWriter(output.partial / RESIDUAL_FOLDER, shard.name)
+            with naming(path):
+                hashes = write_shard(shard, path, residual, bar.advance)
+                residual_files = residual.finish() if residual is not None else {}
             settle()
-            waiting.append((shard.name, hashes, verifier.submit(verify_shard, path, hashes)))
+            verified = verifier.submit(verify_shard, path, hashes)
+            waiting.append((shard.name, hashes, residual_files, verified))
         settle()
     return done
 
@@ -126,24 +128,20 @@ def _take_over(source: Path, target: Path) -> str:
     return made
 
 
-def _finished_shards(
-    partial: Path, shards: Sequence[ShardPlan], fingerprint: str
-) -> dict[str, Any]:
-    """The shards of an interrupted merge that are still right; everything else is removed."""
-    record = partial / MANIFEST_FILE
-    previous = read_json(record) if record.exists() else {}
-    recorded = previous.get("shards", {}) if previous.get("fingerprint") == fingerprint else {}
-    done = {}
-    for shard in shards:
-        entry, path = recorded.get(shard.name), partial / shard.name
-        if entry and "sha256" in entry and path.is_file():
-            with contextlib.suppress(InputError, OSError):
-                verify_shard(path, entry["sha256"])
-                done[shard.name] = entry
-    for path in partial.iterdir():
-        if path.is_dir() and not (path.name == RESIDUAL_FOLDER and done):
-            shutil.rmtree(path)
-        elif path.is_file() and path.name not in done:
+def _finished_shards(output: Output, shards: Sequence[ShardPlan]) -> dict[str, Any]:
+    """The shards of an interrupted merge that are still right; all other files are removed."""
+    done, right = {}, set()
+    names = {shard.name for shard in shards}
+    for path in sealed_files(output.work).values():
+        record = read_json(path)
+        files = {output.partial / name: sha256 for name, sha256 in record["files"].items()}
+        if record["shard"] in names and all(
+            file.is_file() and hash_file(file) == sha256 for file, sha256 in files.items()
+        ):
+            done[record["shard"]] = {"made": record["made"], "sha256": record["sha256"]}
+            right |= set(files)
+    for path in list(output.partial.rglob("*")):
+        if path.is_file() and output.work not in path.parents and path not in right:
             path.unlink()
     return done
 

@@ -5,14 +5,18 @@ the whole tensor, and turns blocks [rows, K] into the merged block. Arithmetic i
 for float64 models), the result is rounded once to the output's dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from gift.merge import methods
+from gift.config import MergeOptions
 from gift.merge.match import Change
+from gift.merge.method import Method, Rows
+from gift.merge.methods import METHODS
 from gift.merge.plan import TensorPlan
 from gift.merge.rounding import merge_to_one_ulp
 from gift.shards import Span, TensorEntry, read_span, read_tensor, spans
@@ -22,23 +26,19 @@ BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Recipe:
-    """The method and what it needs beside tensors; see MergeOptions for the meaning.
+    """The method with its settings, and what it needs beside tensors.
 
-    `keep` is a share, `adapters` their number, `dtype` the safetensors name of a common output
-    dtype or None.
+    `adapters` is their number, `dtype` the safetensors name of a common output dtype or None.
     """
 
-    method: str
+    options: MergeOptions
     adapters: int
     device: torch.device
     dtype: str | None = None
-    task_weight: float = 1.0
-    instruct_weight: float = 1.0
-    keep: float = 0.2
-    drop_rate: float = 0.9
-    seed: int = 0
-    energy_share: float = 0.5
-    off_diagonal: float = 0.9
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.options.method]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class FactorReader:
             left = torch.ones(1, 1, 1, dtype=a.dtype, device=a.device)
             return Factors(left, a.view(1, 1, -1), change.scale)
         b = self._read(change.b)
-        right = a.view(change.experts, change.rank, -1)
-        # PEFT lays the experts of B out innermost: [M, R * E] is [M, R, E].
-        left = b.view(b.shape[0], change.rank, change.experts).permute(2, 0, 1)
+        right = rearrange(a, "(e r) k -> e r k", e=change.experts)
+        left = rearrange(b, "m (r e) -> e m r", e=change.experts)  # PEFT has B's experts innermost
         if change.transposed:
             left, right = right.mT, left.mT
         if change.expert is not None:
@@ -150,7 +149,7 @@ class LoraTransform(Transform):
         scales = [factors.scale * self._weight for factors in self._factors]
         magnitude = self._factors[0].magnitude
         if magnitude is not None:
-            merged = methods.dora_block(
+            merged = dora_rows(
                 weight.to(self.compute_dtype),
                 rights[0].to(self.compute_dtype),
                 lefts[0].to(self.compute_dtype),
@@ -161,11 +160,19 @@ class LoraTransform(Transform):
         return merge_to_one_ulp(weight, rights, lefts, scales, self.out_dtype)
 
 
+def dora_rows(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, magnitude: Tensor
+) -> Tensor:
+    """m · V / ‖V‖ per output row, V = W + scale · B A (DoRA, arXiv 2402.09353, equation 5)."""
+    direction = weight + scale * (lora_b @ lora_a)
+    return direction * (magnitude / torch.linalg.vector_norm(direction, dim=1)).unsqueeze(1)
+
+
 class MethodTransform(Transform):
     """Any method on full task vectors: origin, instruct vector and one vector an adapter.
 
-    Sources: the model's tensor, the base's where given, the adapters' saved tensors, and one Fisher
-    diagonal a model for `fisher`. `grams` are RegMean's matrices, one a model.
+    Sources: the model's tensor, the base's where given, the adapters' saved tensors, and the
+    `fishers`, one diagonal a model. `grams` are the models' Gram matrices, read once.
     """
 
     def __init__(
@@ -184,73 +191,37 @@ class MethodTransform(Transform):
         self._reader = reader
         self._recipe = recipe
         self._fishers = len(fishers)
-        self._gram_entries = tuple(grams)
+        self._grams = tuple(grams)
         self._factors: list[tuple[int, Factors]] = []
-        self._thresholds: list[float] = []
-        self._parts: dict[int, methods.LowRankPart] = {}
-        self._system: methods.RegMeanSystem | None = None
+        self._known: Any = None
 
     def prepare(self) -> None:
         self._factors = [
             (change.adapter, self._reader.factors(change)) for change in self._tensor.changes
         ]
-        if self._recipe.method == "ties":
-            count = self._recipe.adapters + (self._tensor.base is not None)
-            self._thresholds = [
-                methods.magnitude_threshold(_VectorBlocks(self, number), self._recipe.keep)
-                for number in range(count)
-            ]
-        if self._gram_entries:
-            device = self._recipe.device
-            grams = [read_tensor(entry).to(device).float() for entry in self._gram_entries]
-            self._system = methods.regmean_system(grams, self._recipe.off_diagonal)
+        self._known = self._recipe.method.prepare(self, self._recipe.options)
 
     def release(self) -> None:
-        self._factors, self._parts, self._system = [], {}, None
+        self._factors, self._known = [], None
 
     def block(self, span: Span, tensors: list[Tensor]) -> Tensor:
         rows = [tensor.to(self._recipe.device, self.compute_dtype) for tensor in tensors]
-        return self._merge(span, rows).to(self.out_dtype)
+        merged = self._recipe.method.merge(self._rows(span, rows), self._recipe.options)
+        return merged.to(self.out_dtype)
 
-    def _merge(self, span: Span, rows: list[Tensor]) -> Tensor:
-        recipe, method = self._recipe, self._recipe.method
-        instruct = rows[0]
-        base = rows[1] if self._tensor.base is not None else None
-        origin = instruct if base is None else base
-        tasks = self.task_vectors(span, rows)
-        vectors = tasks if base is None else [instruct - base, *tasks]
-        if method == "lora":
-            return methods.task_arithmetic_block(instruct, tasks, 1.0)
-        if method == "task-arithmetic":
-            return methods.task_arithmetic_block(origin, vectors, recipe.task_weight)
-        if method in ("re-adapt", "lore-adapt"):
-            assert base is not None
-            part = instruct - base if method == "re-adapt" else self._low_rank(span, rows)
-            task = torch.stack(tasks).sum(0)
-            return methods.re_adapt_block(
-                base, part, task, recipe.task_weight, recipe.instruct_weight
-            )
-        if method == "ties":
-            return methods.ties_block(origin, vectors, self._thresholds, recipe.task_weight)
-        if method in ("dare", "dare-ties"):
-            place = f"{self._tensor.name}\n{span.matrix}\n{span.begin}"
-            vectors = [
-                methods.dare_block(vector, recipe.drop_rate, recipe.seed, f"{place}\n{number}")
-                for number, vector in enumerate(vectors)
-            ]
-            if method == "dare":
-                return methods.task_arithmetic_block(origin, vectors, recipe.task_weight)
-            none = [0.0] * len(vectors)
-            return methods.ties_block(origin, vectors, none, recipe.task_weight)
-        models = [instruct, *(origin + task for task in tasks)]
-        if method == "fisher":
-            return methods.fisher_block(models, rows[len(rows) - self._fishers :])
-        assert method == "regmean", method
-        if self._system is None:
-            return methods.mean_block(models)
-        return methods.regmean_block(models, self._system)
+    def _rows(self, span: Span, rows: list[Tensor]) -> Rows:
+        return Rows(
+            instruct=rows[0],
+            base=rows[1] if self._tensor.base is not None else None,
+            tasks=self._task_vectors(span, rows),
+            fishers=rows[len(rows) - self._fishers :],
+            known=self._known,
+            matrix=span.matrix,
+            begin=span.begin,
+            key=f"{self._tensor.name}\n{span.matrix}\n{span.begin}",
+        )
 
-    def task_vectors(self, span: Span, rows: list[Tensor]) -> list[Tensor]:
+    def _task_vectors(self, span: Span, rows: list[Tensor]) -> list[Tensor]:
         """τ of every adapter for these rows; zero where an adapter has nothing for the tensor."""
         tasks = [torch.zeros_like(rows[0]) for _ in range(self._recipe.adapters)]
         for adapter, factors in self._factors:
@@ -263,27 +234,27 @@ class MethodTransform(Transform):
             tasks[saved.adapter] += saved.scale * (rows[first_saved + number] - origin)
         return tasks
 
-    def vector(self, number: int, span: Span) -> Tensor:
-        """One task vector's rows, the instruct vector first where there is a base; read anew."""
+    @property
+    def is_vector(self) -> bool:
+        return min(self._tensor.source.matrices[1:]) == 1
+
+    def vectors(self) -> list[Iterable[Tensor]]:
+        count = self._recipe.adapters + (self._tensor.base is not None)
+        return [_VectorBlocks(self, number) for number in range(count)]
+
+    def instruct_part(self, matrix: int) -> Tensor:
+        return self.read_vector(0, Span(matrix, 0, self._tensor.source.matrices[1]))
+
+    def grams(self) -> list[Tensor]:
+        return [read_tensor(entry).to(self._recipe.device).float() for entry in self._grams]
+
+    def read_vector(self, number: int, span: Span) -> Tensor:
+        """One task vector's rows, read anew."""
         rows = [
             read_span(entry, span).to(self._recipe.device, self.compute_dtype)
             for entry in self.sources
         ]
-        if self._tensor.base is None:
-            return self.task_vectors(span, rows)[number]
-        return rows[0] - rows[1] if number == 0 else self.task_vectors(span, rows)[number - 1]
-
-    def _low_rank(self, span: Span, rows: list[Tensor]) -> Tensor:
-        """The rows of the low-rank part of θ_I − θ_B; vectors keep the whole difference."""
-        _, height, width = self._tensor.source.matrices
-        if min(height, width) == 1:
-            return rows[0] - rows[1]
-        if span.matrix not in self._parts:
-            whole = Span(span.matrix, 0, height)
-            matrix = self.vector(0, whole)
-            self._parts = {span.matrix: methods.low_rank_part(matrix, self._recipe.energy_share)}
-        part = self._parts[span.matrix]
-        return part.left[span.begin : span.end] @ part.right
+        return self._rows(span, rows).vectors[number]
 
 
 class _VectorBlocks:
@@ -295,4 +266,4 @@ class _VectorBlocks:
 
     def __iter__(self) -> Iterator[Tensor]:
         for span in spans(self._transform.sources[0], BLOCK_BYTES):
-            yield self._transform.vector(self._number, span)
+            yield self._transform.read_vector(self._number, span)

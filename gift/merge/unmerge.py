@@ -9,19 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gift.config import UnmergeConfig
+from gift.config import MergeOptions, UnmergeConfig
 from gift.console import print_summary
 from gift.errors import InputError
-from gift.files import hash_json, output_folder, read_json, write_json
+from gift.files import read_json, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import Adapter, read_adapter
 from gift.merge.build import Statistics, build_shards
 from gift.merge.command import adapter_folder
+from gift.merge.methods import METHODS
 from gift.merge.plan import plan_merge
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
 from gift.merge.transforms import Recipe
 from gift.models import pick_device, resolve_model, versions
+from gift.publish import Output, check_published, output_folder
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
 
 RESULT_FILE = "gift_unmerge.json"
@@ -38,9 +40,17 @@ def unmerge(config: UnmergeConfig) -> dict[str, Any]:
     InputError: a folder that gift merge did not write, other adapters than the merged ones, a
     method that cannot be taken back without its residual.
     """
+    with output_folder(config.output, overwrite=config.overwrite) as output:
+        summary = _unmerge(config, output)
+    print_summary(f"Unmerged model: {config.output}", summary)
+    return summary
+
+
+def _unmerge(config: UnmergeConfig, output: Output) -> dict[str, Any]:
     folder = resolve_model(config.model)
     if not (folder / MANIFEST_FILE).exists():
         raise InputError(f"--model: {folder} has no {MANIFEST_FILE}; gift merge did not write it")
+    check_published(folder)
     manifest = read_json(folder / MANIFEST_FILE)
     checkpoint = open_checkpoint(folder)
     residual = folder / RESIDUAL_FOLDER
@@ -49,32 +59,35 @@ def unmerge(config: UnmergeConfig) -> dict[str, Any]:
         shards, originals = _restoring_shards(checkpoint, manifest, residual)
     else:
         shards, originals = _subtracting_shards(config, checkpoint, manifest, folder), {}
-    fingerprint = hash_json([manifest["fingerprint"], checkpoint.fingerprint(), exact, versions()])
-    names = [INDEX_FILE, *(shard.name for shard in shards)]
-    files, _ = merge_output.side_files(folder, names)
+    names = [shard.name for shard in shards]
+    files, _ = merge_output.side_files(folder, [INDEX_FILE, *names])
     summary = {
         "tensors_restored": sum(job.transform is not None for s in shards for job in s.jobs),
         "precision": EXACT if exact else ROUNDED,
     }
-    with output_folder(config.output, overwrite=config.overwrite, resume=True) as partial:
-        done = write_shards(partial, shards, fingerprint)
-        found: dict[str, str] = {}
-        for entry in done.values():
-            found |= entry.get("sha256", {})
-        wrong = sorted(name for name in originals if found.get(name) != originals[name])
-        if wrong:
-            raise InputError(
-                f"{residual}: does not fit the merged weights (the first: {wrong[0]}); was one of "
-                "them changed after the merge?"
-            )
-        merge_output.copy_side_files(folder, files, partial)
-        for name in (merge_output.CONFIG_FILE, INDEX_FILE):
-            source = residual / name if exact else folder / name
-            if source.exists():
-                merge_output.copy_side_files(source.parent, [Path(name)], partial)
-        (partial / MANIFEST_FILE).unlink()
-        write_json(partial / RESULT_FILE, {"kind": "gift unmerge", **summary})
-    print_summary(f"Unmerged model: {config.output}", summary)
+    made_from = {
+        "merge": manifest["fingerprint"],
+        "shards": checkpoint.fingerprint(),
+        "exact": exact,
+        "versions": versions(),
+    }
+    partial = output.begin(made_from, keep=names)
+    done = write_shards(output, shards)
+    found: dict[str, str] = {}
+    for entry in done.values():
+        found |= entry.get("sha256", {})
+    wrong = sorted(name for name in originals if found.get(name) != originals[name])
+    if wrong:
+        raise InputError(
+            f"{residual}: does not fit the merged weights (the first: {wrong[0]}); was one of "
+            "them changed after the merge?"
+        )
+    merge_output.copy_side_files(folder, files, partial)
+    for name in (merge_output.CONFIG_FILE, INDEX_FILE):
+        source = residual / name if exact else folder / name
+        if source.exists():
+            merge_output.copy_side_files(source.parent, [Path(name)], partial)
+    write_json(partial / RESULT_FILE, {"kind": "gift unmerge", **summary})
     return summary
 
 
@@ -109,9 +122,7 @@ def _subtracting_shards(
     weight = _subtractable_weight(manifest, adapters)
     scales = [-weight * entry["scale"] for entry in manifest["adapters"]]
     plan = plan_merge(checkpoint, read_json(folder / "config.json"), adapters, scales)
-    recipe = Recipe(
-        method="lora", adapters=len(adapters), device=pick_device(config.device), dtype=None
-    )
+    recipe = Recipe(MergeOptions(), len(adapters), pick_device(config.device))
     return build_shards(plan, recipe, Statistics())
 
 
@@ -123,12 +134,13 @@ def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -
         raise InputError(
             f"--adapter: without a saved residual the merged adapters are needed, in order: {names}"
         )
-    method = manifest["method"]
-    plain = method == "lora" or (method == "task-arithmetic" and manifest["base"] is None)
+    method = METHODS[manifest["method"]]
+    options = MergeOptions(**manifest["settings"])
+    weight = method.sum_weight(options, manifest["base"] is not None)
     full = any(adapter.uses_dora or adapter.saved for adapter in adapters)
-    if not plain or manifest["dtype"] != "keep" or full:
+    if weight is None or manifest["dtype"] != "keep" or full:
         raise InputError(
-            f"--model: this merge ({method}, dtype {manifest['dtype']}) is no plain sum that could "
-            "be subtracted; only a merge with --save-residual could be taken back"
+            f"--model: this merge ({method.name}, dtype {manifest['dtype']}) is no plain sum that "
+            "could be subtracted; only a merge with --save-residual could be taken back"
         )
-    return float(manifest["settings"].get("task_weight", 1.0))
+    return weight

@@ -1,29 +1,77 @@
-"""Per-token weighted linear cross-entropy without the logits.
+"""Per-token weighted linear cross-entropy, and the confidence in given tokens, without the logits.
 
     loss = Σ_i w_i · (−log softmax(z_i)[y_i]) / normalizer     z = softcap(s · (H Wᵀ + b))
+    q_i  = softmax(z_i / T)[y_i]
 
 The weights come from a tensor, from a guide model's confidence in the targets found in the same
 call, or from the model's own confidence. See `reference.py` for the formulas and their sources.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from gift_kernels import dispatch
+from gift_kernels import checks
+from gift_kernels.implementation import Impl, resolve_impl
 from gift_kernels.linear_ce.op import linear_ce
-from gift_kernels.linear_ce.types import LinearCE, accumulation_dtype
-from gift_kernels.reference import (
+from gift_kernels.linear_ce.types import (
+    Guide,
+    Head,
+    LinearCE,
     Reduction,
+    Statistic,
     TokenStats,
-    normalized,
-    reduce_loss,
-    transform_weight,
+    VocabParallel,
+    WeightTransform,
+    accumulation_dtype,
 )
+from gift_kernels.reference import normalized, reduce_loss, transform_weight
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+_IDENTITY = WeightTransform()
+
+
+@overload
+def weighted_ce(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor | Literal["self"] | None = None,
+    *,
+    guide: Guide | None = None,
+    transform: WeightTransform | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+    stats: None = None,
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+) -> Tensor: ...
+@overload
+def weighted_ce(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor | Literal["self"] | None = None,
+    *,
+    guide: Guide | None = None,
+    transform: WeightTransform | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+    stats: Sequence[Statistic],
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, TokenStats]: ...
 
 
 def weighted_ce(
@@ -32,27 +80,19 @@ def weighted_ce(
     target: Tensor,
     token_weight: Tensor | Literal["self"] | None = None,
     *,
-    guide_hidden: Tensor | None = None,
-    guide_lm_head_weight: Tensor | None = None,
-    guide_bias: Tensor | None = None,
-    guide_logit_scale: float = 1.0,
-    guide_logit_softcap: float | None = None,
-    guide_temperature: float = 1.0,
-    weight_power: float = 1.0,
-    weight_floor: float = 0.0,
-    weight_threshold: float = 0.0,
+    guide: Guide | None = None,
+    transform: WeightTransform | None = None,
+    vocab_parallel: VocabParallel | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     reduction: Reduction = "mean",
     normalizer: Tensor | float | None = None,
     ignore_index: int = -100,
-    return_stats: bool = False,
-    process_group: "ProcessGroup | None" = None,
-    vocab_start: int = 0,
-    impl: dispatch.Impl = "auto",
+    stats: Sequence[Statistic] | None = None,
+    impl: Impl = "auto",
     chunk_size: int | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Weighted cross-entropy of `hidden @ lm_head_weight.T` against `target`.
 
     Args:
@@ -61,181 +101,259 @@ def weighted_ce(
         lm_head_weight: [V, D] of the same dtype and device. Gradients are made only for what
             requires them, so a frozen head costs two matrix products forward and backward.
         target: int64 or int32 [*B], token ids or `ignore_index`.
-        token_weight: [*B] weights, for example confidences annotated beforehand; `"self"` for the
-            model's own detached confidence (DFT); None for 1, or for the guide's confidence where a
-            guide is given. A weight tensor that requires grad receives its gradient.
-        guide_hidden, guide_lm_head_weight: [*B, Dg] and [Vg, Dg] of a guide model with the same
-            token ids; its softmax confidence in the target becomes the weight, without gradient.
-        guide_bias, guide_logit_scale, guide_logit_softcap: options of the guide's head.
-        guide_temperature: divides the guide's logits.
-        weight_power, weight_floor, weight_threshold: w becomes max(w, floor) ** power, and 0 where
-            w < threshold; applied to weights of every origin.
+        token_weight: [*B] floating-point weights, for example confidences annotated beforehand;
+            "self" for the model's own detached confidence (DFT); None for 1, or for the guide's
+            confidence where a guide is given. A tensor that requires grad receives its gradient.
+        guide: a second model; its confidence in the targets becomes the weight.
+        transform: of the weights, whatever their origin; None leaves them as they are.
+        vocab_parallel: where the head is divided over ranks. Every rank gets the whole loss and the
+            whole gradient of `hidden`. Each call begins with one small collective that compares
+            what the ranks passed; its result is read on the host.
         bias: [V], added to the logits before the scale.
         logit_scale: positive factor of the logits (Cohere's `logit_scale`; Granite divides: pass
             1 / `logits_scaling`).
         logit_softcap: c of c · tanh(z / c), after the scale (Gemma's `final_logit_softcapping`).
-        reduction: `none` [*B]; `sum`; `mean`: divided by the number of rows that are not ignored;
-            `weighted_mean`: divided by the sum of their weights. An empty `mean` is 0.
-        normalizer: replaces the divisor of `mean` and `weighted_mean`, for example the count over a
-            global batch. A loss of 0 divided by 0 is 0.
+        reduction: "none" [*B]; "sum"; "mean": divided by the number of rows that are not ignored;
+            "weighted_mean": divided by the sum of their weights. A mean of no rows is 0.
+        normalizer: one number that replaces the divisor of "mean" and "weighted_mean", for example
+            the count over a global batch. A loss of 0 divided by 0 is 0.
         ignore_index: rows with this target cost nothing and have zero loss and gradient.
-        return_stats: also return `TokenStats` of every row, without gradient.
-        process_group, vocab_start: for a vocabulary-parallel head: each rank passes its slice of
-            the head (and bias, and the guide's), rows [vocab_start, vocab_start + V) of the whole,
-            the same hidden states and the same targets; every rank gets the whole loss and the
-            whole gradient of `hidden`.
-        impl: `eager` (chunked PyTorch), `triton`, or `auto`: Triton on CUDA, eager elsewhere.
+        stats: names of the `TokenStats` to return: "nll", "confidence", "lse", "entropy", "top1",
+            "weight". What is not named is not computed where that saves work.
+        impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
+            where nothing is float64, else eager.
         chunk_size: rows of logits the eager implementation holds at once; by default as many as
             fit in 256 MiB.
 
+    Scalar options may be Python or NumPy numbers or 0-d tensors; a tensor on a GPU is waited for.
+
     Returns:
-        The loss, float32 (float64 for float64 inputs): [] or, for `none`, [*B]; with
-        `return_stats` a pair of the loss and the statistics.
+        The loss, float32 (float64 for float64 inputs): [] or, for "none", [*B]; with `stats` a pair
+        of the loss and the statistics.
 
     Raises:
-        ValueError, TypeError: naming the argument. Targets out of range raise on CPU; on CUDA their
-            rows become NaN, or raise too when GIFT_KERNELS_CHECK_TARGETS=1.
+        ValueError, TypeError: the message begins with the argument's name. Targets out of range
+            raise on CPU; on CUDA their rows become NaN, or raise too when the environment variable
+            GIFT_KERNELS_CHECK_TARGETS is 1. Derivatives of `torch.func`, forward mode and
+            DTensors are refused.
 
     A row whose weight is exactly 0 contributes exactly 0 even where its nll is infinite or NaN.
     """
-    has_guide = guide_hidden is not None or guide_lm_head_weight is not None
-    _check_weighting(token_weight, guide_hidden, guide_lm_head_weight, target)
-    _check_options(reduction, normalizer, weight_power, weight_floor, chunk_size)
-    for name, value in (
-        ("logit_scale", logit_scale),
-        ("guide_logit_scale", guide_logit_scale),
-        ("guide_temperature", guide_temperature),
-        ("logit_softcap", logit_softcap),
-        ("guide_logit_softcap", guide_logit_softcap),
-    ):
-        dispatch.check_positive(name, value)
-    hidden, lm_head_weight, bias = dispatch.autocast_head(hidden, lm_head_weight, bias)
-    dispatch.check_head("", hidden, lm_head_weight, bias, tuple(target.shape))
-    if has_guide:
-        assert guide_hidden is not None and guide_lm_head_weight is not None
-        guide_hidden, guide_lm_head_weight, guide_bias = (
-            tensor.detach() if tensor is not None else None
-            for tensor in dispatch.autocast_head(guide_hidden, guide_lm_head_weight, guide_bias)
-        )
-        assert guide_hidden is not None and guide_lm_head_weight is not None
-        dispatch.check_head(
-            "guide_", guide_hidden, guide_lm_head_weight, guide_bias, tuple(target.shape)
-        )
-    dispatch.check_target(target, hidden)
-    dispatch.check_shard(process_group, vocab_start)
-    given_weight = token_weight if isinstance(token_weight, Tensor) else None
-    row_weight = None
-    if given_weight is not None:
-        dispatch.check_tensor("token_weight", given_weight, tuple(target.shape), target)
-        row_weight = transform_weight(
-            given_weight.reshape(-1).to(accumulation_dtype(hidden.dtype)),
-            weight_power,
-            weight_floor,
-            weight_threshold,
-        )
-    grad = torch.is_grad_enabled()
-    weight_grad = grad and row_weight is not None and row_weight.requires_grad
+    reduction, ignore_index, chunk_size = checks.options(reduction, ignore_index, chunk_size)
+    asked = checks.statistics(stats)
+    transform = checks.weight_transform(transform)
+    shard = checks.vocab_parallel(vocab_parallel)
+    head = checks.linear_inputs(
+        "", hidden, lm_head_weight, bias, logit_scale, logit_softcap, sliced=shard is not None
+    )
+    target = checks.target(target, head.hidden)
+    given = checks.token_weight(token_weight, guide, target)
+    guide_head, temperature = None, 1.0
+    if guide is not None:
+        guide_head, temperature = checks.guide_inputs(guide, head.hidden, sliced=shard is not None)
+    checks.one_device(head, target, guide_head, given)
+    normalizer = checks.normalizer(normalizer, reduction, head.hidden.device)
+
     flat_target = target.reshape(-1).long()
-    result = LinearCE(
+    kept = flat_target != ignore_index
+    row_weight = None
+    if given is not None:
+        row_weight = given.reshape(-1).to(accumulation_dtype(head.hidden.dtype))
+    elif transform is not None and guide is None and token_weight is None:
+        row_weight = kept.to(accumulation_dtype(head.hidden.dtype))
+    if row_weight is not None:
+        # Ignored rows are shut out first: their weights may be anything, NaN too.
+        row_weight = transform_weight(torch.where(kept, row_weight, 0), transform)
+        row_weight = torch.where(kept, row_weight, 0)
+    weight_grad = torch.is_grad_enabled() and row_weight is not None and row_weight.requires_grad
+    rowwise = reduction == "none"
+    result = _solve(
+        head,
+        flat_target,
+        row_weight=row_weight.detach() if row_weight is not None and rowwise else row_weight,
+        guide=guide_head,
+        temperature=temperature,
+        self_weight=isinstance(token_weight, str),
+        transform=transform or _IDENTITY,
+        ignore_index=ignore_index,
+        grad=torch.is_grad_enabled(),
+        rowwise=rowwise,
+        with_entropy=asked is not None and "entropy" in asked,
+        keep_zero_rows=weight_grad or bool(asked and asked != {"weight"}),
+        shard=shard,
+        impl=impl,
+        chunk_size=chunk_size,
+    )
+    weight = result.weight.detach()
+    if row_weight is not None:
+        weight = row_weight.to(result.nll.dtype)
+    if rowwise:
+        loss = reduce_loss(result.nll, weight, kept, "none").reshape(target.shape)
+    else:
+        loss = normalized(result.total, weight, kept, reduction, normalizer)
+    if asked is None:
+        return loss
+    return loss, _statistics(asked, result, kept, weight, target)
+
+
+@overload
+def token_confidence(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    vocab_parallel: VocabParallel | None = None,
+    ignore_index: int = -100,
+    stats: None = None,
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+) -> Tensor: ...
+@overload
+def token_confidence(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    vocab_parallel: VocabParallel | None = None,
+    ignore_index: int = -100,
+    stats: Sequence[Statistic],
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@torch.no_grad()
+def token_confidence(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    vocab_parallel: VocabParallel | None = None,
+    ignore_index: int = -100,
+    stats: Sequence[Statistic] | None = None,
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Softmax probability of each target under `hidden @ lm_head_weight.T`; has no gradient.
+
+    Args:
+        hidden, lm_head_weight, target, bias, logit_scale, logit_softcap: as in `weighted_ce`.
+        temperature: positive, divides the logits after the soft-cap.
+        ignore_index: rows with this target cost nothing and get confidence 0.
+        stats: names of the `TokenStats` to return too, of the logits divided by the temperature;
+            `weight` is 1 on rows that are not ignored.
+        vocab_parallel, impl, chunk_size: as in `weighted_ce`.
+
+    Returns:
+        Confidence float32 (float64 for float64 inputs) [*B]; with `stats` a pair of the confidence
+        and the statistics.
+
+    Raises:
+        ValueError, TypeError: naming the argument, as in `weighted_ce`.
+    """
+    _, ignore_index, chunk_size = checks.options("none", ignore_index, chunk_size)
+    asked = checks.statistics(stats)
+    shard = checks.vocab_parallel(vocab_parallel)
+    head = checks.linear_inputs(
+        "", hidden, lm_head_weight, bias, logit_scale, logit_softcap, sliced=shard is not None
+    )
+    target = checks.target(target, head.hidden)
+    checks.one_device(head, target)
+    flat_target = target.reshape(-1).long()
+    kept = flat_target != ignore_index
+    result = _solve(
+        head,
+        flat_target,
+        temperature=checks.number("temperature", temperature, "positive number"),
+        ignore_index=ignore_index,
+        with_entropy=asked is not None and "entropy" in asked,
+        keep_zero_rows=True,
+        shard=shard,
+        impl=impl,
+        chunk_size=chunk_size,
+    )
+    confidence = torch.where(kept, torch.exp(-result.nll), 0).reshape(target.shape)
+    if asked is None:
+        return confidence
+    return confidence, _statistics(asked, result, kept, kept.to(confidence.dtype), target)
+
+
+def _solve(
+    head: Head,
+    target: Tensor,
+    *,
+    temperature: float,
+    ignore_index: int,
+    with_entropy: bool,
+    keep_zero_rows: bool,
+    shard: VocabParallel | None,
+    impl: Impl,
+    chunk_size: int | None,
+    row_weight: Tensor | None = None,
+    guide: Head | None = None,
+    self_weight: bool = False,
+    transform: WeightTransform = _IDENTITY,
+    grad: bool = False,
+    rowwise: bool = False,
+) -> LinearCE:
+    """Calls the operator, whose schema is flat; target is int64 [N]."""
+    hidden, lm_head_weight, bias, logit_scale, logit_softcap = head
+    no_guide = (None, None, None, 1.0, None)
+    guide_hidden, guide_weight, guide_bias, guide_scale, guide_softcap = guide or no_guide
+    implementation = resolve_impl(impl, {"hidden": hidden, "guide.hidden": guide_hidden})
+    return LinearCE(
         *linear_ce(
             hidden.reshape(-1, hidden.shape[-1]),
             lm_head_weight,
             bias,
-            flat_target,
-            row_weight if reduction != "none" or row_weight is None else row_weight.detach(),
+            target,
+            row_weight,
             guide_hidden.reshape(-1, guide_hidden.shape[-1]) if guide_hidden is not None else None,
-            guide_lm_head_weight,
+            guide_weight,
             guide_bias,
             logit_scale,
             logit_softcap,
-            guide_logit_scale,
-            guide_logit_softcap,
-            guide_temperature if has_guide else 1.0,
-            isinstance(token_weight, str),
-            weight_power,
-            weight_floor,
-            weight_threshold,
+            guide_scale,
+            guide_softcap,
+            temperature,
+            self_weight,
+            transform.power,
+            transform.floor,
+            transform.threshold,
             ignore_index,
             grad and hidden.requires_grad,
             grad and lm_head_weight.requires_grad,
             grad and bias is not None and bias.requires_grad,
-            reduction == "none",
-            return_stats,
-            return_stats or weight_grad,
-            process_group.group_name if process_group is not None else None,
-            vocab_start,
-            dispatch.resolve_impl(impl, hidden),
+            rowwise,
+            with_entropy,
+            keep_zero_rows,
+            shard.group.group_name if shard is not None else None,
+            shard.start if shard is not None else 0,
+            implementation,
             chunk_size,
         )
     )
-    kept = flat_target != ignore_index
-    weight = result.weight.detach()
-    if row_weight is not None:
-        weight = torch.where(kept, row_weight, 0).to(result.nll.dtype)
-    if reduction == "none":
-        loss = reduce_loss(result.nll, weight, kept, "none").reshape(target.shape)
-    else:
-        loss = normalized(result.total, weight, kept, reduction, normalizer)
-    if not return_stats:
-        return loss
-    stats = (value.detach().reshape(target.shape) for value in _stats(result, kept, weight))
-    return loss, TokenStats(*stats)
 
 
-def _stats(result: LinearCE, kept: Tensor, weight: Tensor) -> TokenStats:
-    return TokenStats(
-        nll=result.nll,
-        confidence=torch.where(kept, torch.exp(-result.nll), 0),
-        lse=result.lse,
-        entropy=result.entropy,
-        top1=result.top1,
-        weight=weight,
-    )
-
-
-def _check_weighting(
-    token_weight: Tensor | str | None,
-    guide_hidden: Tensor | None,
-    guide_lm_head_weight: Tensor | None,
-    target: Tensor,
-) -> None:
-    if (guide_hidden is None) != (guide_lm_head_weight is None):
-        raise ValueError("guide_hidden and guide_lm_head_weight: pass both or neither")
-    if isinstance(token_weight, str) and token_weight != "self":
-        raise ValueError(f'token_weight: expected a tensor, "self" or None, got {token_weight!r}')
-    if token_weight is not None and guide_hidden is not None:
-        raise ValueError(
-            "token_weight and guide_hidden: both give the weights; pass one of them "
-            "(for a product, compute the guide's part with token_confidence)"
-        )
-    if isinstance(token_weight, Tensor) and not token_weight.dtype.is_floating_point:
-        raise TypeError(f"token_weight: expected a floating-point dtype, got {token_weight.dtype}")
-
-
-def _check_options(
-    reduction: str,
-    normalizer: Tensor | float | None,
-    power: float,
-    floor: float,
-    chunk_size: int | None,
-) -> None:
-    if reduction not in ("none", "sum", "mean", "weighted_mean"):
-        raise ValueError(
-            f'reduction: expected "none", "sum", "mean" or "weighted_mean", got {reduction!r}'
-        )
-    if normalizer is not None and reduction not in ("mean", "weighted_mean"):
-        raise ValueError(
-            f"normalizer: only divides the reductions mean and weighted_mean, not {reduction}"
-        )
-    if isinstance(normalizer, Tensor):
-        dispatch.check_plain("normalizer", normalizer)
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}"
-            )
-    if power < 0 or floor < 0:
-        raise ValueError(
-            f"weight_power and weight_floor: expected values >= 0, got {power} and {floor}"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+def _statistics(
+    asked: frozenset[str], result: LinearCE, kept: Tensor, weight: Tensor, target: Tensor
+) -> TokenStats:
+    """The statistics that were asked for, in the shape of the targets."""
+    found = {name: getattr(result, name) for name in asked - {"confidence", "weight"}}
+    if "confidence" in asked:
+        found["confidence"] = torch.where(kept, torch.exp(-result.nll), 0)
+    if "weight" in asked:
+        found["weight"] = weight
+    return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

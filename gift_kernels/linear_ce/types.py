@@ -1,10 +1,72 @@
-"""What the operator below the public functions is asked for, and what it answers."""
+"""Types of the linear cross-entropy: groups of arguments, results, and the operator's problem."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+Reduction = Literal["none", "sum", "mean", "weighted_mean"]
+Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "weight"]
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A second model whose confidence in the targets becomes the weight, without gradient.
+
+    hidden: [*B, Dg], the guide's last hidden states, aligned with the targets.
+    lm_head_weight: [Vg, Dg] of the same dtype and device; token ids are the model's.
+    bias, logit_scale, logit_softcap: options of the guide's head, as those of `weighted_ce`.
+    temperature: positive, divides the guide's logits after the soft-cap.
+    """
+
+    hidden: Tensor
+    lm_head_weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class WeightTransform:
+    """Weights w become max(w, floor) ** power, and 0 where w < threshold.
+
+    All three are numbers >= 0. A row whose weight is at most `floor`, or below `threshold`, gives
+    its weight no gradient. NaN stays NaN.
+    """
+
+    power: float = 1.0
+    floor: float = 0.0
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """A head whose rows are divided over the ranks of a process group.
+
+    This rank passes rows [start, start + V) of the whole head, of its bias and of the guide's; the
+    slices of all ranks join up from row 0, in any order, and none is empty. Hidden states, targets,
+    weights and options are the same on every rank, and so is what requires grad.
+    """
+
+    group: ProcessGroup
+    start: int
+
+
+class TokenStats(NamedTuple):
+    """Statistics of every row, [*B] without gradient: float32 (float64 for float64 inputs).
+
+    Fields that were not asked for are None. All are 0 (`top1` False) on ignored rows.
+    """
+
+    nll: Tensor | None = None  # −log softmax of the target, in nats
+    confidence: Tensor | None = None  # exp(−nll)
+    lse: Tensor | None = None  # log-sum-exp of the logits
+    entropy: Tensor | None = None  # of the softmax, in nats
+    top1: Tensor | None = None  # bool: no logit is larger than the target's
+    weight: Tensor | None = None  # the factor that the loss gave to the row
 
 
 class Head(NamedTuple):
@@ -22,14 +84,6 @@ class VocabShard(NamedTuple):
 
     group: ProcessGroup
     start: int
-
-
-class WeightTransform(NamedTuple):
-    """max(w, floor) ** power, and 0 where w < threshold."""
-
-    power: float
-    floor: float
-    threshold: float
 
 
 class Problem(NamedTuple):

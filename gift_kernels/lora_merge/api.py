@@ -10,15 +10,15 @@ this file, PyTorch on blocks of rows: any device, float64 too, working memory of
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gift_kernels.dispatch import Impl, resolve_impl
+from gift_kernels import checks
+from gift_kernels.implementation import Impl, resolve_impl
 
 BLOCK_ELEMENTS = 1 << 19  # of W, upcast at a time
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @contextlib.contextmanager
@@ -61,26 +61,18 @@ def merge_in_blocks(
     rows_at_once = max(1, BLOCK_ELEMENTS // max(1, weight.shape[-1]))
     with _exact_float32_products():
         for expert in range(weight.shape[0]):
-            a_of = [a[expert].to(dtype) for a in lora_a]
+            # Contiguous: a product must not depend on how its factors are stored.
+            a_of = [a[expert].to(dtype).contiguous() for a in lora_a]
             for first in range(0, weight.shape[1], rows_at_once):
                 rows = slice(first, first + rows_at_once)
                 block = torch.empty_like(weight[expert, rows], dtype=dtype)
                 block.copy_(weight[expert, rows])
                 for a, b, factor in zip(a_of, lora_b, scale, strict=True):
                     # addmm would add small products to W one by one, rounding at W's size.
-                    block.add_(b[expert, rows].to(dtype) @ a, alpha=factor)
+                    block.add_(b[expert, rows].to(dtype).contiguous() @ a, alpha=factor)
                 if generator is not None:
                     block = _round_stochastically(block.float(), generator)
                 out[expert, rows].copy_(block)
-
-
-def _takes_triton(impl: str, tensors: Sequence[Tensor]) -> bool:
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    if resolve_impl(cast(Impl, impl), tensors[0]) == "eager":
-        return False
-    if wide and impl == "triton":
-        raise ValueError('impl: "triton" takes no float64; use impl="auto" or "eager"')
-    return not wide
 
 
 def _merge_into(
@@ -93,13 +85,17 @@ def _merge_into(
     seed: int | None,
     impl: str,
 ) -> None:
+    tensors = {"weight": weight}
+    tensors |= {f"lora_a[{i}]": a for i, a in enumerate(lora_a)}
+    tensors |= {f"lora_b[{i}]": b for i, b in enumerate(lora_b)}
+    implementation = resolve_impl(impl, tensors)
     if weight.dim() == 2:
         weight, out = weight.unsqueeze(0), out.unsqueeze(0)
         lora_a = [a.unsqueeze(0) for a in lora_a]
         lora_b = [b.unsqueeze(0) for b in lora_b]
     if fan_in_fan_out:
         lora_a, lora_b = [b.mT for b in lora_b], [a.mT for a in lora_a]
-    if _takes_triton(impl, (weight, *lora_a, *lora_b)):
+    if implementation == "triton":
         from gift_kernels.lora_merge.triton import merge
 
         merge(weight, out, lora_a, lora_b, scale, seed)
@@ -162,87 +158,6 @@ _register(
 )
 
 
-def _check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{name}: got {value.dtype}, expected bfloat16, float16, float32, float64")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: is on {value.device}, the weight on {like.device}: move one")
-    if like is not None and value.dim() != like.dim():
-        hint = " (one pair of factors for each expert)" if like.dim() == 3 else ""
-        raise ValueError(
-            f"{name}: got shape {list(value.shape)}, expected {like.dim()} dimensions, as many "
-            f"as the weight has{hint}"
-        )
-
-
-def _check_adapters(
-    weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], fan_in_fan_out: bool
-) -> None:
-    rows, columns = weight.shape[-2:]
-    if fan_in_fan_out:
-        rows, columns = columns, rows
-    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        a_name = "lora_a" if len(lora_a) == 1 else f"lora_a[{i}]"
-        b_name = "lora_b" if len(lora_b) == 1 else f"lora_b[{i}]"
-        _check_tensor(a_name, a, weight)
-        _check_tensor(b_name, b, weight)
-        experts = list(weight.shape[:-2])
-        if list(a.shape) != [*experts, a.shape[-2], columns]:
-            expected = ", ".join(map(str, [*experts, "R", columns]))
-            raise ValueError(
-                f"{a_name}: got shape {list(a.shape)}, expected [{expected}] for a weight "
-                f"{list(weight.shape)} with fan_in_fan_out={fan_in_fan_out}"
-            )
-        if list(b.shape) != [*experts, rows, a.shape[-2]]:
-            raise ValueError(
-                f"{b_name}: got shape {list(b.shape)}, expected "
-                f"{[*experts, rows, a.shape[-2]]}: the weight's rows and the rank of {a_name}"
-            )
-
-
-def _checked(
-    weight: Tensor,
-    lora_a: Tensor | Sequence[Tensor],
-    lora_b: Tensor | Sequence[Tensor],
-    scale: float | Sequence[float],
-    fan_in_fan_out: bool,
-    stochastic_rounding_seed: int | None,
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    _check_tensor("weight", weight)
-    if weight.dim() not in (2, 3):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [M, K] or [E, M, K]")
-    a_list = [lora_a] if isinstance(lora_a, Tensor) else list(lora_a)
-    b_list = [lora_b] if isinstance(lora_b, Tensor) else list(lora_b)
-    scales = [scale] * len(a_list) if isinstance(scale, int | float) else list(scale)
-    if not a_list:
-        raise ValueError("lora_a: got an empty list, expected at least one adapter")
-    for name, values in (("lora_b", b_list), ("scale", scales)):
-        if len(values) != len(a_list):
-            raise ValueError(f"{name}: got {len(values)} values for {len(a_list)} of lora_a")
-    for value in scales:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                f"scale: got {type(value).__name__}, expected a float or a list of them"
-            )
-    if not isinstance(fan_in_fan_out, bool):
-        raise TypeError(f"fan_in_fan_out: got {fan_in_fan_out!r}, expected True or False")
-    _check_adapters(weight, a_list, b_list, fan_in_fan_out)
-    if stochastic_rounding_seed is not None:
-        if weight.dtype != torch.bfloat16:
-            raise ValueError(
-                f"stochastic_rounding_seed: the weight is {weight.dtype}; only bfloat16 can be "
-                "rounded stochastically: leave the seed out"
-            )
-        if not 0 <= stochastic_rounding_seed < 1 << 63:
-            raise ValueError(
-                f"stochastic_rounding_seed: got {stochastic_rounding_seed}, expected 0 to 2**63 - 1"
-            )
-    # The operator is not differentiable: a graph that passes through it would be wrong.
-    return [a.detach() for a in a_list], [b.detach() for b in b_list], [float(s) for s in scales]
-
-
 def lora_merge(
     weight: Tensor,
     lora_a: Tensor | Sequence[Tensor],
@@ -282,10 +197,10 @@ def lora_merge(
     Raises:
         TypeError, ValueError: naming the argument; `impl` that cannot be had is never replaced.
     """
-    a, b, scales = _checked(weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed)
-    return torch.ops.gift_kernels.lora_merge(
-        weight.detach(), a, b, scales, fan_in_fan_out, stochastic_rounding_seed, impl
+    arguments = checks.merge_arguments(
+        weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl
     )
+    return torch.ops.gift_kernels.lora_merge(*arguments)
 
 
 def lora_merge_(
@@ -303,12 +218,9 @@ def lora_merge_(
     Raises:
         TypeError, ValueError: as `lora_merge`; also if entries of `weight` share memory.
     """
-    a, b, scales = _checked(weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed)
-    if any(
-        size > 1 and step == 0 for size, step in zip(weight.shape, weight.stride(), strict=True)
-    ):
-        raise ValueError("weight: its entries share memory (expanded): pass a .clone() of it")
-    torch.ops.gift_kernels.lora_merge_(
-        weight.detach(), a, b, scales, fan_in_fan_out, stochastic_rounding_seed, impl
+    arguments = checks.merge_arguments(
+        weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl
     )
+    checks.own_memory(weight)
+    torch.ops.gift_kernels.lora_merge_(*arguments)
     return weight

@@ -11,7 +11,7 @@ from ce_cases import CASE, IMPLS, arrange, generate, long_problem, outcome, with
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gift_kernels import token_confidence, weighted_ce
+from gift_kernels import Guide, TokenStats, token_confidence, weighted_ce
 
 # `gift_kernels.weighted_ce` is a function, so modules are found by their names.
 operator: Any = importlib.import_module("gift_kernels.linear_ce.op")
@@ -25,7 +25,7 @@ def test_compiles_without_a_graph_break_and_changes_no_number(
     case: str, impl: str, device: str
 ) -> None:
     def op(**arguments: Any) -> Any:
-        return weighted_ce(**arguments, impl=impl, return_stats=True)
+        return weighted_ce(**arguments, impl=impl, stats=TokenStats._fields)
 
     torch.compiler.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
@@ -106,9 +106,11 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(
         confidence = token_confidence(*leaves, given["target"], impl=impl)
     gradients = torch.autograd.grad(loss, leaves)
     narrow = {
-        name: value.bfloat16() if value.is_floating_point() else value
+        name: value.bfloat16() if name in ("hidden", "lm_head_weight") else value
         for name, value in given.items()
     }
+    guide = given["guide"]
+    narrow["guide"] = Guide(guide.hidden.bfloat16(), guide.lm_head_weight.bfloat16())
     expected = weighted_ce(**narrow, impl=impl)
     assert loss.dtype == confidence.dtype == torch.float32
     assert torch.equal(loss, expected)

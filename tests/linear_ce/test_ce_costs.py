@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gift_kernels import token_confidence, weighted_ce
+from gift_kernels import TokenStats, token_confidence, weighted_ce
 from gift_kernels.linear_ce.types import LinearCE, Problem
 
 # `gift_kernels.weighted_ce` is a function, so modules are found by their names.
@@ -117,7 +117,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(
         given["lm_head_weight"].requires_grad_(trainable_head)
         options = {"reduction": reduction, "impl": impl, "chunk_size": chunk}
         with Inside() as inside:
-            loss, _ = weighted_ce(**given, **options, return_stats=True)
+            loss, _ = weighted_ce(**given, **options, stats=TokenStats._fields)
             loss.sum().backward()
             head = (given["hidden"], given["lm_head_weight"], given["target"])
             token_confidence(*head, impl=impl, chunk_size=chunk)
@@ -167,7 +167,7 @@ def test_passes_over_the_head_of_forward_and_backward(
     options = {"reduction": reduction, "impl": "eager", "chunk_size": chunk_size}
 
     assert units(lambda: weighted_ce(**given, **options), WEIGHTED) == cost
-    statistics = {"return_stats": True, **options}
+    statistics = {"stats": ("nll",), **options}
     # They need rows of weight 0 too, but the products of a later backward do not.
     with_statistics = cost if cost < 4 else 2 + 2 * WEIGHTED / KEPT
     assert units(lambda: weighted_ce(**given, **statistics)[0], KEPT) == with_statistics

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gift_kernels import dispatch, reference, token_confidence, weighted_ce
+from gift_kernels import TokenStats, VocabParallel, checks, reference, token_confidence, weighted_ce
 from gift_kernels.linear_ce import eager
 
 WORLD = 2
@@ -96,6 +96,13 @@ def slice_of(values: Values, slicing: str, rank: int) -> tuple[Values, int]:
     return values | sliced, start
 
 
+def sharded(start: int, impl: str) -> dict[str, Any]:
+    """Options of a call with a slice of the vocabulary."""
+    group = dist.group.WORLD
+    assert group is not None
+    return {"vocab_parallel": VocabParallel(group, start), "impl": impl}
+
+
 def sharded_results(rank: int, impl: str, device: str) -> dict[str, Any]:
     """Everything that this rank computes from its slices of the vocabulary."""
     results: dict[str, Any] = {}
@@ -106,9 +113,9 @@ def sharded_results(rank: int, impl: str, device: str) -> dict[str, Any]:
             values, start = slice_of(generate(case, dtype), slicing, rank)
 
             def op(start: int = start, **arguments: Any) -> Any:
-                group = dist.group.WORLD
-                shard = {"process_group": group, "vocab_start": start, "impl": impl}
-                return weighted_ce(**arguments, **shard, return_stats=True, chunk_size=7)
+                return weighted_ce(
+                    **arguments, **sharded(start, impl), stats=TokenStats._fields, chunk_size=7
+                )
 
             with poisoned_memory():
                 key = f"{slicing} {case.id} {dtype}"
@@ -123,7 +130,7 @@ def edge_results(slicing: str, rank: int, impl: str, device: str) -> dict[str, A
     _, arguments = arrange(CASE["bias"], values, torch.float32, device)
     names = ("hidden", "lm_head_weight", "target", "bias")
     given = {name: arguments[name].detach() for name in names}
-    shard = {"process_group": dist.group.WORLD, "vocab_start": start, "impl": impl}
+    shard = sharded(start, impl)
     found = {"plain": token_confidence(**given, **shard)}
     if rank == 0:
         given["bias"] = torch.full_like(given["bias"], -torch.inf)
@@ -134,12 +141,12 @@ def edge_results(slicing: str, rank: int, impl: str, device: str) -> dict[str, A
     found["first rank NaN"] = token_confidence(**given, **shard)
     given["target"] = given["target"].clone()
     given["target"][4] = 130
-    os.environ[dispatch.CHECK_TARGETS_VARIABLE] = "1"
+    os.environ[checks.CHECK_TARGETS_VARIABLE] = "1"
     try:
         token_confidence(**given, **shard)
     except ValueError as error:
         found["refusal"] = str(error)
-    del os.environ[dispatch.CHECK_TARGETS_VARIABLE]
+    del os.environ[checks.CHECK_TARGETS_VARIABLE]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 from ce_cases import IMPLS
 
-from gift_kernels import dispatch, token_confidence, weighted_ce
+from gift_kernels import (
+    Guide,
+    VocabParallel,
+    WeightTransform,
+    checks,
+    implementation,
+    token_confidence,
+    weighted_ce,
+)
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 COUNT, SIZE, VOCAB = 6, 8, 10
@@ -28,22 +37,28 @@ def proper() -> dict[str, Any]:
     }
 
 
-GUIDE = {"guide_hidden": zeros(COUNT, 4), "guide_lm_head_weight": zeros(VOCAB, 4)}
+GUIDE = Guide(zeros(COUNT, 4), zeros(VOCAB, 4))
+
+
+def guide(**changes: Any) -> dict[str, Any]:
+    return {"guide": replace(GUIDE, **changes)}
+
+
 BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"lm_head_weight": zeros(VOCAB, SIZE, 1)},
         ValueError,
-        "lm_head_weight: expected shape [V, D], got [10, 8, 1]",
+        "lm_head_weight: expected shape [V, D] with V >= 1, got [10, 8, 1]",
     ),
     (
         {"hidden": zeros(COUNT, SIZE - 1)},
         ValueError,
-        "hidden: expected shape [6, 8], got [6, 7]",
+        "hidden and lm_head_weight: expected one last dimension D, got shapes [6, 7] and [10, 8]",
     ),
     (
         {"target": zeros(COUNT - 1, dtype=torch.int64)},
         ValueError,
-        "hidden: expected shape [5, 8], got [6, 8]",
+        "target: expected shape [6] (hidden's without the last), got [5]",
     ),
     (
         {"hidden": zeros(COUNT, SIZE, device="meta")},
@@ -64,30 +79,38 @@ BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"hidden": zeros(COUNT, SIZE, dtype=torch.bfloat16)},
         TypeError,
         "hidden and lm_head_weight: expected one dtype, got torch.bfloat16 and torch.float32; "
-        "cast one of them",
+        "cast one",
     ),
-    ({"bias": zeros(VOCAB + 1)}, ValueError, "bias: expected shape [10], got [11]"),
+    (
+        {"bias": zeros(VOCAB + 1)},
+        ValueError,
+        "bias: expected shape [10] (a number for each row of the head), got [11]",
+    ),
     (
         {"target": zeros(COUNT)},
         TypeError,
-        "target: expected int64 or int32, got torch.float32",
+        "target: expected one of int64, int32, got torch.float32",
     ),
     ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a positive number, got -1.0"),
     ({"logit_softcap": 0.0}, ValueError, "logit_softcap: expected a positive number, got 0.0"),
-    ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
-    ({"vocab_start": 5}, ValueError, "vocab_start: 5 needs a process_group"),
+    ({"chunk_size": 0}, ValueError, "chunk_size: expected 1 to 9223372036854775807, got 0"),
+    (
+        {"vocab_parallel": VocabParallel("world", 0)},  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "vocab_parallel.group: expected a ProcessGroup, got 'world' (str)",
+    ),
     ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "triton" or "eager", got \'cuda\''),
 ]
 BY_WEIGHTED_CE: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"token_weight": zeros(COUNT + 1)},
         ValueError,
-        "token_weight: expected shape [6], got [7]",
+        "token_weight: expected shape [6] (target's), got [7]",
     ),
     (
         {"token_weight": zeros(COUNT, dtype=torch.int64)},
         TypeError,
-        "token_weight: expected a floating-point dtype, got torch.int64",
+        "token_weight: expected one of bfloat16, float16, float32, float64, got torch.int64",
     ),
     (
         {"token_weight": "guide"},
@@ -95,44 +118,44 @@ BY_WEIGHTED_CE: list[tuple[dict[str, Any], type[Exception], str]] = [
         "token_weight: expected a tensor, \"self\" or None, got 'guide'",
     ),
     (
-        GUIDE | {"token_weight": zeros(COUNT)},
+        guide() | {"token_weight": zeros(COUNT)},
         ValueError,
-        "token_weight and guide_hidden: both give the weights; pass one of them",
+        "token_weight and guide: both give the weights; pass one of them",
     ),
     (
-        {"guide_hidden": zeros(COUNT, 4)},
-        ValueError,
-        "guide_hidden and guide_lm_head_weight: pass both or neither",
-    ),
-    (
-        {"guide_lm_head_weight": zeros(VOCAB, 4)},
-        ValueError,
-        "guide_hidden and guide_lm_head_weight: pass both or neither",
-    ),
-    (
-        GUIDE | {"guide_hidden": zeros(COUNT, SIZE)},
-        ValueError,
-        "guide_hidden: expected shape [6, 4], got [6, 8]",
-    ),
-    (
-        GUIDE | {"guide_hidden": zeros(COUNT, 4, dtype=torch.float16)},
+        {"guide": (zeros(COUNT, 4), zeros(VOCAB, 4))},
         TypeError,
-        "guide_hidden and guide_lm_head_weight: expected one dtype, got torch.float16 and",
+        "guide: expected a Guide, got tuple",
     ),
     (
-        GUIDE | {"guide_bias": zeros(3)},
+        guide(hidden=zeros(COUNT, SIZE)),
         ValueError,
-        "guide_bias: expected shape [10], got [3]",
+        "guide.hidden and guide.lm_head_weight: expected one last dimension D, got shapes [6, 8]",
     ),
     (
-        GUIDE | {"guide_temperature": -1.0},
+        guide(hidden=zeros(COUNT + 1, 4)),
         ValueError,
-        "guide_temperature: expected a positive number, got -1.0",
+        "guide.hidden: expected shape [6, 4] (rows of hidden), got [7, 4]",
     ),
     (
-        GUIDE | {"guide_logit_softcap": float("inf")},
+        guide(hidden=zeros(COUNT, 4, dtype=torch.float16)),
+        TypeError,
+        "guide.hidden and guide.lm_head_weight: expected one dtype, got torch.float16 and",
+    ),
+    (
+        guide(bias=zeros(3)),
         ValueError,
-        "guide_logit_softcap: expected a positive number, got inf",
+        "guide.bias: expected shape [10] (a number for each row of the head), got [3]",
+    ),
+    (
+        guide(temperature=-1.0),
+        ValueError,
+        "guide.temperature: expected a positive number, got -1.0",
+    ),
+    (
+        guide(logit_softcap=float("inf")),
+        ValueError,
+        "guide.logit_softcap: expected a positive number, got inf",
     ),
     (
         {"reduction": "average"},
@@ -147,17 +170,17 @@ BY_WEIGHTED_CE: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"normalizer": zeros(2)},
         ValueError,
-        "normalizer: expected one number, got a tensor of shape [2]",
+        "normalizer: expected one number on cpu, got a tensor of shape [2], torch.float32, on cpu",
     ),
     (
-        {"weight_power": -0.5},
+        {"transform": WeightTransform(power=-0.5)},
         ValueError,
-        "weight_power and weight_floor: expected values >= 0, got -0.5 and 0.0",
+        "transform.power: expected a number >= 0, got -0.5",
     ),
     (
-        {"weight_floor": -1.0},
+        {"transform": WeightTransform(floor=-1.0)},
         ValueError,
-        "weight_power and weight_floor: expected values >= 0, got 1.0 and -1.0",
+        "transform.floor: expected a number >= 0, got -1.0",
     ),
 ]
 
@@ -190,7 +213,7 @@ def test_token_confidence_refuses_a_temperature_that_is_not_positive(temperature
 def test_a_target_outside_the_vocabulary_is_refused(
     value: int, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(dispatch.CHECK_TARGETS_VARIABLE, "1")
+    monkeypatch.setenv(checks.CHECK_TARGETS_VARIABLE, "1")
     given = {name: tensor.to(device) for name, tensor in proper().items()}
     given["target"][[1, 4]] = torch.tensor([-100, value], device=device)
     message = (
@@ -206,12 +229,12 @@ def test_a_target_outside_the_vocabulary_is_refused(
 def test_a_target_that_the_guide_does_not_know_is_refused(
     impl: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(dispatch.CHECK_TARGETS_VARIABLE, "1")
-    given = proper() | GUIDE | {"guide_lm_head_weight": zeros(VOCAB - 2, 4)}
-    given = {name: tensor.to(device) for name, tensor in given.items()}
+    monkeypatch.setenv(checks.CHECK_TARGETS_VARIABLE, "1")
+    given = {name: tensor.to(device) for name, tensor in proper().items()}
+    given |= {"guide": Guide(zeros(COUNT, 4, device=device), zeros(VOCAB - 2, 4, device=device))}
     assert weighted_ce(**given, impl=impl).isfinite()
     given["target"][3] = VOCAB - 1
-    with pytest.raises(ValueError, match=r"row 3 is outside \[0, 8\), the rows of guide_lm_head"):
+    with pytest.raises(ValueError, match=r"row 3 is outside \[0, 8\), the rows of guide.lm_head"):
         weighted_ce(**given, impl=impl)
 
 
@@ -219,7 +242,7 @@ def test_a_target_that_the_guide_does_not_know_is_refused(
 def test_where_targets_are_not_read_a_wrong_one_makes_its_row_nan(
     impl: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "reads_targets", lambda target: False)
+    monkeypatch.setattr(checks, "reads_targets", lambda target: False)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(COUNT, SIZE, generator=generator).to(device).requires_grad_()
     head = torch.randn(VOCAB, SIZE, generator=generator).to(device)
@@ -236,10 +259,10 @@ def test_where_targets_are_not_read_a_wrong_one_makes_its_row_nan(
 
 def test_an_explicit_request_for_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r'impl="triton" needs CUDA tensors, got cpu; use impl='):
+    with pytest.raises(ValueError, match=r'impl: "triton" needs CUDA tensors, got cpu; use impl='):
         weighted_ce(**proper(), impl="triton")
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
-    with pytest.raises(ValueError, match='impl="triton": Triton is not installed; install it'):
+    monkeypatch.setattr(implementation, "_triton_installed", lambda: False)
+    with pytest.raises(ValueError, match='impl: "triton" is not installed; install Triton'):
         token_confidence(**proper(), impl="triton")
 
 
@@ -259,14 +282,16 @@ def test_auto_is_eager_on_gpus_that_the_kernels_do_not_know(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
-    assert dispatch.resolve_impl("auto", tensor) == ("eager" if lacks else "triton")
-    assert dispatch._gpu_lacks(tensor.device) == lacks
+    assert implementation.resolve_impl("auto", {"hidden": tensor}) == (
+        "eager" if lacks else "triton"
+    )
+    assert implementation._gpu_lacks(tensor.device) == lacks
     if lacks:
-        with pytest.raises(ValueError, match=f'impl="triton" needs {lacks}; use impl="auto"'):
-            dispatch.resolve_impl("triton", tensor)
+        with pytest.raises(ValueError, match=f'impl: "triton" needs {lacks}; use impl="auto"'):
+            implementation.resolve_impl("triton", {"hidden": tensor})
     torch.compiler.reset()
     asks = torch.compile(
-        lambda x: x + 1 if dispatch._gpu_lacks(torch.device("cuda", 0)) else x,
+        lambda x: x + 1 if implementation._gpu_lacks(torch.device("cuda", 0)) else x,
         fullgraph=True,
         backend="eager",
     )
@@ -274,5 +299,5 @@ def test_auto_is_eager_on_gpus_that_the_kernels_do_not_know(
 
 
 def test_auto_is_eager_on_the_cpu() -> None:
-    assert dispatch.resolve_impl("auto", zeros(1)) == "eager"
-    assert dispatch.resolve_impl("eager", zeros(1)) == "eager"
+    assert implementation.resolve_impl("auto", {"hidden": zeros(1)}) == "eager"
+    assert implementation.resolve_impl("eager", {"hidden": zeros(1)}) == "eager"

@@ -12,7 +12,14 @@ from ce_cases import norm_error, readable, with_impls
 from safetensors import safe_open
 from torch import Tensor
 
-from gift_kernels import reference, token_confidence, weighted_ce
+from gift_kernels import (
+    Guide,
+    TokenStats,
+    WeightTransform,
+    reference,
+    token_confidence,
+    weighted_ce,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["ce_weights", "ce_self", "ce_guide"]
@@ -27,6 +34,18 @@ TOLERANCE = {
 COMBINATIONS = with_impls(*((name, dtype) for name in NAMES for dtype in TOLERANCE))
 
 
+def by_dataclass(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The stored options in the groups in which `weighted_ce` takes them."""
+    groups: dict[str, Any] = {"guide_": Guide, "weight_": WeightTransform}
+    rest = {key: v for key, v in arguments.items() if not key.startswith(tuple(groups))}
+    for prefix, name in (("guide_", "guide"), ("weight_", "transform")):
+        found = {key: v for key, v in arguments.items() if key.startswith(prefix)}
+        if found:
+            fields = {key.removeprefix(prefix): value for key, value in found.items()}
+            rest[name] = groups[prefix](**fields)
+    return rest
+
+
 def load(name: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of `weighted_ce`, with what has a gradient as leaves, and all stored tensors."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
@@ -37,7 +56,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Any], di
         arguments[key] = stored[key].to(device, dtype)
         arguments[key].requires_grad_(f"d_{key}" in stored)
     arguments["target"] = stored["target"].to(device)
-    return arguments, stored
+    return by_dataclass(arguments), stored
 
 
 def compare(found: dict[str, Tensor], stored: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -68,7 +87,7 @@ def test_loss_statistics_and_gradients_are_the_stored_ones(
     name: str, dtype: torch.dtype, impl: str, device: str
 ) -> None:
     def op(**arguments: Any) -> Any:
-        return weighted_ce(**arguments, impl=impl, return_stats=True)
+        return weighted_ce(**arguments, impl=impl, stats=TokenStats._fields)
 
     loss_and_gradients(op, name, dtype, device)
 

@@ -109,7 +109,8 @@ def test_a_poisoned_row_gives_nan_and_leaves_the_others_alone(
     hidden, head, target = (value.to(device) for value in rivals(20, 32, 67, 5))
     clean = token_confidence(hidden, head, target, impl=impl)
     hidden[4, 1] = poison
-    stats = token_confidence(hidden, head, target, impl=impl, return_stats=True)
+    _, stats = token_confidence(hidden, head, target, impl=impl, stats=("nll", "confidence"))
+    assert stats.confidence is not None and stats.nll is not None
     expected = torch.arange(20, device=device) == 4
     assert torch.equal(stats.confidence.isnan(), expected)
     assert torch.equal(stats.nll.isnan(), expected)

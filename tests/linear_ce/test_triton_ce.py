@@ -32,7 +32,7 @@ from ce_problems import (
 )
 from torch import Tensor
 
-from gift_kernels import reference, weighted_ce
+from gift_kernels import TokenStats, reference, weighted_ce
 from gift_kernels.linear_ce.types import Head, Problem, WeightTransform
 
 passes: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_pass")
@@ -214,7 +214,7 @@ def test_plain_loads_and_the_copy_engine_give_the_same(case: str, device: str) -
         values = generate(changed, BF16)
 
         def ours(**arguments: Any) -> Any:
-            return weighted_ce(**arguments, impl="triton", return_stats=True)
+            return weighted_ce(**arguments, impl="triton", stats=TokenStats._fields)
 
         found = outcome(ours, changed, values, BF16, device)
         truth, naive, single = (
@@ -235,10 +235,12 @@ def test_nothing_waits_for_the_device(device: str) -> None:
     problems.append(problems[1]._replace(row_weight=None, guide=problems[1].head))
     head, target = problems[1].head, problems[1].target
 
+    normalizers = (7.0, torch.tensor(7.0), torch.tensor(7, device=device))
+
     def run() -> None:
         for problem in problems:
             ce.solve(problem)
-        for normalizer in (7.0, torch.tensor(7.0), torch.tensor(7, device=device)):
+        for normalizer in normalizers:
             weighted_ce(head.hidden, head.weight, target, normalizer=normalizer)
 
     run()  # compiles

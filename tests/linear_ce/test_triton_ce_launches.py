@@ -18,7 +18,7 @@ from launches import checked_launches
 from triton import knobs
 from triton.runtime import interpreter
 
-from gift_kernels import reference, weighted_ce
+from gift_kernels import TokenStats, reference, weighted_ce
 from gift_kernels.linear_ce.triton.tiles import Machine
 
 ce: Any = importlib.import_module("gift_kernels.linear_ce.triton.forward")
@@ -70,7 +70,7 @@ def test_programs_stay_inside_tensors_and_out_of_each_others_way(
     )
 
     def ours(**arguments: Any) -> Any:
-        return weighted_ce(**arguments, impl="triton", return_stats=True)
+        return weighted_ce(**arguments, impl="triton", stats=TokenStats._fields)
 
     values = generate(case, dtype)
     with checked_launches() as names:

@@ -24,7 +24,7 @@ from ce_cases import (
 from ce_mutants import install
 from torch import Tensor
 
-from gift_kernels import reference, weighted_ce
+from gift_kernels import Guide, reference, weighted_ce
 from gift_kernels.linear_ce import eager
 
 NAN, INF = float("nan"), float("inf")
@@ -84,8 +84,8 @@ def test_the_weights_of_a_case_really_vary(case: Case) -> None:
     _, stats = reference.weighted_ce(**arguments)
     weight = stats.weight.flatten()[values["target"] != -100]
     assert weight.std() > (0.002 if case.flat else 0.1), weight
-    if "weight_floor" in case.options:
-        floor, power = TRANSFORM["weight_floor"], TRANSFORM["weight_power"]
+    if "transform" in case.options:
+        floor, power = TRANSFORM["transform"].floor, TRANSFORM["transform"].power
         at_floor = torch.isclose(weight, torch.tensor(floor**power, dtype=torch.float64))
         for share in (weight == 0, at_floor, weight > floor**power + 0.01):
             assert share.sum() >= 3, f"the transform does nothing: {weight}"
@@ -106,10 +106,10 @@ def test_the_specification_agrees_with_cross_entropy_of_pytorch() -> None:
 
 @every_impl
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("return_stats", [False, True])
+@pytest.mark.parametrize("stats", [None, ("nll",)], ids=["", "stats"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "weighted_mean"])
 def test_a_row_of_weight_0_contributes_exactly_0_even_with_poisoned_hidden_states(
-    reduction: str, return_stats: bool, poison: float, impl: str, device: str
+    reduction: Any, stats: Any, poison: float, impl: str, device: str
 ) -> None:
     given = on(device, random_problem())
     rows = [0, 5, 18]
@@ -123,8 +123,8 @@ def test_a_row_of_weight_0_contributes_exactly_0_even_with_poisoned_hidden_state
     }
     with torch.no_grad():
         poisoned["hidden"][rows] = poison
-    loss = weighted_ce(**poisoned, reduction=reduction, impl=impl, return_stats=return_stats)
-    loss = loss[0] if return_stats else loss
+    result: Any = weighted_ce(**poisoned, reduction=reduction, impl=impl, stats=stats)
+    loss = result[0] if stats else result
     loss.sum().backward()
     torch.testing.assert_close(loss, clean_loss)
     for name in ("hidden", "lm_head_weight", "token_weight"):
@@ -185,15 +185,10 @@ def test_nan_and_infinity_in_a_row_that_counts_reach_the_loss(
 def test_nan_in_a_guide_reaches_the_loss(impl: str, device: str) -> None:
     given = on(device, random_problem())
     del given["token_weight"]
-    guide = given["hidden"].detach().clone()
-    guide[4, 2] = NAN
-    rows = weighted_ce(
-        **given,
-        guide_hidden=guide,
-        guide_lm_head_weight=given["lm_head_weight"],
-        reduction="none",
-        impl=impl,
-    )
+    poisoned = given["hidden"].detach().clone()
+    poisoned[4, 2] = NAN
+    guide = Guide(poisoned, given["lm_head_weight"])
+    rows = weighted_ce(**given, guide=guide, reduction="none", impl=impl)
     assert torch.equal(rows.isnan(), torch.arange(len(rows), device=device) == 4)
 
 
@@ -227,19 +222,24 @@ def test_micro_batches_with_a_global_normalizer_give_the_gradient_of_the_whole(
     rowwise: dict[str, Any] = {"hidden": given["hidden"], "target": given["target"]}
     shared: dict[str, Any] = {"lm_head_weight": given["lm_head_weight"], "impl": impl}
     if weighting == "guide":
-        rowwise["guide_hidden"] = given["hidden"].detach().flip(0)
-        shared["guide_lm_head_weight"] = given["lm_head_weight"].detach()
+        guide_hidden = given["hidden"].detach().flip(0)
     else:
         rowwise["token_weight"] = weight
     if weighting == "self":
         rowwise["token_weight"] = "self"
+
+    def loss_of(rows: slice, **options: Any) -> Tensor:
+        part = {name: v if isinstance(v, str) else v[rows] for name, v in rowwise.items()}
+        if weighting == "guide":
+            part["guide"] = Guide(guide_hidden[rows], given["lm_head_weight"].detach())
+        return weighted_ce(**part, **shared, **options)
+
     leaves = [given[name] for name in ("hidden", "lm_head_weight") if given[name].requires_grad]
     count = torch.tensor(len(weight), device=device)
-    whole = torch.autograd.grad(weighted_ce(**rowwise, **shared), leaves)
+    whole = torch.autograd.grad(loss_of(slice(None)), leaves)
     total = [torch.zeros_like(leaf) for leaf in leaves]
     for rows in (slice(0, 1), slice(1, 12), slice(12, 12), slice(12, None)):
-        part = {name: v if isinstance(v, str) else v[rows] for name, v in rowwise.items()}
-        loss = weighted_ce(**part, **shared, normalizer=count)
+        loss = loss_of(rows, normalizer=count)
         for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
             sum_ += gradient
     for sum_, gradient in zip(total, whole, strict=True):
@@ -272,24 +272,16 @@ def test_a_normalizer_divides_whatever_its_dtype_and_shape(impl: str, device: st
 
 
 @every_impl
-def test_the_temperature_of_a_guide_does_nothing_without_one(impl: str, device: str) -> None:
-    given = on(device, random_problem())
-    with torch.no_grad():
-        loss = weighted_ce(**given, guide_temperature=3.0, impl=impl)
-        torch.testing.assert_close(loss, weighted_ce(**given, impl=impl), rtol=0, atol=0)
-
-
-@every_impl
 def test_a_guide_gets_no_gradient(impl: str, device: str) -> None:
     given = on(device, random_problem())
     del given["token_weight"]
     guide = [given["hidden"].detach().clone(), given["lm_head_weight"].detach().clone()]
     for leaf in guide:
         leaf.requires_grad_()
-    weighted_ce(**given, guide_hidden=guide[0], guide_lm_head_weight=guide[1], impl=impl).backward()
+    weighted_ce(**given, guide=Guide(*guide), impl=impl).backward()
     assert guide[0].grad is None and guide[1].grad is None
     frozen = {name: value.detach() for name, value in given.items()}
-    loss = weighted_ce(**frozen, guide_hidden=guide[0], guide_lm_head_weight=guide[1], impl=impl)
+    loss = weighted_ce(**frozen, guide=Guide(*guide), impl=impl)
     assert not loss.requires_grad
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_, merge_in_blocks
 
-GOLDEN = Path(__file__).parent / "golden" / "merge.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "merge.safetensors"
 IMPLS = ["eager", "triton"]
 
 
@@ -63,6 +63,14 @@ def test_bfloat16_result_is_the_exact_one_rounded_once(factors, impl, device):
     weight = make_weight((256, 512), "bf16", device)
     adapter = make_adapter(weight.shape, 16, factors, device)
     assert_rounded_once(lora_merge(weight, *adapter, impl=impl), weight, [adapter])
+
+
+def test_a_second_rounding_is_noticed(device):
+    weight = make_weight((60, 136), "bf16", device)
+    adapter = make_adapter(weight.shape, 16, "fp32", device)
+    delta = (adapter.scale * (adapter.b @ adapter.a)).bfloat16()
+    with pytest.raises(AssertionError, match="entries"):
+        assert_rounded_once(weight + delta, weight, [adapter])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -323,5 +331,5 @@ def test_eager_needs_no_triton():
         "lora_merge(torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1), 1.0)\n"
         "assert 'triton' not in sys.modules"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -19,9 +19,10 @@ from merge_models import (
     save_pair,
     tensors,
 )
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GptOssConfig,
     MixtralConfig,
@@ -399,6 +400,23 @@ def test_an_adapter_that_says_nothing_or_nonsense_is_refused(
         ),
         (lambda folder: change_json(folder / "adapter_config.json", r=0), "r is 0"),
         (
+            lambda folder: change_json(folder / "adapter_config.json", rank_pattern=[1]),
+            "rank_pattern is [[]1[]], not an object",
+        ),
+        (
+            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"(": 2}),
+            "alpha_pattern: '[(]' is no pattern",
+        ),
+        (
+            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"q": "x"}),
+            "alpha_pattern: q is 'x', not a positive number",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected an object"),
+        (
+            lambda folder: (folder.parent / "model" / "config.json").write_text("[]"),
+            "expected an object of settings",
+        ),
+        (
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345"),
             "not a safetensors file",
         ),
@@ -420,3 +438,88 @@ def test_the_oracle_sees_a_change(tmp_path: Path) -> None:
     found = logits(model)
     assert found.shape == (1, IDS.shape[1], LLAMA["vocab_size"])
     assert found.std() > 0.1
+
+
+def tied(**options: Any) -> PreTrainedConfig:
+    return Qwen2Config(**LLAMA, **{"tie_word_embeddings": True, **options})
+
+
+def peft_logits(folder: Path) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(load(folder / "model"), str(folder / "adapter")).eval())
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+def test_a_trained_tie_stays_tied_as_peft_reloads_it(saved: list[str], tmp_path: Path) -> None:
+    save_model(tmp_path / "model", tied())
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": saved}
+    save_adapter(tmp_path / "adapter", tmp_path / "model", ensure_weight_tying=True, **options)
+    merged = run_merge(tmp_path)
+    assert "lm_head.weight" not in tensors(merged)
+    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+def test_one_trained_side_of_a_tie_is_untied_as_peft_reloads_it(
+    saved: list[str], tmp_path: Path
+) -> None:
+    save_model(tmp_path / "model", tied())
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": saved}
+    save_adapter(tmp_path / "adapter", tmp_path / "model", **options)
+    with pytest.raises(InputError, match="--untie-embeddings"):
+        run_merge(tmp_path)
+    merged = run_merge(tmp_path, untie_embeddings=True)
+    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
+
+
+def store_shifted_ends(folder: Path) -> None:
+    """Embedding and output layer trained in full, but named nowhere in the adapter's config."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight += 0.5
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=True)
+
+
+def test_stored_tensors_that_differ_from_the_training_model_are_merged(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", tied(tie_word_embeddings=False))
+    store_shifted_ends(tmp_path)
+    assert not read_adapter(tmp_path / "adapter").config["modules_to_save"]
+    merged = run_merge(tmp_path)
+    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
+
+
+def test_stored_tensors_of_an_absent_training_model_need_it_as_base(tmp_path: Path) -> None:
+    """Whether they were trained shows only beside the model that the adapter was trained on."""
+    save_model(tmp_path / "model", tied(tie_word_embeddings=False))
+    store_shifted_ends(tmp_path)
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    change_json(settings, base_model_name_or_path="some/base")
+    with pytest.raises(InputError, match=r"embed_tokens.weight: differs .*some/base.*--base"):
+        run_merge(tmp_path)
+    merged = run_merge(tmp_path, base=str(tmp_path / "model"))
+    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
+
+
+def test_two_adapters_in_one_file_are_refused_by_name(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+
+    def edit(stored: dict[str, torch.Tensor]) -> None:
+        for name in list(stored):
+            stored[name.replace(".weight", ".other.weight")] = stored[name] + 1
+
+    edit_adapter(tmp_path, edit)
+    with pytest.raises(InputError, match="lora_A.weight are the same tensor of two adapters"):
+        run_merge(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
+def test_a_quantised_model_is_no_target_of_a_merge(method: str, tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    change_json(tmp_path / "model/config.json", quantization_config={"quant_method": method})
+    with pytest.raises(InputError, match=f"is quantised with {method}; a quantised weight"):
+        run_merge(tmp_path)
+    assert not list(tmp_path.glob("merged*"))

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gift.batches import pad_batch
-from gift.config import StatisticsConfig
+from gift.config import MergeOptions, StatisticsConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.merge import methods
+from gift.merge.method import Rows
+from gift.merge.methods import METHODS, dare, fisher, lore_adapt, regmean, ties
 from gift.merge.statistics import merge_statistics
 from gift.models import load_causal_lm, load_tokenizer
 
@@ -53,14 +54,15 @@ def test_threshold_is_the_kth_largest_magnitude_over_all_blocks(share: float) ->
     values[:100] = 0
     expected = values.abs().sort(descending=True).values[int(share * 1000) - 1]
     blocks = [part.view(5, -1) for part in values.split(200)]
-    assert methods.magnitude_threshold(blocks, share) == expected.item()
+    assert ties.magnitude_threshold(blocks, share) == expected.item()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_ties_is_the_papers_and_pefts(count: int) -> None:
     origin, vectors = draw(9, 14), [draw(9, 14, seed=seed + 1) for seed in range(count)]
-    limits = [methods.magnitude_threshold([vector], 0.3) for vector in vectors]
-    found = methods.ties_block(origin, vectors, limits, 0.7)
+    limits = [ties.magnitude_threshold([vector], 0.3) for vector in vectors]
+    rows = Rows(origin, None, vectors, known=limits)
+    found = ties.merge(rows, MergeOptions(task_weight=0.7))
     trimmed = [top_share(vector, 0.3) for vector in vectors]
     torch.testing.assert_close(found, origin + 0.7 * elect(trimmed))
     theirs = merge_utils.ties(vectors, torch.full((count,), 0.7, dtype=FLOAT64), 0.3)
@@ -70,20 +72,21 @@ def test_ties_is_the_papers_and_pefts(count: int) -> None:
 def test_task_arithmetic_is_pefts() -> None:
     origin, vectors = draw(6, 5), [draw(6, 5, seed=seed) for seed in (1, 2, 3)]
     theirs = merge_utils.task_arithmetic(vectors, torch.full((3,), 0.4, dtype=FLOAT64))
-    found = methods.task_arithmetic_block(origin, vectors, 0.4)
+    rows = Rows(origin, None, vectors)
+    found = METHODS["task-arithmetic"].merge(rows, MergeOptions(task_weight=0.4))
     torch.testing.assert_close(found, origin + theirs)
 
 
 def test_dare_keeps_the_mean_drops_its_share_and_depends_on_seed_and_key_only() -> None:
     vector = draw(400, 500)
-    found = methods.dare_block(vector, 0.9, 3, "a tensor")
+    found = dare.drop(vector, 0.9, 3, "a tensor")
     kept = found != 0
     assert abs(kept.double().mean() - 0.1) < 0.003
     torch.testing.assert_close(found[kept], vector[kept] / 0.1)
-    assert torch.equal(found, methods.dare_block(vector, 0.9, 3, "a tensor"))
+    assert torch.equal(found, dare.drop(vector, 0.9, 3, "a tensor"))
     for seed, key in ((4, "a tensor"), (3, "another")):
-        assert not torch.equal(found, methods.dare_block(vector, 0.9, seed, key))
-    assert torch.equal(methods.dare_block(vector, 0.0, 3, "x"), vector)
+        assert not torch.equal(found, dare.drop(vector, 0.9, seed, key))
+    assert torch.equal(dare.drop(vector, 0.0, 3, "x"), vector)
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20)])
@@ -93,15 +96,25 @@ def test_low_rank_part_is_the_truncated_svd(shape: tuple[int, int], share: float
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     energy = (s**2).cumsum(0) / (s**2).sum()
     rank = int((energy < share - 1e-12).sum()) + 1
-    part = methods.low_rank_part(matrix, share)
+    part = lore_adapt.low_rank_part(matrix, share)
     assert part.left.shape[1] == part.right.shape[0] == rank
     expected = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
     torch.testing.assert_close(part.left @ part.right, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_low_rank_part_of_nothing_is_nothing() -> None:
-    part = methods.low_rank_part(torch.zeros(4, 6), 0.5)
+    part = lore_adapt.low_rank_part(torch.zeros(4, 6), 0.5)
     assert torch.equal(part.left @ part.right, torch.zeros(4, 6))
+
+
+def fisher_mean(models: list[Tensor], fishers: list[Tensor]) -> Tensor:
+    tasks = [model - models[0] for model in models[1:]]
+    return fisher.merge(Rows(models[0], None, tasks, fishers), MergeOptions())
+
+
+def regmean_solution(models: list[Tensor], system: regmean.System) -> Tensor:
+    tasks = [model - models[0] for model in models[1:]]
+    return regmean.merge(Rows(models[0], None, tasks, known=system), MergeOptions())
 
 
 def test_fisher_is_the_weighted_mean_also_for_tiny_fisher_values() -> None:
@@ -112,9 +125,9 @@ def test_fisher_is_the_weighted_mean_also_for_tiny_fisher_values() -> None:
     weights = torch.stack(fishers)
     expected = (weights * torch.stack(models)).sum(0) / weights.sum(0)
     expected[0, 0] = (models[0][0, 0] + models[1][0, 0] + models[2][0, 0]) / 3
-    torch.testing.assert_close(methods.fisher_block(models, fishers), expected)
-    tiny_values = [(fisher * 1e-30).float() for fisher in fishers]
-    found = methods.fisher_block([model.float() for model in models], tiny_values)
+    torch.testing.assert_close(fisher_mean(models, fishers), expected)
+    tiny_values = [(values * 1e-30).float() for values in fishers]
+    found = fisher_mean([model.float() for model in models], tiny_values)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -124,8 +137,8 @@ def test_regmean_with_full_grams_solves_the_joint_least_squares_problem() -> Non
     models = [draw(5, 6, seed=seed) for seed in (3, 4)]
     target = torch.cat([x @ w.T for x, w in zip(inputs, models, strict=True)])
     expected = torch.linalg.lstsq(torch.cat(inputs), target).solution.T
-    system = methods.regmean_system([x.T @ x for x in inputs], 1.0)
-    found = methods.regmean_block(models, system)
+    system = regmean.make_system([x.T @ x for x in inputs], 1.0)
+    found = regmean_solution(models, system)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +147,7 @@ def test_regmean_scales_the_off_diagonal_and_averages_dead_inputs() -> None:
     for gram in grams:
         gram[2] = gram[:, 2] = 0
     models = [draw(5, 6, seed=seed) for seed in (3, 4)]
-    found = methods.regmean_block(models, methods.regmean_system(grams, 0.9))
+    found = regmean_solution(models, regmean.make_system(grams, 0.9))
     scaled = [0.9 * gram + 0.1 * torch.diag(gram.diagonal()) for gram in grams]
     alive = [0, 1, 3, 4, 5]
     total = (scaled[0] + scaled[1])[alive][:, alive]
@@ -342,7 +355,7 @@ def test_regmean_merge_solves_each_linear_layer_and_averages_the_rest(task_model
         pair = [model[name].double() for model in models]
         if name in grams[0]:
             both = [gram[name].double() for gram in grams]
-            expected = methods.regmean_block(pair, methods.regmean_system(both, 0.9))
+            expected = regmean_solution(pair, regmean.make_system(both, 0.9))
         else:
             expected = (pair[0] + pair[1]) / 2
         torch.testing.assert_close(found[name].double(), expected, rtol=2e-3, atol=2e-4, msg=name)

@@ -12,6 +12,7 @@ from gift.config import UnmergeConfig
 from gift.errors import InputError
 from gift.merge.residual import decode_block, encode_block
 from gift.merge.unmerge import unmerge
+from gift.publish import LIST_FILE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -68,6 +69,20 @@ def test_a_merge_that_is_no_sum_is_not_subtracted(tmp_path: Path) -> None:
         unmerge(UnmergeConfig(model=str(tmp_path / "model"), output=tmp_path / "back"))
 
 
+def test_a_method_that_is_a_plain_sum_with_its_settings_is_taken_back(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    save_model(tmp_path / "base", seed=3)
+    options: dict[str, Any] = {"base": str(tmp_path / "base"), "method": "re-adapt"}
+    adapter = [str(tmp_path / "adapter")]
+    merged = run_merge(tmp_path, task_weight=0.5, **options)
+    unmerge(UnmergeConfig(model=str(merged), adapter=adapter, output=tmp_path / "back"))
+    for name, tensor in tensors(tmp_path / "model").items():
+        torch.testing.assert_close(tensors(tmp_path / "back")[name], tensor, rtol=0, atol=1e-6)
+    run_merge(tmp_path, instruct_weight=0.5, overwrite=True, **options)
+    with pytest.raises(InputError, match="re-adapt.*no plain sum"):
+        unmerge(UnmergeConfig(model=str(merged), adapter=adapter, output=tmp_path / "again"))
+
+
 def test_a_residual_of_other_weights_is_refused(tmp_path: Path) -> None:
     save_pair(tmp_path, dtype=torch.bfloat16)
     merged = run_merge(tmp_path, save_residual=True)
@@ -75,6 +90,9 @@ def test_a_residual_of_other_weights_is_refused(tmp_path: Path) -> None:
     weights = load_file(path)
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match="model.safetensors: is not what was written"):
+        unmerge(UnmergeConfig(model=str(merged), output=tmp_path / "back"))
+    (merged / LIST_FILE).unlink()
     with pytest.raises(InputError, match="does not fit the merged weights"):
         unmerge(UnmergeConfig(model=str(merged), output=tmp_path / "back"))
     assert not (tmp_path / "back").exists()

@@ -57,7 +57,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
 
     def confidence(nll: Tensor) -> Tensor:
-        return torch.where(kept, transform_weight(torch.exp(-nll), *problem.transform), 0)
+        return torch.where(kept, transform_weight(torch.exp(-nll), problem.transform), 0)
 
     def weigh(found: RowResult) -> Tensor:
         if found.guide_nll is not None:

@@ -1,0 +1,233 @@
+"""Output folders that are whole or absent, whatever kills a run: the only code that commits.
+
+A run owns its output folder from the first byte to the last (`gift.lock`). Beside an output OUT:
+
+    OUT            the published folder; its `gift_files.json` lists every file's size and sha256
+    OUT.partial    what is being prepared
+        work/      results that a resumed run takes over (parts, checkpoints); never published
+    OUT.replaced   what has to go: the finished work and the folder that stood under the name
+    .OUT.lock      who owns OUT
+
+One file is committed by a rename: written aside, synced, renamed (`files.replacing`). Results in
+`work` are sealed: the sha256 in its name commits a result together with its name, and a damaged one
+does not count (`files.sealed_files`). `work/made_from.json` says what all of them are made from;
+where that differs now, the record is removed first, then the rest, and the run starts anew.
+
+A folder is committed in these steps:
+
+    1. its files are synced, then `gift_files.json` is written
+    2. mkdir OUT.replaced                            from here on the new folder counts
+    3. OUT.partial/work  ->  OUT.replaced/work       by rename, as the next two
+    4. OUT               ->  OUT.replaced/output
+    5. OUT.partial       ->  OUT
+    6. OUT.replaced is removed
+
+A run killed before 2 leaves OUT as it was, and its work for the next run. After 2 every step that
+is done already is skipped, so the next run that owns OUT completes them before anything else.
+Nothing is ever removed under the name OUT: a folder there is complete.
+
+A folder that a later stage reads is compared with its list (`check_published`).
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gift.console import error_console
+from gift.errors import InputError
+from gift.files import hash_file, read_json, sync, system_failure, temporary_path, write_json
+from gift.lock import owned
+
+LIST_FILE = "gift_files.json"
+WORK_FOLDER = "work"
+MADE_FROM_FILE = "made_from.json"
+_NO_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on a file's size is reached",
+}
+
+
+def partial_path(output: Path) -> Path:
+    """The folder in which `output` is prepared."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def replaced_path(output: Path) -> Path:
+    """Where a swap puts what has to go."""
+    return output.with_name(f"{output.name}.replaced")
+
+
+class Output:
+    """An output folder that this process owns."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.partial = partial_path(path)
+        self.work = self.partial / WORK_FOLDER
+        self._key = key
+        self._keep: set[str] = set()
+
+    def begin(self, made_from: Mapping[str, Any] | None = None, keep: Collection[str] = ()) -> Path:
+        """Makes the partial folder, in which only what an equal run left for this one remains.
+
+        Args:
+            made_from: all that decides the results in `work`, as JSON; without it none are kept.
+            keep: names beside `work` that stay too; the caller checks what is in them.
+        """
+        record = self.work / MADE_FROM_FILE
+        made_from = json.loads(json.dumps(made_from))
+        self._keep = {*keep, WORK_FOLDER}
+        if made_from is None or not self._continues(made_from):
+            record.unlink(missing_ok=True)
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            self.work.mkdir(parents=True)
+            if made_from is not None:
+                write_json(record, made_from)
+        for path in list(self.partial.iterdir()):
+            if path.name not in self._keep:
+                _remove(path)
+        for path in list(self.partial.rglob(temporary_path(Path("*")).name)):
+            path.unlink()
+        return self.partial
+
+    def _continues(self, made_from: Mapping[str, Any]) -> bool:
+        try:
+            before = read_json(self.work / MADE_FROM_FILE)
+        except InputError:  # not there, or damaged
+            return False
+        differing = [name for name in made_from if before.get(name) != made_from[name]]
+        if differing and self._has_results():
+            warn(
+                f"starting anew: the unfinished work in {self.partial} differs in "
+                f"{', '.join(differing)}"
+            )
+        return not differing
+
+    def _has_results(self) -> bool:
+        beside = any((self.partial / name).exists() for name in self._keep - {WORK_FOLDER})
+        return beside or any(path.name != MADE_FROM_FILE for path in self.work.glob("*"))
+
+    def publish(self) -> None:
+        """Commits the partial folder under the output's name."""
+        files = {}
+        for path in sorted(self.partial.rglob("*")):
+            if self.work not in (path, *path.parents):
+                sync(path)
+                if path.is_file():
+                    name = path.relative_to(self.partial).as_posix()
+                    files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        write_json(self.partial / LIST_FILE, {"key": self._key, "files": files})
+        replaced_path(self.path).mkdir()
+        complete(self.path)
+
+    def abandon(self) -> None:
+        """Leaves the partial folder to the next run where it holds results, else removes it."""
+        if self.partial.exists() and not self._has_results():
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+@contextmanager
+def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iterator[Output]:
+    """Owns `path` while the block runs, and publishes its folder when the block ends.
+
+    The block calls `begin` once and fills the folder that it returns.
+
+    Args:
+        key: kept in the folder's list; `gift run` tells by it what a folder was made from.
+
+    Raises:
+        InputError: another run owns `path`; it is a file, or exists and `overwrite` is not given.
+        OSError: the disk is full; names the file, the space and how to resume.
+    """
+    if path.name in ("", "..") or path.is_file():
+        kind = "a file" if path.is_file() else "where this program was started, or above it"
+        raise InputError(f"--output: {path} is {kind}; choose the name of a folder")
+    with owned(path):
+        complete(path)
+        if not overwrite and path.exists() and any(path.iterdir()):
+            raise InputError(
+                f"--output: {path} already exists; choose another folder or pass --overwrite"
+            )
+        output = Output(path, key)
+        try:
+            yield output
+            output.publish()
+        except BaseException as error:
+            output.abandon()
+            failure = system_failure(error, output.partial)
+            if failure is None or failure.errno not in _NO_SPACE:
+                raise
+            free = shutil.disk_usage(path.parent).free / 1e9
+            message = (
+                f"{_NO_SPACE[failure.errno]} ({free:.3f} GB are free); what is finished stays in "
+                f"{output.partial}, and the same command resumes there"
+            )
+            raise OSError(failure.errno, message, failure.filename) from error
+
+
+def complete(path: Path) -> None:
+    """Steps 3 to 6, where a killed run had come to them; the caller owns `path`."""
+    partial, replaced = partial_path(path), replaced_path(path)
+    if not replaced.exists():
+        return
+    if any(entry.name not in (WORK_FOLDER, "output") for entry in replaced.iterdir()):
+        raise InputError(f"{replaced}: is in the way and not of a run; move it elsewhere")
+    if partial.exists():
+        if (partial / WORK_FOLDER).exists():
+            os.rename(partial / WORK_FOLDER, replaced / WORK_FOLDER)
+        if path.exists():
+            os.rename(path, replaced / "output")
+        os.rename(partial, path)
+        sync(path.parent)
+    shutil.rmtree(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def published_key(folder: Path) -> str | None:
+    """The key that a folder was published with; None where no run published it."""
+    return read_json(folder / LIST_FILE)["key"] if (folder / LIST_FILE).exists() else None
+
+
+def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = False) -> None:
+    """InputError unless a published folder's files are what was written; other folders pass.
+
+    Args:
+        nested: whether files in subfolders count too.
+        sizes_only: leave out the sha256; no file is read.
+    """
+    if not (folder / LIST_FILE).exists():
+        return
+    for name, written in read_json(folder / LIST_FILE)["files"].items():
+        path = folder / name
+        if "/" in name and not nested:
+            continue
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != written["bytes"]:
+            problem = f"has {path.stat().st_size} bytes, {written['bytes']} were written"
+        elif not sizes_only and hash_file(path) != written["sha256"]:
+            problem = "is not what was written"
+        else:
+            continue
+        raise InputError(
+            f"{path}: {problem}; make {folder} anew, or remove {folder / LIST_FILE} if the change "
+            "was meant"
+        )
+
+
+def warn(message: str) -> None:
+    """Prints a warning."""
+    error_console.print(f"warning: {message}", markup=False, highlight=False)

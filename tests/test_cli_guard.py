@@ -1,0 +1,279 @@
+"""No traceback reaches a user: every command with every broken path and every broken model."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gift import cli
+from gift.config import AnnotateConfig, MergeConfig, TrainConfig
+from gift.merge.command import merge
+
+MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
+FOLDERS = {*MODELS, "adapter", "confidence", "statistics"}
+FILES = {"data", "eval_data", "scores", "config"}
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Whole inputs of every kind, in a folder that every user may read and write."""
+    folder = Path(tempfile.mkdtemp(prefix="gift-guard-"))
+    folder.chmod(0o777)
+    tiny.make_model(folder / "model", "llama")
+    tiny.write_rows(folder / "rows.jsonl", 4)
+    row = {"instruction": "What is 1 plus 1?", "answer": "2", "response": "2", "scores": [[1, 1]]}
+    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "recipe.yaml").write_text("seed: 0\n")
+    model, rows = str(folder / "model"), folder / "rows.jsonl"
+    from gift.annotate import annotate
+    from gift.train import train
+
+    annotate(AnnotateConfig(model=model, data=rows, output=folder / "store"))
+    options: dict[str, Any] = {"weighting": "uniform", "lora_rank": 2, "learning_rate": 0.01}
+    train(
+        TrainConfig(model=model, tokenizer=model, data=rows, output=folder / "adapter", **options)
+    )
+    merge(MergeConfig(model=model, adapter=[str(folder / "adapter")], output=folder / "merged"))
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def arguments(folder: Path, command: str) -> dict[str, str]:
+    """A whole command line, by option."""
+    model, output = str(folder / "model"), str(folder / "output")
+    rows, questions = str(folder / "rows.jsonl"), str(folder / "questions.jsonl")
+    data = {"model": model, "tokenizer": model, "data": rows, "output": output}
+    adapted = {"model": model, "adapter": str(folder / "adapter"), "output": output}
+    return {
+        "annotate": data,
+        "import-scores": {"scores": questions, "tokenizer": model, "output": output},
+        "train": {**data, "confidence": str(folder / "store"), "lora_rank": "2"},
+        "merge": {**adapted, "base": model},
+        "merge-statistics": {**data, "kind": "regmean"},
+        "diff": {"model_a": model, "model_b": model, "output": output},
+        "unmerge": {**adapted, "model": str(folder / "merged")},
+        "evaluate": {"model": model, "data": questions, "output": output, "check": "exact"},
+        "run": {"base": model, "instruct": model, "data": rows, "eval_data": questions}
+        | {"output": output, "eval_check": "exact"},
+        "demo": {"output": output},
+    }[command]
+
+
+def command_line(command: str, options: dict[str, str]) -> list[str]:
+    positional = [options[name] for name in ("model_a", "model_b") if name in options]
+    named = {name: value for name, value in options.items() if not name.startswith("model_")}
+    flags = [
+        part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    return ["gift", command, *positional, *flags]
+
+
+def refused(
+    folder: Path, command: str, options: dict[str, str], named: str, capsys: Any, monkeypatch: Any
+) -> str:
+    """Runs the command in this process; it must end with one error that names the culprit."""
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(sys, "argv", command_line(command, options))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    message = capsys.readouterr().err
+    assert caught.value.code in (1, 2), message
+    assert "Traceback" not in message
+    assert any(name in message for name in named.split("|")), message
+    left = set(before) ^ {path.name for path in folder.iterdir()}
+    for name in left:
+        # What an interrupted stage or run resumes; nothing under the name of a finished stage.
+        resumed = name.endswith(".partial") or command == "run"
+        finished = {path.name for path in (folder / name).iterdir()} & {"confidence", "adapter"}
+        assert resumed and not finished, f"{name} is left"
+        shutil.rmtree(folder / name)
+    return message
+
+
+CASES = [
+    (command, option)
+    for command, config in cli.CONFIGS.items()
+    for option in [*config.model_fields, "config"]
+    if option in FOLDERS | FILES | {"output"}
+]
+
+
+@pytest.mark.parametrize(("command", "option"), CASES)
+def test_a_missing_path_or_one_of_another_kind_is_one_error(
+    command: str, option: str, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    wrong = str(folder / ("store" if option in FILES else "rows.jsonl"))
+    # The output need not exist, so only a file in its place is wrong.
+    for value in [wrong] if option == "output" else [wrong, str(folder / "not there")]:
+        options = {**arguments(folder, command), option: value}
+        flag = f"--{option.replace('_', '-')}"
+        refused(folder, command, options, f"{value}|{flag}", capsys, monkeypatch)
+
+
+# The one folder of statistics that a method takes is refused before it is read: it takes several.
+@pytest.mark.parametrize(
+    ("command", "option"), [case for case in CASES if case != ("merge", "statistics")]
+)
+def test_a_path_without_permission_is_one_error(command: str, option: str, folder: Path) -> None:
+    """Root may read everything, so a child process gives up its rights first."""
+    options = {**arguments(folder, command)}
+    place = folder / "locked"
+    if option == "output":
+        place.mkdir()
+        options["output"] = str(place / "output")
+    elif option in FILES:
+        place.write_text("{}\n")
+        options[option] = str(place)
+    else:
+        shutil.copytree(options.get(option, folder / "model"), place)
+        options[option] = str(place)
+    place.chmod(0)
+    try:
+        status, message = as_nobody(folder, command_line(command, options))
+    finally:
+        place.chmod(0o700)
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        for left in (*folder.glob("output*"), *folder.glob(".output*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert "Traceback" not in message and status in (1, 2), message
+    assert str(place) in message, message
+
+
+def as_nobody(folder: Path, line: list[str]) -> tuple[int, str]:
+    errors = folder / "errors"
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666), 2)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            sys.stdout = sys.stderr
+            if os.getuid() == 0:
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            torch.set_num_threads(1)
+            sys.argv = line
+            cli.main()
+            os._exit(0)
+        except SystemExit as ended:
+            sys.stderr.flush()
+            os._exit(int(ended.code or 0))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(99)
+    _, status = os.waitpid(child, 0)
+    message = errors.read_text()
+    errors.unlink()
+    return os.waitstatus_to_exitcode(status), message
+
+
+def change_weights(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "model.safetensors"
+    save_file(edit(load_file(path)), path, {"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def shrink_embeddings(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(folder)
+
+
+LOADING = ("annotate", "train", "evaluate", "merge-statistics", "run")
+WEIGHTS_ONLY = ("merge", "diff", "unmerge")
+# What breaks a model, what the message must name, and the commands to which it matters.
+BROKEN: dict[str, tuple[Callable[[Path], Any], str, tuple[str, ...]]] = {
+    "missing tensor": (
+        lambda f: change_weights(f, lambda w: {k: w[k] for k in w if k != "lm_head.weight"}),
+        "lacks lm_head.weight|lm_head.weight",
+        (*LOADING, "merge"),
+    ),
+    "renamed keys": (
+        lambda f: change_weights(f, lambda w: {k.replace("q_proj", "query"): w[k] for k in w}),
+        "q_proj",
+        (*LOADING, "merge"),
+    ),
+    "other shape": (
+        lambda f: change_weights(
+            f, lambda w: {k: w[k][:8].clone() if "up_proj" in k else w[k] for k in w}
+        ),
+        "up_proj",
+        (*LOADING, "merge"),
+    ),
+    "cut shard": (cut, "model.safetensors", (*LOADING, *WEIGHTS_ONLY)),
+    "pickled only": (pickle_weights, "pickled weights", (*LOADING, *WEIGHTS_ONLY)),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json", (*LOADING, *WEIGHTS_ONLY)),
+    "config is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json",
+        (*LOADING, "merge"),
+    ),
+    "unknown architecture": (lambda f: change_config(f, model_type="nope"), "nope", LOADING),
+    "tokenizer too large": (shrink_embeddings, "20 token embeddings", LOADING),
+    "no template": (
+        lambda f: (f / "chat_template.jinja").unlink(),
+        "no chat template",
+        ("annotate", "train", "evaluate", "merge-statistics", "run"),
+    ),
+    **{
+        f"quantised, {method}": (
+            lambda f, method=method: change_config(
+                f, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4}
+            ),
+            method,
+            (*LOADING, "merge"),
+        )
+        for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "nonsense")
+    },
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_model_is_one_error_in_every_stage(
+    fault: str, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    spoil, named, commands = BROKEN[fault]
+    for command in commands:
+        options = arguments(folder, command)
+        option = {"run": "instruct", "diff": "model_a"}.get(command, "model")
+        broken = folder / "broken"
+        shutil.copytree(options[option], broken)
+        spoil(broken)
+        options[option] = str(broken)
+        if command == "train":
+            options["tokenizer"] = str(broken if fault == "no template" else folder / "model")
+        elif "tokenizer" in options:
+            options["tokenizer"] = str(broken)
+        try:
+            refused(folder, command, options, named, capsys, monkeypatch)
+        finally:
+            shutil.rmtree(broken)
