@@ -80,6 +80,7 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
         dtype,
         # A chunk's own rows are aligned if D is a multiple of 8.
         tma=all(can_use_tma(machine, h.weight) and h.weight.shape[1] % 8 == 0 for h in heads),
+        biased=any(h.bias is not None for h in heads),
         capped=any(h.logit_softcap is not None for h in heads),
         entropy=with_entropy,
         guided=guide is not None,

@@ -34,6 +34,9 @@ correct_bfloat16()
 # Stands for −inf where it is subtracted: a difference of two infinities would be NaN.
 NO_REFERENCE = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Triton compiles another kernel for an integer that is 1 or a multiple of 16. Those that the last
+# chunk of a call decides on make no difference worth it, and a loop of 1 step other tiles' memory.
+PLACES = ["first_row", "first_v", "C", "slices"]
 
 
 @triton.jit
@@ -166,18 +169,13 @@ def _finish_tile(
         # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
         target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
         x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
-    if EXPONENTIALS:
-        ref = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
     partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
     if FINAL:
-        origin = ref
+        origin = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
     else:
         m = tl.max(x, 1)
         tl.store(partial_ptrs, m, mask=mask_n)
         origin = tl.maximum(m, NO_REFERENCE)
-        if EXPONENTIALS:
-            above = (m - ref) * bits
-            factor = tl.exp2(tl.where(above > MARGIN, 0.0, above))
     halves = tl.reshape(x, (x.shape[0], PARTS, PART)).permute(0, 2, 1)
     parts = (x,) if PARTS == 1 else halves.split()
     s = tl.zeros((a.shape[0],), tl.float32)
@@ -192,7 +190,9 @@ def _finish_tile(
             s2 += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
         if EXPONENTIALS:
             if not FINAL:
-                e *= factor[:, None]
+                # From L1 once a part: registers.
+                above = (origin - tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)) * bits
+                e *= tl.exp2(tl.where(above > MARGIN, 0.0, above))[:, None]
             if HAS_CAP:
                 # Rather from x again than kept: registers. The bound is for −inf, where e is 0.
                 tanh = tl.maximum(x, -cap) * (1.0 / cap)
@@ -260,7 +260,7 @@ def _whole_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def _logits_kernel(
     hidden,  # [rows, D] contiguous, rows that count first; or its descriptor
     head,  # [V, D], or its descriptor
@@ -308,7 +308,7 @@ def _logits_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLACES, "guide_C", "guide_slices"])
 def _two_heads_kernel(
     hidden,
     head,
