@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from gift import cli
 from gift.config import AnnotateConfig, MergeConfig, TrainConfig
 from gift.merge.command import merge
+from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
 FOLDERS = {*MODELS, "adapter", "confidence", "statistics"}
@@ -200,6 +201,7 @@ def cut(folder: Path) -> None:
 
 def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / LIST_FILE).unlink(missing_ok=True)
 
 
 def shrink_embeddings(folder: Path) -> None:
