@@ -20,98 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from stages import STAGES, call, make_inputs
 
 from gift import figures
-from gift.annotate import annotate
-from gift.config import (
-    AnnotateConfig,
-    DiffConfig,
-    EvaluateConfig,
-    MergeConfig,
-    RunConfig,
-    StatisticsConfig,
-    TrainConfig,
-    UnmergeConfig,
-)
 from gift.errors import InputError
-from gift.evaluate import evaluate
-from gift.merge.command import merge
-from gift.merge.diff import diff
-from gift.merge.statistics import merge_statistics
-from gift.merge.unmerge import unmerge
-from gift.run import run
-from gift.train import train
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "shutil.copyfile"}
 MEASURED = {"tokens_per_second", "peak_memory_gb"}
 KILLED = 77
 
-CPU = {"device": "cpu"}
-DATA = {"data": "rows.jsonl"}
-TRAINING = {"global_batch_size": 6, "checkpoint_steps": 1, "lora_rank": 2}
-MERGED = {"model": "instruct", "adapter": ["adapter"], "save_residual": True, **CPU}
-ASKED = {"samples": 1, "max_new_tokens": 3, "batch_size": 2, "check": "exact"}
-ANNOTATED = {"batch_tokens": 120, "part_batches": 2}
-EVALUATION = {f"eval_{name}": value for name, value in {**ASKED, "data": "asked.jsonl"}.items()}
-RUN = {"base": "base", "instruct": "instruct", **DATA, **ANNOTATED, **TRAINING, **EVALUATION, **CPU}
-# Stage: its function, its options, and other options that a folder under its name was made with.
-STAGES: dict[str, tuple[Callable[[Any], Any], Any, dict[str, Any], dict[str, Any]]] = {
-    "annotate": (
-        annotate,
-        AnnotateConfig,
-        {"model": "instruct", **DATA, **ANNOTATED, **CPU},
-        {"guide_temperature": 2.0},
-    ),
-    "train": (
-        train,
-        TrainConfig,
-        {"model": "base", "confidence": "confidence", **DATA, **TRAINING, **CPU},
-        {"seed": 3},
-    ),
-    "merge": (merge, MergeConfig, MERGED, {"scale": [0.5]}),
-    "evaluate": (
-        evaluate,
-        EvaluateConfig,
-        {"model": "instruct", "data": "asked.jsonl", **ASKED, **CPU},
-        {"seed": 3},
-    ),
-    "unmerge": (unmerge, UnmergeConfig, {"model": "merged", **CPU}, {}),
-    "merge-statistics": (
-        merge_statistics,
-        StatisticsConfig,
-        {"model": "instruct", "kind": "regmean", **DATA, **CPU},
-        {"kind": "fisher"},
-    ),
-    "diff": (
-        diff,
-        DiffConfig,
-        {"model_a": "instruct", "model_b": "merged", **CPU},
-        {"model_a": "merged"},
-    ),
-    "run": (run, RunConfig, RUN, {"guide_temperature": 2.0}),
-}
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kills")
-    tiny.make_model(folder / "instruct", "qwen2", seed=1, num_hidden_layers=1)
-    tiny.make_model(folder / "base", "qwen2", seed=2, num_hidden_layers=1)
-    tiny.write_rows(folder / "rows.jsonl", 12)
-    asked = [{"question": f"What is {n} plus 2?", "answer": str(n + 2)} for n in range(3)]
-    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for stage, output in (
-            ("annotate", "confidence"),
-            ("train", "adapter"),
-            ("merge", "merged"),
-        ):
-            function, kind, options, _ = STAGES[stage]
-            function(kind(output=Path(output), **options))
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("kills"))
 
 
 @pytest.fixture(autouse=True)
@@ -221,15 +143,15 @@ def chosen(operations: list[str]) -> list[int]:
 def test_a_stage_killed_before_any_file_operation_ends_the_same(
     inputs: Path, tmp_path: Path, stage: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    function, kind, options, others = STAGES[stage]
+    others = STAGES[stage][-1]
     before = tmp_path / "before"
     shutil.copytree(inputs, before, copy_function=os.link)
 
-    def work(made_with: dict[str, Any] = options) -> None:
-        function(kind(output=Path("out"), overwrite=overwrite, **made_with))
+    def work(**changed: Any) -> None:
+        call(stage, Path("out"), overwrite=overwrite, **changed)
 
     if overwrite:
-        status, _ = in_child(before, lambda: work({**options, **others}))
+        status, _ = in_child(before, lambda: work(**others))
         assert status == 0
     whole = tmp_path / "whole"
     shutil.copytree(before, whole, copy_function=os.link)
