@@ -157,6 +157,7 @@ def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
 
 def missing_tensors(folder: Path) -> list[str]:
     """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+    transformers.utils.logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
