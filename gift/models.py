@@ -149,14 +149,14 @@ def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
         )
 
 
-def missing_tensors(folder: Path) -> list[str]:
-    """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+def missing_tensors(folder: Path) -> list[str] | None:
+    """Names that a model's class has and its weights lack; None for an unknown architecture."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
     except Exception:  # a merge needs names only, so it takes models that Transformers cannot run
-        return []
+        return None
     _, report = loaded
     return sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
 

@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.config.options import (
+    DataOptions,
+    DeviceOptions,
+    Options,
+    OutputOptions,
+    replaces_no_input,
+)
 from gift.errors import InputError
 from gift.merge.methods import METHODS
 
@@ -131,6 +137,8 @@ class DiffConfig(Options):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the sketches.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+
+    _replaces_no_input = model_validator(mode="after")(replaces_no_input)
 
 
 class UnmergeConfig(OutputOptions):

@@ -36,6 +36,8 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--config: {recipe}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"--config: {recipe}: is a folder; give the recipe's file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise InputError(f"--config: {recipe}: not valid YAML ({detail})") from None
