@@ -160,7 +160,11 @@ def training(
         for example in examples
     ]
     config = TrainConfig(
-        model="", data=Path(), output=Path(), micro_batch_size=spec.micro_rows, lora_dropout=0.0
+        model="",
+        data=Path(),
+        output=Path("adapter"),
+        micro_batch_size=spec.micro_rows,
+        lora_dropout=0.0,
     )
     count = sum(example.targets for example in examples)
 
@@ -239,7 +243,9 @@ def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
     target = target_ids(examples, head.device)
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
-    weight = token_weight(TrainConfig(model="", data=Path(), output=Path()), micro, head.device)
+    weight = token_weight(
+        TrainConfig(model="", data=Path(), output=Path("adapter")), micro, head.device
+    )
     return (weight * nll).sum()
 
 

@@ -382,7 +382,7 @@ def _factor(
 ) -> None:
     factor = tensor(name, value)
     if factor.device != weight.device:
-        raise ValueError(f"{name}: expected device {weight.device}, got {factor.device}")
+        raise ValueError(f"{name} and weight: got {factor.device} and {weight.device}: move one")
     expected = [*weight.shape[:-2], *shape]
     fits = factor.ndim == len(expected) and all(
         size in ("R", found) for size, found in zip(expected, factor.shape, strict=True)
@@ -390,7 +390,7 @@ def _factor(
     if not fits:
         hint = " (one pair of factors for each expert)" if weight.ndim == 3 else ""
         raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, expected))}]{hint} for a weight "
+            f"{name} and weight: expected shape [{', '.join(map(str, expected))}]{hint} for "
             f"{list(weight.shape)} with fan_in_fan_out={transposed}, got {list(factor.shape)}"
         )
 

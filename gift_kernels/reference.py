@@ -1,7 +1,7 @@
 """Specification of every operation: the obvious formulas in plain PyTorch, logits held in full.
 
     z = softcap(s · (H Wᵀ + b))            softcap(x) = c · tanh(x / c), identity when c is None
-    lse_i = log Σ_v exp z_iv               nll_i = lse_i − z_i,y_i          q_i = exp(−nll_i)
+    m_i = max_v z_iv     nll_i = log Σ_v exp(z_iv − m_i) − (z_i,y_i − m_i)     q_i = exp(−nll_i)
     loss = Σ_i w_i · nll_i / normalizer
 
 Letters: N tokens, D hidden, V vocabulary, R LoRA rank, K in, M out. Every function computes in the
@@ -36,25 +36,46 @@ def head_logits(
     return logits
 
 
-def token_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> TokenStats:
-    """Statistics of logits [*B, V] for targets [*B]; differentiable in the logits."""
+def token_stats(
+    logits: Tensor, target: Tensor, ignore_index: int = -100, temperature: float = 1.0
+) -> TokenStats:
+    """Statistics of logits [*B, V] / temperature for targets [*B]; differentiable in the logits.
+
+    Everything is relative to the row's largest logit m, so that an offset of all logits is lost
+    before anything is rounded; the target's own term stays out of the sum. With r = Σ_{v≠y} exp(z_v
+    − m), nll is log1p(r) where the target is the largest, else log(r + exp(z_y − m)) − (z_y − m).
+    """
     kept = target != ignore_index
-    safe_target = torch.where(kept, target, 0)
-    lse = torch.logsumexp(logits, dim=-1)
+    column = torch.where(kept, target, 0).unsqueeze(-1)
+    target_logit = logits.gather(-1, column)
+    largest = logits.amax(-1, keepdim=True)
     # A logit of +inf leaves the softmax undefined; a confidence of 0 would hide it.
-    lse = torch.where(lse == torch.inf, torch.nan, lse)
-    target_logit = logits.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
-    nll = lse - target_logit
-    probability = torch.exp(logits - lse.unsqueeze(-1))
-    entropy = lse - torch.where(probability > 0, probability * logits, 0).sum(-1)
-    top1 = target_logit >= logits.amax(-1)
+    largest = torch.where(largest == torch.inf, torch.nan, largest)
+    top1 = target_logit >= largest
+    # Where the target is the largest, r depends on it through m; elsewhere m cancels.
+    m = torch.where(top1, target_logit, largest.detach())
+    shifted = (logits - m) / temperature
+    gap = shifted.gather(-1, column)
+    others = torch.exp(shifted.scatter(-1, column, -torch.inf))
+    rest = others.sum(-1, keepdim=True)
+    log_total = torch.where(top1, torch.log1p(rest), torch.log(rest + torch.exp(gap)))
+    nll = (log_total - gap).squeeze(-1)
+    lse = (log_total + m / temperature).squeeze(-1)
+    total = rest + torch.exp(gap)
+    moment = torch.where(others > 0, others * shifted, 0).sum(-1, keepdim=True)
+    moment = moment + torch.where(gap > -torch.inf, torch.exp(gap) * gap, 0)
+    # The largest terms are 1: counted apart from what is small beside them.
+    ones = (others == 1).sum(-1, keepdim=True)
+    small = torch.where(others == 1, 0, others).sum(-1, keepdim=True)
+    excess = torch.where(top1, small + ones, small + torch.exp(gap) + (ones - 1))
+    entropy = (torch.log1p(excess) - moment / total).squeeze(-1)
     zero = torch.zeros_like(nll)
     return TokenStats(
         nll=torch.where(kept, nll, zero),
         confidence=torch.where(kept, torch.exp(-nll), zero),
         lse=torch.where(kept, lse, zero),
         entropy=torch.where(kept, entropy, zero),
-        top1=kept & top1,
+        top1=kept & top1.squeeze(-1),
         weight=kept.to(nll.dtype),
     )
 
@@ -72,7 +93,7 @@ def token_confidence(
 ) -> TokenStats:
     """Statistics of softmax(z / temperature); see `gift_kernels.linear_ce.api`."""
     logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-    return token_stats(logits / temperature, target, ignore_index)
+    return token_stats(logits, target, ignore_index, temperature)
 
 
 def transform_weight(weight: Tensor, transform: WeightTransform | None) -> Tensor:

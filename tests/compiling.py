@@ -261,6 +261,9 @@ def _compile(request: KernelRequest) -> dict[str, Any]:
         name: "constexpr" if name in request.constexprs else request.signature[name]
         for name in names
     }
+    plain = {param.name for param in function.params if param.do_not_specialize}
+    if constants := sorted(plain & set(request.constexprs)):
+        raise ValueError(f"arguments {constants} are never specialised")
     aligned = {n for n, kind in signature.items() if kind.startswith("*")} - set(request.unaligned)
     source = ASTSource(
         function,
@@ -268,7 +271,7 @@ def _compile(request: KernelRequest) -> dict[str, Any]:
         constexprs={name: _constexpr(value) for name, value in request.constexprs.items()},
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
-            for name in sorted(aligned | set(request.divisible))
+            for name in sorted(aligned | set(request.divisible) - plain)
         },
     )
     options = {

@@ -3,10 +3,15 @@
 Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
 they become exponentials and then the gradient of the logits in place. The head is upcast one block
 of VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
-m_i = max_v z_iv, E = exp(z − m) and S_i = Σ_v E_iv:
+m_i = max_v z_iv, E = exp(z − m) but 0 at the target y, R_i = Σ_v E_iv, S_i = R_i + exp(z_iy − m_i):
 
-    G_iv = (E_iv − S_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
+    nll_i = log S_i − (z_iy − m_i), which is log1p(R_i) where the target is the largest
+    G_iv = (E_iv − R_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
     dH_i = s / S_i · G_i W     dW = Gᵀ diag(w s / S) H     db = Gᵀ (w s / S)
+
+Nothing is rounded before the row's largest logit has been taken away, and the target's own term
+stays out of the sums: nll and gradients keep their relative accuracy whatever is common to all
+logits, and where the target is nearly certain.
 
 dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
 head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
@@ -47,9 +52,10 @@ class RowStats(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """What a chunk's logits became: E times slopes [C, V], its row sums S [C], slope of targets."""
+    """What a chunk's logits became: E times slopes [C, V], R and S [C], slope of targets."""
 
     values: Tensor
+    rest: Tensor
     total: Tensor
     target_slope: Tensor | float
 
@@ -186,7 +192,7 @@ def row_stats(
 ) -> RowStats:
     """Statistics of all rows; no gradient work."""
     parts = [
-        _chunk_stats(_logits(head, rows, temperature), target[rows], with_entropy, shard)[0]
+        _chunk_stats(_logits(head, rows), target[rows], with_entropy, shard, temperature)[0]
         for rows in _chunks(head, shard, chunk_size)
     ]
     return _concatenate(parts, head, target)
@@ -218,7 +224,7 @@ def stats_and_gradients(
     for rows in _chunks(head, shard, chunk_size):
         logits = _logits(head, rows)
         stats, exponentials = _chunk_stats(
-            logits, target[rows], with_entropy, shard, head.logit_softcap
+            logits, target[rows], with_entropy, shard, slope_softcap=head.logit_softcap
         )
         parts.append(stats)
         _exponentials_to_gradient_(exponentials, target[rows], shard)
@@ -269,7 +275,7 @@ def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
         yield slice(start, start + VOCAB_BLOCK)
 
 
-def _logits(head: Head, rows: slice, temperature: float = 1.0) -> Tensor:
+def _logits(head: Head, rows: slice) -> Tensor:
     dtype = accumulation_dtype(head.hidden.dtype)
     hidden = head.hidden[rows].to(dtype)  # [C, D]
     vocab_size = head.weight.shape[0]
@@ -282,8 +288,6 @@ def _logits(head: Head, rows: slice, temperature: float = 1.0) -> Tensor:
         logits *= head.logit_scale
     if head.logit_softcap is not None:
         logits.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
-    if temperature != 1.0:
-        logits /= temperature
     return logits
 
 
@@ -292,6 +296,7 @@ def _chunk_stats(
     target: Tensor,
     with_entropy: bool,
     shard: VocabShard | None,
+    temperature: float = 1.0,
     slope_softcap: float | None = None,
 ) -> tuple[RowStats, Exponentials]:
     """Statistics; overwrites logits by exponentials, times the slopes of a soft-cap if given."""
@@ -300,41 +305,56 @@ def _chunk_stats(
     largest = logits.amax(1)
     if shard is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-    total, moment = torch.zeros_like(largest), torch.zeros_like(largest)
+    # So low that its exponential is 0; finite where a slope is made of it, for 0 · ∞ is NaN.
+    absent = -torch.inf if slope_softcap is None else -1e4 * max(1.0, slope_softcap)
+    without = torch.where(found, absent, target_logit)
+    logits.scatter_(1, column.unsqueeze(1), without.unsqueeze(1))
+    rest, moment, ones = (torch.zeros_like(largest) for _ in range(3))
     for block in _vocab_blocks(logits.shape[1]):
         z = logits[:, block]
         slope = 1 - (z / slope_softcap) ** 2 if slope_softcap is not None else None
         z -= largest.unsqueeze(1)
+        if temperature != 1.0:
+            z /= temperature
         if with_entropy:
             e = torch.exp(z)
             moment += torch.where(e > 0, e * z, 0).sum(1)
+            # Counted apart from what is small beside them: an entropy near 0 is the sum of that.
+            ones += (e == 1).sum(1)
+            rest += torch.where(e == 1, 0, e).sum(1)
             z.copy_(e)
         else:
-            z.exp_()
-        total += z.sum(1)
+            rest += z.exp_().sum(1)
         if slope is not None:
             z *= slope
     owners = found.to(logits.dtype)
     if shard is not None:
-        sums = torch.stack([total, moment, torch.where(found, target_logit, 0), owners])
+        sums = torch.stack([rest, moment, ones, torch.where(found, target_logit, 0), owners])
         dist.all_reduce(sums, group=shard.group)
-        total, moment, target_logit, owners = sums.unbind()
+        rest, moment, ones, target_logit, owners = sums.unbind()
     # Out-of-range targets reach this point only on devices where checking would wait.
     target_logit = torch.where(owners > 0, target_logit, torch.nan)
-    lse = largest + torch.log(total)
-    entropy = torch.log(total) - moment / total if with_entropy else logits.new_empty(0)
+    top1 = target_logit >= largest
+    gap = (target_logit - largest) / temperature
+    own = torch.exp(gap)
+    log_total = torch.log1p(torch.where(top1, rest + ones, rest + own + (ones - 1)))
+    rest = rest + ones
+    total = rest + own
+    entropy = logits.new_empty(0)
+    if with_entropy:
+        entropy = log_total - (moment + torch.where(own > 0, own * gap, 0)) / total
     slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
-    stats = RowStats(lse - target_logit, lse, entropy, target_logit >= largest)
-    return stats, Exponentials(logits, total, slope)
+    stats = RowStats(log_total - gap, log_total + largest / temperature, entropy, top1)
+    return stats, Exponentials(logits, rest, total, slope)
 
 
 def _exponentials_to_gradient_(
     exponentials: Exponentials, target: Tensor, shard: VocabShard | None
 ) -> None:
     """Overwrites the exponentials by G: the gradient of each row's nll, times S / s."""
-    values, total, slope = exponentials
+    values, rest, _, slope = exponentials
     column, found = _local_target(target, values.shape[1], shard)
-    values.scatter_add_(1, column.unsqueeze(1), -(found * total * slope).unsqueeze(1))
+    values.scatter_add_(1, column.unsqueeze(1), -(found * rest * slope).unsqueeze(1))
 
 
 def _local_target(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gift_kernels import checks
 from gift_kernels.linear_ce import eager
+from gift_kernels.linear_ce.agreement import check_agreement
 from gift_kernels.linear_ce.types import (
     Head,
     LinearCE,
@@ -63,6 +64,37 @@ def linear_ce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
     shard = _shard(group_name, vocab_start)
+    if shard is not None:
+        heads = {"lm_head_weight": lm_head_weight, "guide.lm_head_weight": guide_lm_head_weight}
+        same = {
+            "hidden.requires_grad": want_dh,
+            "lm_head_weight.requires_grad": want_dw,
+            "bias.requires_grad": want_db,
+            "hidden (rows)": hidden.shape[0],
+            "hidden (columns)": hidden.shape[1],
+            "hidden (bytes of a number)": hidden.element_size(),
+            "bias (given)": bias is not None,
+            "token_weight (given)": row_weight is not None,
+            "token_weight (self)": self_weight,
+            "token_weight (rows that are not 0)": None
+            if row_weight is None
+            else float((row_weight != 0).sum()),
+            "guide (given)": guide_hidden is not None,
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "guide.logit_scale": guide_logit_scale,
+            "guide.logit_softcap": guide_logit_softcap,
+            "temperature": temperature,
+            "transform.power": power,
+            "transform.floor": floor,
+            "transform.threshold": threshold,
+            "ignore_index": ignore_index,
+            "reduction (none)": rowwise,
+            "stats": with_entropy + 2 * keep_zero_rows,
+            "impl (triton)": impl == "triton",
+            "chunk_size": chunk_size,
+        }
+        check_agreement(shard, heads, target, same)
     if checks.reads_targets(target):
         heads = {"lm_head_weight": lm_head_weight, "guide.lm_head_weight": guide_lm_head_weight}
         for name, head in heads.items():

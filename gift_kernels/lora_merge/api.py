@@ -61,14 +61,15 @@ def merge_in_blocks(
     rows_at_once = max(1, BLOCK_ELEMENTS // max(1, weight.shape[-1]))
     with _exact_float32_products():
         for expert in range(weight.shape[0]):
-            a_of = [a[expert].to(dtype) for a in lora_a]
+            # Contiguous: a product must not depend on how its factors are stored.
+            a_of = [a[expert].to(dtype).contiguous() for a in lora_a]
             for first in range(0, weight.shape[1], rows_at_once):
                 rows = slice(first, first + rows_at_once)
                 block = torch.empty_like(weight[expert, rows], dtype=dtype)
                 block.copy_(weight[expert, rows])
                 for a, b, factor in zip(a_of, lora_b, scale, strict=True):
                     # addmm would add small products to W one by one, rounding at W's size.
-                    block.add_(b[expert, rows].to(dtype) @ a, alpha=factor)
+                    block.add_(b[expert, rows].to(dtype).contiguous() @ a, alpha=factor)
                 if generator is not None:
                     block = _round_stochastically(block.float(), generator)
                 out[expert, rows].copy_(block)

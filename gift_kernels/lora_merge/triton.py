@@ -20,8 +20,9 @@ Several adapters become one: factors are laid side by side along R, and unless a
 each scale is multiplied into its own B in float32.
 
 Stochastic rounding adds 16 random bits below the last bit of the bfloat16 and cuts the sum off.
-The bits are Philox4x32-10 of (row, column // 8, expert) under the seed, whatever the tile sizes;
-rows are the contiguous direction's (the columns of a transposed weight).
+The bits are Philox4x32-10 of (row, column // 8, expert) under the seed, whatever the tile sizes and
+the strides: for a weight whose columns are contiguous, which is merged as its transpose, the tile's
+bits are transposed.
 """
 
 import functools
@@ -144,6 +145,7 @@ def _lora_merge_kernel(
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES_M: tl.constexpr,
@@ -192,8 +194,13 @@ def _lora_merge_kernel(
             out_ptr + offs_m[:, None] * stride_out_m + offs_k.to(tl.int64)[None, :] * stride_out_k
         )
         if STOCHASTIC:
-            offs_group = pid_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            random_bits = _random_16_bits(seed, expert, offs_m, offs_group)
+            if TRANSPOSED:
+                first_group = (pid_m * TILES_M + tile) * (BLOCK_M // 8)
+                offs_group = first_group + tl.arange(0, BLOCK_M // 8)
+                random_bits = tl.trans(_random_16_bits(seed, expert, offs_k, offs_group))
+            else:
+                offs_group = pid_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+                random_bits = _random_16_bits(seed, expert, offs_m, offs_group)
             merged = _round_stochastically(merged, random_bits)
         tl.store(
             out_ptrs,
@@ -258,12 +265,14 @@ def merge(
         if out is not weight:
             out.copy_(weight)
         return
-    if weight.stride(-1) != 1 and weight.stride(-2) == 1:
+    transposed = weight.stride(-1) != 1 and weight.stride(-2) == 1
+    if transposed:
         # (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ: rows of what is contiguous.
         weight, out, a, b = weight.mT, out.mT, b.mT, a.mT
     if a.dtype != b.dtype and torch.float16 in (a.dtype, b.dtype):
         a, b = a.float(), b.float()
-    _launch(weight, out, a.contiguous(), b.contiguous(), shared_scale, seed, config)
+    factors = (a.contiguous(), b.contiguous())
+    _launch(weight, out, *factors, shared_scale, seed, transposed, config)
 
 
 def _launch(
@@ -273,6 +282,7 @@ def _launch(
     b: Tensor,
     scale: float,
     seed: int | None,
+    transposed: bool,
     config: triton.Config | None,
 ) -> None:
     experts, rows, columns = weight.shape
@@ -308,5 +318,6 @@ def _launch(
             BLOCK_R=block_r(rank, path),
             WIDE=path == "wide",
             STOCHASTIC=seed is not None,
+            TRANSPOSED=transposed and seed is not None,
             **chosen,
         )

@@ -235,10 +235,12 @@ def test_nothing_waits_for_the_device(device: str) -> None:
     problems.append(problems[1]._replace(row_weight=None, guide=problems[1].head))
     head, target = problems[1].head, problems[1].target
 
+    normalizers = (7.0, torch.tensor(7.0), torch.tensor(7, device=device))
+
     def run() -> None:
         for problem in problems:
             ce.solve(problem)
-        for normalizer in (7.0, torch.tensor(7.0), torch.tensor(7, device=device)):
+        for normalizer in normalizers:
             weighted_ce(head.hidden, head.weight, target, normalizer=normalizer)
 
     run()  # compiles

@@ -65,6 +65,14 @@ def test_bfloat16_result_is_the_exact_one_rounded_once(factors, impl, device):
     assert_rounded_once(lora_merge(weight, *adapter, impl=impl), weight, [adapter])
 
 
+def test_a_second_rounding_is_noticed(device):
+    weight = make_weight((60, 136), "bf16", device)
+    adapter = make_adapter(weight.shape, 16, "fp32", device)
+    delta = (adapter.scale * (adapter.b @ adapter.a)).bfloat16()
+    with pytest.raises(AssertionError, match="entries"):
+        assert_rounded_once(weight + delta, weight, [adapter])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32_factors_are_not_multiplied_in_fewer_bits(impl, device):
     """B A cancels W to one part in 2**12: products in bfloat16 or TF32 would leave noise."""

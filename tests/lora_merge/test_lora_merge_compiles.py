@@ -25,6 +25,7 @@ def _request(
     config: Any,
     rank: int,
     stochastic: bool = False,
+    transposed: bool = False,
     stride_type: str = "i32",
     **factors: str,
 ) -> KernelRequest:
@@ -52,11 +53,13 @@ def _request(
             "BLOCK_R": block_r(rank, path),
             "WIDE": path == "wide",
             "STOCHASTIC": stochastic,
+            "TRANSPOSED": transposed,
             **tiles,
         },
         divisible=("M", "K", *STRIDES),
         arch=arch,
         label=f"{path}-r{rank}{'-stochastic' if stochastic else ''}"
+        f"{'-transposed' if transposed else ''}"
         f"{''.join(f'-{name}-{kind}' for name, kind in factors.items())}"
         f"-{'x'.join(str(size) for size in tiles.values())}",
         **options,
@@ -78,6 +81,8 @@ VARIANTS = [
     _request(90, "native", NATIVE[0], 64, stride_type="i64"),
     _request(90, "native", NATIVE[2], 64, stochastic=True),
     _request(90, "split", SPLIT[0], 64, stochastic=True),
+    *(_request(90, "native", config, 64, True, transposed=True) for config in NATIVE),
+    *(_request(90, "split", config, 64, True, transposed=True) for config in SPLIT),
     _request(90, "split", SPLIT[1], 16, b_ptr="*bf16"),
 ]
 REQUESTS = EVERY_CONFIGURATION + VARIANTS

@@ -11,7 +11,7 @@ import triton.language as tl
 from merge_cases import make_adapter, make_weight, truth
 
 from gift_kernels.implementation import Impl
-from gift_kernels.lora_merge.api import lora_merge
+from gift_kernels.lora_merge.api import lora_merge, lora_merge_
 from gift_kernels.lora_merge.triton import _round_stochastically
 
 op: Any = importlib.import_module("gift_kernels.lora_merge.api")
@@ -93,6 +93,33 @@ def test_the_seed_decides(impl, device):
         impl=impl,
     )
     assert not torch.equal(equal_experts[0], equal_experts[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(33, 136), (70, 9), (3, 20, 40)], ids=str)
+def test_the_result_depends_on_seed_and_position_and_not_on_the_layout(shape, impl, device):
+    # Sums that are exact in float32: only the random bits can differ.
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randint(-64, 64, shape, generator=generator).bfloat16().to(device)
+    *experts, rows, columns = shape
+    a = torch.randint(-9, 9, (*experts, 3, columns), generator=generator).float().to(device)
+    b = torch.randint(-9, 9, (*experts, rows, 3), generator=generator).float().to(device)
+    options = {"stochastic_rounding_seed": 7, "impl": impl}
+    expected = lora_merge(weight, a, b, 2.0**-9, **options)
+    assert not torch.equal(expected, lora_merge(weight, a, b, 2.0**-9, impl=impl))
+    wide = torch.nn.functional.pad(weight, (1, 2))[..., 1:-2]
+    layouts = {
+        "transposed": weight.mT.contiguous().mT,
+        "padded": wide,
+        "transposed and padded": torch.nn.functional.pad(weight.mT, (1, 2))[..., 1:-2].mT,
+    }
+    for name, stored in layouts.items():
+        for factors in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
+            merged = lora_merge(stored, *factors, 2.0**-9, **options)
+            assert torch.equal(merged, expected), name
+            in_place = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype)
+            in_place = in_place.to(device).copy_(stored)
+            assert torch.equal(lora_merge_(in_place, *factors, 2.0**-9, **options), expected), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)

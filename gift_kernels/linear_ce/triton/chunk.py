@@ -60,7 +60,7 @@ class Chunk:
         self.rows = min(most[0], triton.cdiv(max(count, 1), self.pad) * self.pad)
         assert self.rows % self.pad == 0 and self.columns % tiles.block_n == 0, (most, plan)
         self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
-        self.inner, self.outer = logit_factors(head, temperature)
+        self.factors = logit_factors(head, temperature)
         self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
         self.tma = can_use_tma(plan.machine, self.hidden, head.weight)
         self.partial = torch.empty(
@@ -100,8 +100,7 @@ class Chunk:
             shard.start if shard is not None else 0,
             *hidden.stride(),
             *weight.stride(),
-            self.inner,
-            self.outer,
+            *self.factors[:3],
             self.rows,
             self.pad,
             GUESS=guess,
@@ -135,7 +134,7 @@ class Chunk:
             "DTYPE": DTYPES[self.dtype],
         }
         where = (rows.count, first_row, first_v, columns)
-        scalars = (self.inner, self.outer, self.rows, self.slices)
+        scalars = (*self.factors[:3], self.rows, self.slices)
         options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
         options |= {"TMA": self.tma, **tile_options(tiles)}
         stored = (tiles.block_m, tiles.block_n // tiles.parts)
@@ -164,8 +163,7 @@ class Chunk:
             other.vocab_size,
             other.hidden_size,
             *other.head.weight.stride(),
-            other.inner,
-            other.outer,
+            *other.factors[:3],
             other.slices,
             **options,
         )
@@ -205,6 +203,7 @@ class Chunk:
             self.slices,
             self.rows,
             self.hidden_size,
+            self.factors.bits,
             BLOCK_T=min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
             WIDTH=self.width,
             ENTROPY=self.with_entropy,

@@ -40,7 +40,7 @@ TOKENS = (2048, 4096, 8192, 16384)
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
 SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
-# How far logits, in base 2, may exceed the reference of their exponentials, and how far below its
+# How far logits in base 2 may exceed the reference of their exponentials, and how far below its
 # guess that is put. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
 MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
 
@@ -80,6 +80,7 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
         dtype,
         # A chunk's own rows are aligned if D is a multiple of 8.
         tma=all(can_use_tma(machine, h.weight) and h.weight.shape[1] % 8 == 0 for h in heads),
+        biased=any(h.bias is not None for h in heads),
         capped=any(h.logit_softcap is not None for h in heads),
         entropy=with_entropy,
         guided=guide is not None,
@@ -169,10 +170,18 @@ def waves(rows: int, columns: int, tiles: Tiles, sms: int) -> float:
     return triton.cdiv(count, sms) * tiles.block_m * tiles.block_n / (128 * 256)
 
 
-def logit_factors(head: Head, temperature: float) -> tuple[float, float]:
-    """inner and outer of x = outer · tanh(inner · a), or of x = outer · a; x is in base 2."""
-    unit = math.log(2) * temperature
-    if head.logit_softcap is None:
-        return 1.0, head.logit_scale / unit
-    cap = head.logit_softcap
-    return head.logit_scale / cap, cap / unit
+class LogitFactors(NamedTuple):
+    """x = cap · tanh(inner · a) of an accumulator a, or x = a; logits are nats · x, or in base 2
+    bits · x."""
+
+    inner: float
+    cap: float
+    bits: float
+    nats: float
+
+
+def logit_factors(head: Head, temperature: float = 1.0) -> LogitFactors:
+    """The factors of a head whose logits are divided by `temperature`."""
+    scale, cap = head.logit_scale, head.logit_softcap
+    inner, cap, nats = (1.0, 1.0, scale) if cap is None else (scale / cap, cap, 1.0)
+    return LogitFactors(inner, cap, nats / temperature / math.log(2), nats / temperature)

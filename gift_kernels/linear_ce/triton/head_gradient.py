@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from gift_kernels.linear_ce.triton.chunk import Chunk
-from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan
+from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
 from gift_kernels.linear_ce.triton.row_pass import (
     KeptRows,
     RowResult,
@@ -85,13 +85,17 @@ def head_gradients(
         largest = weight.abs().amax() * max(1.0, head.logit_scale)
         usable = (largest > 0) & torch.isfinite(largest)
         scale = torch.where(usable, largest / 2**14, 1).reshape(1)
+    # References of rows that are multiplied again are their largest logits: float16 has room above.
+    bits = logit_factors(head).bits
+    ref = found.ref - MARGIN[head.hidden.dtype][1] / bits
+    share = found.share * torch.exp2((ref - found.ref) * bits)
     index = rows.index.long()
     order = _WeightsInOrder(
         weight[index] == 0,
         (weight / scale)[index],
         torch.where(weight == 0, 0, weight * found.target_factor / scale)[index],
-        found.ref[index],
-        found.share[index],
+        ref[index],
+        share[index],
         scale,
     )
     first_rest = 0
@@ -104,9 +108,8 @@ def head_gradients(
         for first_row in range(first_rest, count, chunk.rows):
             _of_rows_again(chunk, target, rows, found, order, dh, dw, db, first_row, shard)
     if dh is not None:
-        factor = head.logit_scale * found.share * 2 ** -MARGIN[head.hidden.dtype][1]
-        factor = torch.where(rows.place < first_rest, found.factor, factor)
-        finish_dh(dh, head, plan, rows, found.local_target, factor, found.target_factor, shard)
+        factors = torch.where(rows.place < first_rest, found.factor, head.logit_scale * share)
+        finish_dh(dh, head, plan, rows, found.local_target, factors, found.target_factor, shard)
     return HeadResult(found, weight, dh, dw, db)
 
 
@@ -151,7 +154,8 @@ def _of_kept_rows(
     db: Tensor | None,
 ) -> None:
     chunk, count = kept.chunk, kept.references.shape[1]
-    powers = torch.exp2(kept.references - order.ref[:count]) * order.share[:count]
+    powers = torch.exp2((kept.references - order.ref[:count]) * chunk.factors.bits)
+    powers *= order.share[:count]
     # 0 · NaN is NaN, here too.
     factors = order.weight[:count] * chunk.head.logit_scale * powers
     factors = torch.where(order.is_zero[:count], 0, factors)
@@ -173,9 +177,8 @@ def _of_rows_again(
     first_row: int,
     shard: VocabShard | None,
 ) -> None:
-    # The references are the rows' largest logits: float16 has room above them.
-    state = RowState((order.ref - chunk.below).unsqueeze(0), None, found.local_target)
-    factor = order.weight * chunk.head.logit_scale * order.share * 2**-chunk.below
+    state = RowState(order.ref.unsqueeze(0), None, found.local_target)
+    factor = order.weight * chunk.head.logit_scale * order.share
     factor = torch.where(order.is_zero, 0, factor)[first_row:]
     chunk.gather(target, rows, state, first_row, shard)
     _shut_out_zero_rows(chunk, order, first_row)

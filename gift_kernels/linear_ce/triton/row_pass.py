@@ -44,7 +44,7 @@ class RowResult(NamedTuple):
     factor: Tensor  # [N] of the sum of E W
     target_factor: Tensor  # [N] of the target's row of the head
     ref: Tensor  # [N], and
-    share: Tensor  # [N] that makes 2^(x − ref) the probability
+    share: Tensor  # [N] that makes 2^(bits · (x − ref)) the probability
     local_target: Tensor  # [N] int32, as in RowState
     guide_nll: Tensor | None = None  # [N]
 
@@ -61,7 +61,7 @@ class RowState(NamedTuple):
     """What is known of the rows that count, in their order, after some of the columns."""
 
     parts: Tensor  # [4, N] ref, S, S2, M: see kernels/rows.py
-    target_logit: Tensor | None  # [N], NaN where not seen
+    target_logit: Tensor | None  # [N] as accumulated, NaN where not seen
     local_target: Tensor  # [N] int32, row of this head or −1
 
 
@@ -145,9 +145,9 @@ def row_pass(
     sums = dh if exponentials else None
     for first_row in range(first_rest, count, chunk.rows):
         _of_row_chunk(chunk, target, rows, state, sums, first_row, shard, beside)
-    found = finish_rows(state, rows, head, with_entropy, shard)
+    found = finish_rows(state, rows, head, with_entropy, shard, temperature)
     if beside is not None:
-        of_guide = finish_rows(beside.state, rows, beside.head, False, shard)
+        of_guide = finish_rows(beside.state, rows, guide, False, shard, guide_temperature)
         found = found._replace(guide_nll=of_guide.nll)
     if exponentials:
         factors = (found.factor, found.target_factor)
@@ -204,15 +204,19 @@ def _side(guide: Guide, chunk: Chunk) -> GuideSide:
     return GuideSide(Chunk(head, chunk.plan, head.hidden.shape[0], most, **options), guide.state)
 
 
-def combine_shards(state: RowState, shard: VocabShard) -> None:
-    """Makes a state of this rank's columns that of the whole vocabulary, in place."""
+def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
+    """Makes a state of this rank's columns that of the whole vocabulary, in place.
+
+    References stay this rank's own, which its E has.
+    """
     parts, target_logit = state.parts, state.target_logit
     assert target_logit is not None
-    local_ref = parts[0].clone()
-    dist.all_reduce(parts[0], op=dist.ReduceOp.MAX, group=shard.group)
+    # A difference of two infinities would be NaN.
+    local = parts[3].clamp(min=NO_REFERENCE.value)
     dist.all_reduce(parts[3], op=dist.ReduceOp.MAX, group=shard.group)
-    power = torch.exp2(local_ref - parts[0])
-    parts[2] = power * (parts[2] + (local_ref - parts[0]) * parts[1])
+    step = (local - parts[3].clamp(min=NO_REFERENCE.value)) * bits
+    power = torch.exp2(step)
+    parts[2] = power * (parts[2] + step * parts[1])
     parts[1] *= power
     # NaN marks a target of another rank; a logit that is NaN is seen through the sums.
     found = ~torch.isnan(target_logit)
@@ -228,20 +232,19 @@ def finish_rows(
     head: Head,
     with_entropy: bool,
     shard: VocabShard | None,
+    temperature: float,
 ) -> RowResult:
     """Statistics and factors once all columns of this rank are seen."""
-    local_ref = state.parts[0]
+    factors_of_logits = logit_factors(head, temperature)
     if shard is not None:
-        local_ref = local_ref.clone()
-        combine_shards(state, shard)
-    count, device = local_ref.shape[0], local_ref.device
+        combine_shards(state, shard, factors_of_logits.bits)
+    count, device = state.parts.shape[1], state.parts.device
     stats = state.parts.new_zeros(3 if with_entropy else 2, count)
     top1 = torch.zeros(count, dtype=torch.bool, device=device)
     factors = state.parts.new_zeros(4, count)
     if count > 0:
         triton_rows._finish_kernel[(triton.cdiv(count, LINE_BLOCK),)](
             state.parts,
-            local_ref,
             state.target_logit,
             rows.index,
             rows.count,
@@ -249,8 +252,10 @@ def finish_rows(
             top1,
             factors,
             count,
+            factors_of_logits.nats,
+            factors_of_logits.bits,
             head.logit_scale,
-            logit_factors(head, 1.0)[1],  # gradients know no temperature
+            factors_of_logits.cap,
             HAS_CAP=head.logit_softcap is not None,
             ENTROPY=with_entropy,
             BLOCK_N=LINE_BLOCK,

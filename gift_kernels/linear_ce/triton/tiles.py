@@ -43,9 +43,9 @@ class Machine(NamedTuple):
 INTERPRETER_LOGIT_TILES = Tiles(32, 128, 32, 2, 1, 1, 2, 1, False)
 INTERPRETER_PRODUCT_TILES = Tiles(32, 64, 32, 2, 1, 1, 2, 1, False)
 FLOAT32_TILES = Tiles(64, 64, 32, 8, 4, 3, 1, 1, False)
-# Hopper: one pipeline over all tiles, or a fourth stage, which needs slices to have registers left.
-HOPPER_FLAT_TILES = Tiles(128, 256, 64, 8, 8, 3, 1, 1, True)
-HOPPER_TILES = Tiles(128, 256, 64, 16, 8, 4, 2, 1, False)
+# The fastest on an H200. One pipeline over all tiles would serialize the products: the end of a
+# tile changes the accumulators where they lie.
+HOPPER_TILES = Tiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter.
 LOGIT_TILES = {
     0: (INTERPRETER_LOGIT_TILES,),
@@ -53,15 +53,15 @@ LOGIT_TILES = {
         Tiles(128, 128, 64, 8, 8, 3, 1, 1, False),
         Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),
     ),
-    90: (HOPPER_FLAT_TILES, HOPPER_TILES, Tiles(128, 128, 64, 16, 4, 3, 1, 2, False)),
+    90: (HOPPER_TILES, Tiles(128, 128, 64, 16, 4, 3, 1, 2, False)),
     100: (Tiles(128, 128, 64, 16, 8, 3, 1, 1, False),),
     # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
     120: (Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
-# What leaves no register to spill with a soft-cap or an entropy; with two heads, whose loops make
-# no single pipeline; with both or with plain loads.
-LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_FLAT_TILES,)}
-GUIDED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
+# What spills no register: with a soft-cap; with an entropy, or a soft-cap and a bias; with an
+# entropy beside a soft-cap or a guide, or with plain loads.
+CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
+LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(block_k=128, num_stages=2),)}
 NARROW_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
 PRODUCT_TILES = {
     0: (INTERPRETER_PRODUCT_TILES,),
@@ -98,6 +98,7 @@ def logit_tiles(
     dtype: torch.dtype,
     *,
     tma: bool,
+    biased: bool,
     capped: bool,
     entropy: bool,
     guided: bool,
@@ -106,10 +107,10 @@ def logit_tiles(
     table = LOGIT_TILES
     if not tma or (entropy and (guided or capped)):
         table = NARROW_LOGIT_TILES
-    elif guided:
-        table = GUIDED_LOGIT_TILES
-    elif capped or entropy:
+    elif (entropy or (biased and capped)) and not guided:
         table = LEAN_LOGIT_TILES
+    elif capped:
+        table = CAPPED_LOGIT_TILES
     return tiles_for(table, machine, dtype)
 
 

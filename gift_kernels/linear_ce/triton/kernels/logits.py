@@ -1,21 +1,24 @@
 """Tiles of hidden @ head.T that end as partial sums of exponentials: no logit leaves the chip.
 
-Letters: n rows that count, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
-buffers. Logits are kept in base 2, x = z / ln 2, for the hardware's exponential is 2^x and the
-factor joins the one that a head has anyway. For a tile of float32 accumulators a:
+Letters: n valid tokens, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
+buffers. For a tile of float32 accumulators a, the bias added:
 
-    x = outer · tanh(inner · a)   with a soft-cap, else   x = outer · a            outer > 0
-    m = max x,  r = ref, or m where m > ref + MARGIN,  e = 2^(x − r),  s = Σ e,  s2 = Σ e (x − r)
+    x = cap · tanh(inner · a)   with a soft-cap, else   x = a
+    m = max x     e = 2^(bits · (x − m))     s = Σ e     s2 = Σ e · bits · (x − m)
+
+The logit of the softmax is z = bits · ln 2 · x. Only differences are multiplied by `bits`, so that
+an offset that all logits share costs no precision, however large. A logit costs a maximum, a
+subtraction, a multiplication, an exponential and a sum.
 
 The target's column takes no part in m, s and s2: its x is stored by itself, from the same
-accumulator. So −log p = log(1 + s / e_target) keeps its relative accuracy when p → 1. Most slices
-hold no target and no column beyond C: what is done for these stands in a branch, and a logit costs
-a multiplication, a maximum, a subtraction, an exponential and a sum.
+accumulator. So −log p = log(1 + s · 2^(bits · (m − x_target))) keeps its relative accuracy when
+p → 1. Most slices hold no target and no column beyond C: what is done for these stands in a branch.
 
-With EXPONENTIALS the tile e · (1 − tanh²) is stored too, rounded once to the dtype of the head: the
-gradient of the logits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128, therefore
-`ref` is guessed once and replaced only where a row exceeds it 2^MARGIN-fold; `_merge_kernel` brings
-the slices of such a row to one reference. FINAL: an earlier pass has done all that, e is wanted.
+With EXPONENTIALS the tile E = 2^(bits · (x − ref)) · (1 − tanh²) is stored too, rounded once to the
+dtype of the head: dlogits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128,
+therefore `ref` is guessed once and replaced by m only where a row exceeds it 2^MARGIN-fold;
+`_merge_kernel` brings the slices of such a row to one reference. FINAL: an earlier pass has done
+all that, only E is wanted.
 
 Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
 head comes from L2 for all but the first. No atomics, no locks: each number has one writer.
@@ -28,7 +31,12 @@ from gift_kernels.interpreter import correct_bfloat16
 
 correct_bfloat16()
 
-NO_REFERENCE = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
+# Stands for −inf where it is subtracted: a difference of two infinities would be NaN.
+NO_REFERENCE = tl.constexpr(-1.0e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Triton compiles another kernel for an integer that is 1 or a multiple of 16. Those that the last
+# chunk of a call decides on make no difference worth it, and a loop of 1 step other tiles' memory.
+PLACES = ["first_row", "first_v", "C", "slices"]
 
 
 @triton.jit
@@ -81,13 +89,13 @@ def _logit_tile(
 
 
 @triton.jit
-def soft_capped(a, inner, outer, HAS_CAP: tl.constexpr):
-    """outer · tanh(inner · a), or outer · a. The error is below 2⁻²² of `outer`."""
+def soft_capped(a, inner, cap, HAS_CAP: tl.constexpr):
+    """cap · tanh(inner · a), or a. The error is below 2⁻²² of `cap`."""
     if HAS_CAP:
         # 1 − tanh u = 2 / (1 + e²ᵘ), right for any sign and for e²ᵘ = ∞.
         growth = tl.exp2((2.8853900817779268 * inner) * a)
-        return outer - (2.0 * outer) / (1.0 + growth)
-    return outer * a
+        return cap - (2.0 * cap) / (1.0 + growth)
+    return a
 
 
 @triton.jit
@@ -126,7 +134,8 @@ def _finish_tile(
     first_v,
     C,
     inner,
-    outer,
+    cap,
+    bits,
     rows,
     slices,
     PARTS: tl.constexpr,
@@ -148,7 +157,7 @@ def _finish_tile(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_v + offs_c, mask=offs_c < C, other=0.0)
         a += bias.to(tl.float32)[None, :]
-    x = soft_capped(a, inner, outer, HAS_CAP)
+    x = soft_capped(a, inner, cap, HAS_CAP)
     if C - first_c < WIDTH:
         x = tl.where(_is_below(C - first_c, WIDTH), x, float("-inf"))
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
@@ -160,27 +169,33 @@ def _finish_tile(
         # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
         target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
         x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
-    ref = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
     partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
-    if not FINAL:
+    if FINAL:
+        origin = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
+    else:
         m = tl.max(x, 1)
-        ref = tl.where(m > ref + MARGIN, m, ref)
         tl.store(partial_ptrs, m, mask=mask_n)
+        origin = tl.maximum(m, NO_REFERENCE)
     halves = tl.reshape(x, (x.shape[0], PARTS, PART)).permute(0, 2, 1)
     parts = (x,) if PARTS == 1 else halves.split()
     s = tl.zeros((a.shape[0],), tl.float32)
     s2 = tl.zeros((a.shape[0],), tl.float32)
     for number in tl.static_range(PARTS):
         x = parts[number]
-        e = tl.exp2(x - ref[:, None])
+        t = (x - origin[:, None]) * bits
+        e = tl.exp2(t)
         if not FINAL:
             s += tl.sum(e, 1)
         if ENTROPY:
-            s2 += tl.sum(tl.where(e > 0, e * (x - ref[:, None]), 0.0), 1)
+            s2 += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
         if EXPONENTIALS:
+            if not FINAL:
+                # From L1 once a part: registers.
+                above = (origin - tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)) * bits
+                e *= tl.exp2(tl.where(above > MARGIN, 0.0, above))[:, None]
             if HAS_CAP:
                 # Rather from x again than kept: registers. The bound is for −inf, where e is 0.
-                tanh = tl.maximum(x, -outer) * (1.0 / outer)
+                tanh = tl.maximum(x, -cap) * (1.0 / cap)
                 e *= 1.0 - tanh * tanh
             e = e.to(DTYPE)
             if TMA:
@@ -213,7 +228,8 @@ def _whole_tile(
     stride_head_v,
     stride_head_d,
     inner,
-    outer,
+    cap,
+    bits,
     rows,
     slices,
     BLOCK_N: tl.constexpr,
@@ -239,12 +255,12 @@ def _whole_tile(
     )  # fmt: skip
     _finish_tile(
         a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, pid_n * BLOCK_N,
-        first_c, first_v, C, inner, outer, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY,
+        first_c, first_v, C, inner, cap, bits, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY,
         EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def _logits_kernel(
     hidden,  # [rows, D] contiguous, rows that count first; or its descriptor
     head,  # [V, D], or its descriptor
@@ -262,7 +278,8 @@ def _logits_kernel(
     stride_head_v,
     stride_head_d,
     inner,
-    outer,
+    cap,
+    bits,
     rows,
     slices,
     BLOCK_N: tl.constexpr,
@@ -285,13 +302,13 @@ def _logits_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         _whole_tile(
             tile, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp,
-            n, first_v, C, D, stride_head_v, stride_head_d, inner, outer, rows, slices,
+            n, first_v, C, D, stride_head_v, stride_head_d, inner, cap, bits, rows, slices,
             BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
             FINAL, MARGIN, TMA, DTYPE,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLACES, "guide_C", "guide_slices"])
 def _two_heads_kernel(
     hidden,
     head,
@@ -316,7 +333,8 @@ def _two_heads_kernel(
     stride_head_v,
     stride_head_d,
     inner,
-    outer,
+    cap,
+    bits,
     rows,
     slices,
     guide_C,
@@ -324,7 +342,8 @@ def _two_heads_kernel(
     stride_guide_head_v,
     stride_guide_head_d,
     guide_inner,
-    guide_outer,
+    guide_cap,
+    guide_bits,
     guide_slices,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -358,14 +377,14 @@ def _two_heads_kernel(
             _whole_tile(
                 tile, guide_hidden, guide_head, guide_bias_ptr, guide_target_ptr, guide_ref_ptr,
                 guide_target_logit_ptr, guide_partial_ptr, None, n, 0, guide_C, guide_D,
-                stride_guide_head_v, stride_guide_head_d, guide_inner, guide_outer, rows,
+                stride_guide_head_v, stride_guide_head_d, guide_inner, guide_cap, guide_bits, rows,
                 guide_slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, GUIDE_HAS_BIAS,
                 GUIDE_HAS_CAP, False, False, False, 0.0, GUIDE_TMA, DTYPE,
             )  # fmt: skip
         else:
             _whole_tile(
                 tile - guide_tiles, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr,
-                partial_ptr, exp, n, first_v, C, D, stride_head_v, stride_head_d, inner, outer,
+                partial_ptr, exp, n, first_v, C, D, stride_head_v, stride_head_d, inner, cap, bits,
                 rows, slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP,
                 ENTROPY, EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
             )  # fmt: skip

@@ -96,7 +96,7 @@ def _add_tile(
     tl.store(out_ptrs, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_v", "C"])
 def _product_kernel(
     exp,  # [rows, columns], or its descriptor
     other,  # head [V, D], or with TRANSPOSED hidden [rows, D]; or its descriptor

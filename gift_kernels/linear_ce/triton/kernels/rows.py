@@ -1,28 +1,32 @@
 """Row kernels around the matrix kernels: which rows count, their running sums, their gradients.
 
 Letters: N rows of the caller, n rows that count (on the device only), D hidden, `rows` of a buffer,
-C columns and T slices of columns of a chunk. State of a row, over the columns seen so far without
-the target's, with x its logits in base 2 (z / ln 2):
+C columns and T slices of columns of a chunk. x are accumulators, z = nats · x logits and
+bits = nats / ln 2 (see `logits`). State of a row, over all columns seen so far but the target's:
 
-    ref     S = Σ 2^(x − ref)     S2 = Σ 2^(x − ref) (x − ref)     M = max x
+    ref of E     M = max x     S = Σ 2^(bits (x − M))     S2 = Σ 2^(bits (x − M)) · bits (x − M)
 
-With x_y the target's logit and d = log S + ln 2 (ref − x_y), all with relative accuracy as p → 1:
+With x_y the target's x and u = S e^(nats (M − x_y)), all with relative accuracy as p → 1 and
+whatever offset all x have in common:
 
-    nll = log(1 + e^d)     p = 1 / (1 + e^d)     1 − p = e^d / (1 + e^d)     lse = ln 2 x_y + nll
+    nll = log(1 + u)     p = 1 / (1 + u)     1 − p = u / (1 + u)
 
-The share (1 − p) / S turns exponentials 2^(x − ref) into probabilities. It is not made of the
-log-sum-exp, whose rounding grows with the size of the logits.
+The share (1 − p) / (S 2^(bits (M − ref))) turns exponentials 2^(bits (x − ref)) into probabilities.
+It is not made of the log-sum-exp, whose rounding grows with the size of the logits.
 """
 
 import triton
 import triton.language as tl
 
 from gift_kernels.interpreter import correct_bfloat16
-from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE, soft_capped
+from gift_kernels.linear_ce.triton.kernels.logits import LOG2_E, NO_REFERENCE, soft_capped
 
 correct_bfloat16()
 
 LN_2 = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts; a whole number below 2^15 times the first is exact in float32.
+LN_2_HIGH = tl.constexpr(0.693359375)
+LN_2_LOW = tl.constexpr(-2.1219444005469057e-4)
 
 
 @triton.jit
@@ -74,7 +78,8 @@ def _gather_kernel(
     stride_head_v,
     stride_head_d,
     inner,
-    outer,
+    cap,
+    bits,
     rows,
     pad,
     GUESS: tl.constexpr,
@@ -114,9 +119,9 @@ def _gather_kernel(
         a = tl.sum(dot, 1)
         if HAS_BIAS:
             a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
-        x = soft_capped(a, inner, outer, HAS_CAP) - BELOW
+        x = soft_capped(a, inner, cap, HAS_CAP) - BELOW / bits
         # Comparisons with NaN are false; an infinite reference would be NaN's next source.
-        x = tl.where(found & (tl.abs(x) < 1e30), x, NO_REFERENCE)
+        x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
         tl.store(ref_ptr + places, x, mask=mask_n)
 
 
@@ -134,6 +139,7 @@ def _merge_kernel(
     most_slices,
     rows,
     D,
+    bits,
     BLOCK_T: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -157,7 +163,9 @@ def _merge_kernel(
     s2 = tl.zeros((BLOCK_N,), tl.float32)
     if ENTROPY:
         s2 = tl.load(state_ptrs + 2 * stride_state, mask=mask_n, other=0.0)
-    new = ref
+    # A difference of two infinities would be NaN.
+    origin = tl.maximum(largest, NO_REFERENCE)
+    new_ref = ref
     lowest = tl.full((BLOCK_N,), float("inf"), tl.float32)
     for first_t in range(0, slices, BLOCK_T):
         offs_t = first_t + tl.arange(0, BLOCK_T)
@@ -165,37 +173,43 @@ def _merge_kernel(
         partial_ptrs = partial_ptr + offs_t[:, None] * rows + offs_n[None, :]
         m_t = tl.load(partial_ptrs, mask=mask, other=float("-inf"))
         s_t = tl.load(partial_ptrs + most_slices * rows, mask=mask, other=0.0)
-        ref_t = tl.where(m_t > ref[None, :] + MARGIN, m_t, ref[None, :])
-        before = new
-        new = tl.maximum(before, tl.max(ref_t, 0))
-        power = tl.exp2(before - new)
-        power_t = tl.exp2(ref_t - new[None, :])
+        largest = tl.maximum(largest, tl.max(m_t, 0))
+        before, origin = origin, tl.maximum(largest, NO_REFERENCE)
+        step = (before - origin) * bits
+        step_t = (tl.maximum(m_t, NO_REFERENCE) - origin[None, :]) * bits
+        power = tl.exp2(step)
+        power_t = tl.exp2(step_t)
         if ENTROPY:
             s2_t = tl.load(partial_ptrs + 2 * most_slices * rows, mask=mask, other=0.0)
-            s2 = power * (s2 + (before - new) * s)
-            s2 += tl.sum(power_t * (s2_t + (ref_t - new[None, :]) * s_t), 0)
+            s2 = power * (s2 + step * s)
+            s2 += tl.sum(power_t * (s2_t + step_t * s_t), 0)
         s = s * power + tl.sum(s_t * power_t, 0)
-        largest = tl.maximum(largest, tl.max(m_t, 0))
-        lowest = tl.minimum(lowest, tl.min(tl.where(mask, ref_t, float("inf")), 0))
-    tl.store(state_ptrs, new, mask=mask_n)
+        if EXPONENTIALS:
+            ref_t = tl.where((m_t - ref[None, :]) * bits > MARGIN, m_t, ref[None, :])
+            new_ref = tl.maximum(new_ref, tl.max(ref_t, 0))
+            lowest = tl.minimum(lowest, tl.min(tl.where(mask, ref_t, float("inf")), 0))
+        else:
+            new_ref = origin
+    tl.store(state_ptrs, new_ref, mask=mask_n)
     tl.store(state_ptrs + stride_state, s, mask=mask_n)
     tl.store(state_ptrs + 3 * stride_state, largest, mask=mask_n)
     if ENTROPY:
         tl.store(state_ptrs + 2 * stride_state, s2, mask=mask_n)
     if EXPONENTIALS:
-        stale = tl.max((mask_n & (lowest < new)).to(tl.int32), 0)
+        stale = tl.max((mask_n & (lowest < new_ref)).to(tl.int32), 0)
         if stale > 0:
             exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * (most_slices * WIDTH)
             exp_ptrs += tl.arange(0, WIDTH)[None, :]
             for t in range(0, slices):
                 m = tl.load(partial_ptr + t * rows + offs_n, mask=mask_n, other=float("-inf"))
-                power = tl.exp2(tl.where(m > ref + MARGIN, m, ref) - new)
+                above = (m - ref) * bits
+                power = tl.exp2((tl.where(above > MARGIN, m, ref) - new_ref) * bits)
                 changed = mask_n & (power != 1.0)
                 e = tl.load(exp_ptrs + t * WIDTH, mask=changed[:, None], other=0.0)
                 e = (e.to(tl.float32) * power[:, None]).to(exp_ptr.dtype.element_ty)
                 tl.store(exp_ptrs + t * WIDTH, e, mask=changed[:, None])
     if HAS_DH:
-        factor = tl.exp2(ref - new)
+        factor = tl.exp2((ref - new_ref) * bits)
         changed = mask_n & (factor != 1.0)
         stale = tl.max(changed.to(tl.int32), 0)
         if stale > 0:
@@ -220,9 +234,26 @@ def _log1p(u):
 
 
 @triton.jit
+def _exp(x):
+    """e^x to a few units in the last place; `tl.exp` loses |x| of them."""
+    x = tl.where(x < -150.0, -150.0, tl.where(x > 150.0, 150.0, x))
+    k = tl.floor(x * LOG2_E + 0.5)
+    rest = (x - k * LN_2_HIGH) - k * LN_2_LOW
+    return tl.exp2(k) * tl.exp2(rest * LOG2_E)
+
+
+@triton.jit
+def _difference(a, b):
+    """a − b as a float32 and its rounding error (0 where that is not finite)."""
+    d = a - b
+    back = d - a
+    error = (a - (d - back)) - (b + back)
+    return d, tl.where(tl.abs(error) < 1e30, error, 0.0)
+
+
+@triton.jit
 def _finish_kernel(
-    state_ptr,  # [4, N] compact: ref, S, S2, M, of the whole vocabulary
-    local_ref_ptr,  # [N] compact: the reference that this rank's dH has
+    state_ptr,  # [4, N] compact: ref of this rank's E; S, S2, M of the whole vocabulary
     target_logit_ptr,  # [N] compact, NaN where no column is the target
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
@@ -230,8 +261,10 @@ def _finish_kernel(
     top1_ptr,  # [N] in the caller's order
     factor_ptr,  # [4, N] so too: of Σ E W, of the target's row of the head; ref, its share
     N,
+    nats,
+    bits,
     scale,
-    outer,
+    cap,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -243,36 +276,40 @@ def _finish_kernel(
     s = tl.load(state_ptr + N + offs_n, mask=mask, other=0.0)
     largest = tl.load(state_ptr + 3 * N + offs_n, mask=mask, other=0.0)
     x = tl.load(target_logit_ptr + offs_n, mask=mask, other=0.0)
-    # The difference of the two large numbers first. +inf is to give NaN, as inf − inf does in nll.
-    d = tl.where(x == float("inf"), float("nan"), tl.log(s) + (ref - x) * LN_2)
-    u = tl.exp(-tl.abs(d))
-    log_one_u = _log1p(u)
-    nll = tl.maximum(d, 0.0) + log_one_u
-    lse = tl.where(d > 0, tl.log(s) + ref * LN_2, x * LN_2) + log_one_u
-    not_p = tl.where(d > 0, 1.0, u) / (1.0 + u)
-    # Maxima need not hand NaN on.
-    nll = tl.where(d != d, d, nll)
-    lse = tl.where(d != d, d, lse)
-    not_p = tl.where(d != d, d, not_p)
+    # A logit of +inf is to give NaN, as inf − inf does in nll.
+    y = tl.where(x == float("inf"), float("nan"), x)
+    gap, error = _difference(largest, y)
+    gap *= nats
+    u = s * _exp(gap) * (1.0 + nats * error)
+    # 1 + u where the target is more probable than all others together, else 1 + 1 / u times u.
+    is_likely = u < 1.0
+    small = tl.where(is_likely, u, 1.0 / u)
+    log_small = _log1p(small)
+    log_s = tl.log(s)
+    not_p = tl.where(is_likely, u, 1.0) / (1.0 + small)
+    nll = tl.where(is_likely, 0.0, gap + log_s) + log_small
+    lse = tl.where(is_likely, nats * y, nats * largest + log_s) + log_small
     tl.store(stats_ptr + rows, nll, mask=mask)
     tl.store(stats_ptr + N + rows, lse, mask=mask)
     tl.store(top1_ptr + rows, x >= largest, mask=mask)
     if ENTROPY:
-        s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0)
-        new = tl.maximum(largest, x)
-        power = tl.exp2(ref - new)
-        e = tl.exp2(x - new)
-        total = s * power + e
-        moment = power * (s2 + (ref - new) * s) + tl.where(e > 0, e * (x - new), 0.0)
-        entropy = (tl.log2(total) - moment / total) * LN_2
-        tl.store(stats_ptr + 2 * N + rows, tl.where(d != d, d, entropy), mask=mask)
+        # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
+        s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0) * LN_2
+        from_target = tl.where(u > 0.0, u * (s2 / s + gap), 0.0)
+        at_target = tl.where(small > 0.0, s * small * gap, 0.0)
+        entropy = tl.where(
+            is_likely,
+            log_small - from_target / (1.0 + u),
+            log_s + log_small - (s2 - at_target) / (s * (1.0 + small)),
+        )
+        tl.store(stats_ptr + 2 * N + rows, entropy, mask=mask)
     slope = scale
     if HAS_CAP:
-        tanh = tl.maximum(x, -outer) / outer
+        tanh = tl.maximum(x, -cap) / cap
         slope = scale * (1.0 - tanh * tanh)
-    local_ref = tl.load(local_ref_ptr + offs_n, mask=mask, other=0.0)
-    share = tl.where(s == 0.0, 0.0, not_p / s)
-    tl.store(factor_ptr + rows, scale * tl.exp2(local_ref - ref) * share, mask=mask)
+    origin = tl.where(is_likely, y, largest)
+    share = tl.exp2((ref - origin) * bits) / (tl.where(is_likely, 1.0, s) * (1.0 + small))
+    tl.store(factor_ptr + rows, scale * share, mask=mask)
     tl.store(factor_ptr + N + rows, -not_p * slope, mask=mask)
     tl.store(factor_ptr + 2 * N + rows, ref, mask=mask)
     tl.store(factor_ptr + 3 * N + rows, share, mask=mask)
