@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import gift
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
-from gift.publish import check_published
+from gift.publish import check_published, warn
 from gift.shards import open_checkpoint
 from gift_kernels import weighted_ce
 
@@ -98,9 +98,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The causal language model of a folder, in evaluation mode.
 
-    InputError: see `model_structure`.
+    Weights that its class does not read are named in a warning. InputError: see `model_structure`.
     """
-    return _load(folder, dtype=dtype).to(device).eval()
+    model, unread = _load(folder, dtype=dtype)
+    if unread:
+        warn(f"{folder}: {type(model).__name__} does not read {listed(unread)} of the checkpoint")
+    return model.to(device).eval()
 
 
 def model_structure(folder: Path) -> Any:
@@ -109,10 +112,11 @@ def model_structure(folder: Path) -> Any:
     InputError: no whole safetensors weights, weights that lack a tensor or have one of another
     shape, quantised weights that cannot be loaded here, an architecture unknown to Transformers.
     """
-    return _load(folder, device_map="meta")
+    return _load(folder, device_map="meta")[0]
 
 
-def _load(folder: Path, **options: Any) -> Any:
+def _load(folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The model, and the names in its checkpoint that its class does not read."""
     transformers.utils.logging.disable_progress_bar()  # it would run through ours
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
@@ -136,7 +140,7 @@ def _load(folder: Path, **options: Any) -> Any:
             f"{transformers.__version__} does not know; use the bf16 or float16 model"
         )
     _refuse_incomplete(folder, type(model).__name__, report)
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
@@ -155,15 +159,15 @@ def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
         )
 
 
-def missing_tensors(folder: Path) -> list[str]:
-    """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+def missing_tensors(folder: Path) -> list[str] | None:
+    """Names that a model's class has and its weights lack; None for an unknown architecture."""
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
     except Exception:  # a merge needs names only, so it takes models that Transformers cannot run
-        return []
+        return None
     _, report = loaded
     return sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
 

@@ -83,11 +83,17 @@ def command_line(command: str, options: dict[str, str]) -> list[str]:
 
 
 def refused(
-    folder: Path, command: str, options: dict[str, str], named: str, capsys: Any, monkeypatch: Any
+    folder: Path,
+    command: str,
+    options: dict[str, str],
+    named: str,
+    capsys: Any,
+    monkeypatch: Any,
+    *flags: str,
 ) -> str:
     """Runs the command in this process; it must end with one error that names the culprit."""
     before = sorted(path.name for path in folder.iterdir())
-    monkeypatch.setattr(sys, "argv", command_line(command, options))
+    monkeypatch.setattr(sys, "argv", [*command_line(command, options), *flags])
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -117,6 +123,21 @@ def test_a_missing_path_or_one_of_another_kind_is_one_error(
         options = {**arguments(folder, command), option: value}
         flag = f"--{option.replace('_', '-')}"
         refused(folder, command, options, f"{value}|{flag}", capsys, monkeypatch)
+
+
+WRITING = [command for command, config in cli.CONFIGS.items() if "output" in config.model_fields]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_an_output_that_would_replace_the_wrong_folder_is_one_error(
+    command: str, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(folder)
+    whole = arguments(folder, command)
+    inputs = [value for option, value in whole.items() if option in FOLDERS]
+    for output in (".", "..", "/", "rows.jsonl/below", *inputs):
+        options = {**whole, "output": output}
+        refused(folder, command, options, "--output: ", capsys, monkeypatch, "--overwrite")
 
 
 # The one folder of statistics that a method takes is refused before it is read: it takes several.
@@ -213,7 +234,6 @@ def break_index(folder: Path) -> None:
 
 def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    (folder / LIST_FILE).unlink(missing_ok=True)
 
 
 def shrink_embeddings(folder: Path) -> None:
@@ -229,19 +249,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, tuple[str, ...]]] = {
     "missing tensor": (
         lambda f: change_weights(f, lambda w: {k: w[k] for k in w if k != "lm_head.weight"}),
         "lacks lm_head.weight|lm_head.weight",
-        (*LOADING, "merge"),
+        (*LOADING, *WEIGHTS_ONLY),
     ),
     "renamed keys": (
         lambda f: change_weights(f, lambda w: {k.replace("q_proj", "query"): w[k] for k in w}),
         "q_proj",
-        (*LOADING, "merge"),
+        (*LOADING, *WEIGHTS_ONLY),
     ),
     "other shape": (
         lambda f: change_weights(
             f, lambda w: {k: w[k][:8].clone() if "up_proj" in k else w[k] for k in w}
         ),
         "up_proj",
-        (*LOADING, "merge"),
+        (*LOADING, *WEIGHTS_ONLY),
     ),
     "cut shard": (cut, "model.safetensors", (*LOADING, *WEIGHTS_ONLY)),
     "cut shard of several": (cut_the_second, "model-00002-of-", (*LOADING, "merge", "diff")),
@@ -251,7 +271,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, tuple[str, ...]]] = {
     "config is no JSON": (
         lambda f: (f / "config.json").write_text("{"),
         "config.json",
-        (*LOADING, "merge"),
+        (*LOADING, *WEIGHTS_ONLY),
     ),
     "unknown architecture": (lambda f: change_config(f, model_type="nope"), "nope", LOADING),
     "tokenizer too large": (shrink_embeddings, "20 token embeddings", LOADING),
@@ -266,7 +286,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, tuple[str, ...]]] = {
                 f, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4}
             ),
             method,
-            (*LOADING, "merge"),
+            (*LOADING, *WEIGHTS_ONLY),
         )
         for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "nonsense")
     },
@@ -284,6 +304,7 @@ def test_a_broken_model_is_one_error_in_every_stage(
         broken = folder / "broken"
         shutil.copytree(options[option], broken)
         spoil(broken)
+        (broken / LIST_FILE).unlink(missing_ok=True)  # or all are "not what was written"
         options[option] = str(broken)
         if command == "train":
             options["tokenizer"] = str(broken if fault == "no template" else folder / "model")

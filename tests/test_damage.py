@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from gift.errors import InputError
 from gift.lock import lock_path
-from gift.publish import partial_path
+from gift.publish import LIST_FILE, partial_path
 
 # Stage: what to interrupt, at which call, and the kept result that is damaged then.
 INTERRUPTED = {
@@ -252,3 +253,28 @@ def test_the_ranks_of_one_training_share_one_lock_and_end_as_one_process_does(
     assert alone.keys() == two.keys()
     for name, values in alone.items():
         torch.testing.assert_close(two[name], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "stage"),
+    [
+        ("confidence/manifest.json", "data.context", "train"),
+        ("confidence/manifest.json", "template_hash", "train"),
+        ("merged/gift_merge.json", "added_head", "unmerge"),
+        ("merged/gift_files.json", "files", "unmerge"),
+    ],
+)
+def test_a_record_without_what_is_expected_of_it_is_one_error(
+    inputs: Path, tmp_path: Path, file: str, key: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(inputs, tmp_path / "inputs")
+    monkeypatch.chdir(folder)
+    path = Path(file)
+    record = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    del (record[outer[0]] if outer else record)[last]
+    path.write_text(json.dumps(record))
+    if path.name != LIST_FILE:
+        (path.parent / LIST_FILE).unlink()
+    with pytest.raises(InputError, match=rf"{file}: lacks {key}; .* make {path.parent} anew"):
+        call(stage, tmp_path / "out")

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gift.config.options import (
     LARGEST_SEED,
@@ -12,6 +12,7 @@ from gift.config.options import (
     DeviceOptions,
     Options,
     OutputOptions,
+    replaces_no_input,
 )
 from gift.errors import InputError
 from gift.merge.methods import METHODS
@@ -152,6 +153,8 @@ class DiffConfig(Options):
     )
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sketches.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+
+    _replaces_no_input = model_validator(mode="after")(replaces_no_input)
 
 
 class UnmergeConfig(OutputOptions):

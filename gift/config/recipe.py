@@ -40,6 +40,8 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
         document = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise InputError(f"--config: {recipe}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"--config: {recipe}: is a folder; give the recipe's file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise InputError(f"--config: {recipe}: not valid YAML ({detail})") from None

@@ -346,3 +346,11 @@ def test_a_disk_that_returns_other_bytes_is_found(
     with pytest.raises(OSError, match="read back otherwise than written"):
         run_merge(tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_note_says_where_it_is_unknown_whether_the_model_is_whole(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of tomorrow"}))
+    notes = json.loads((run_merge(tmp_path) / "gift_merge.json").read_text())["notes"]
+    assert any("is whole was not checked" in note for note in notes), notes
