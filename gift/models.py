@@ -16,10 +16,9 @@ import gift
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
 from gift.publish import check_published
-from gift.shards import open_checkpoint, open_shard
+from gift.shards import open_checkpoint
 from gift_kernels import weighted_ce
 
-WEIGHT_FILES = "*.safetensors"
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -293,14 +292,9 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Hash of a model folder's config and weights; InputError names a file that is cut short."""
-    files = sorted([*folder.glob(WEIGHT_FILES), *folder.glob("config.json")])
-    if len(files) < 2:
-        raise InputError(f"{folder}: no {WEIGHT_FILES} weights beside config.json")
-    for path in files:
-        if path.match(WEIGHT_FILES):
-            open_shard(path)
-    return hash_json({path.name: hash_file(path) for path in files})
+    """Hash of a model folder's config and weights; InputError: see `open_checkpoint`."""
+    shards = [shard.path for shard in open_checkpoint(folder).shards]
+    return hash_json({path.name: hash_file(path) for path in (folder / "config.json", *shards)})
 
 
 def versions() -> dict[str, str]:

@@ -185,6 +185,8 @@ def _stages(config: RunOptions) -> list[Stage]:
         ),
     ]
     if config.eval_data is not None:
+        if not config.eval_data.is_file():
+            raise InputError(f"--eval-data: {config.eval_data}: no such file")
         options = _pick(
             EvaluateConfig,
             config,

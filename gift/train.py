@@ -299,8 +299,9 @@ def _adapted_model(
         raise InputError(f"--lora-targets: {error}") from error
     lora: Any = adapted.peft_config["default"]
     lora.base_model_name_or_path = config.model
-    # PEFT holds the names as a set, and writes them in an order that differs from run to run.
+    # PEFT puts the names through sets, and would write them in an order that differs by run.
     lora.target_modules = sorted(lora.target_modules)
+    lora.target_parameters = sorted(lora.target_parameters or []) or None
     checkpointing = config.gradient_checkpointing
     if checkpointing if checkpointing is not None else device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -268,6 +268,7 @@ def test_an_adapter_as_the_model_is_an_error(tmp_path: Path) -> None:
     [
         ({"scale": ["1", "2"]}, "--scale: 2 values for 1 adapters"),
         ({"scale": ["big"]}, "--scale: could not convert"),
+        ({"scale": ["nan"]}, "--scale: nan: expected finite numbers"),
         ({"method": "re-adapt"}, "--base: --method re-adapt needs the base model"),
         ({"method": "fisher"}, "--statistics: --method fisher needs 2 folders"),
         ({"statistics": ["x"]}, "--statistics: --method lora uses none"),

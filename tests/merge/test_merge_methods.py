@@ -20,6 +20,7 @@ from gift.merge.method import Rows
 from gift.merge.methods import METHODS, dare, fisher, lore_adapt, regmean, ties
 from gift.merge.statistics import merge_statistics
 from gift.models import load_causal_lm, load_tokenizer
+from gift.publish import LIST_FILE
 
 FLOAT64 = torch.float64
 
@@ -389,5 +390,6 @@ def test_statistics_of_another_kind_or_another_model_are_refused(task_models: Pa
     stored = load_file(path)
     stored.pop("model.norm.weight")
     save_file(stored, path)
+    (path.parent / LIST_FILE).unlink()  # the change is meant
     with pytest.raises(InputError, match=r"no fitting Fisher diagonal for model.norm.weight"):
         run_merge(task_models, statistics=right, **options)
