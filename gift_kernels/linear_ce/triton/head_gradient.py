@@ -129,7 +129,7 @@ def kept_rows(
 ) -> KeptRows | None:
     """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())
-    pad = max(plan.logit_tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
+    pad = plan.pad
     most = min(most // pad * pad, plan.kept.rows)
     if count == 0 or most == 0:
         return None

@@ -15,6 +15,8 @@ The share (1 − p) / (S 2^(bits (M − ref))) turns exponentials 2^(bits (x −
 It is not made of the log-sum-exp, whose rounding grows with the size of the logits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -58,6 +60,19 @@ def _compact_kernel(
     tl.store(count_ptr, count)
 
 
+class GatherSizes(NamedTuple):
+    """Sizes and strides that Triton may specialise; `rows` of a chunk, whole tiles of `pad`."""
+
+    V: int
+    D: int
+    rows: int
+    pad: int
+    stride_hidden_n: int
+    stride_hidden_d: int
+    stride_head_v: int
+    stride_head_d: int
+
+
 @triton.jit
 def _gather_kernel(
     hidden_ptr,  # [N, D]
@@ -70,18 +85,9 @@ def _gather_kernel(
     local_target_ptr,  # [N] int32, compact: row of this head, or −1
     ref_ptr,  # [N], compact
     first_row,
-    V,
-    D,
     vocab_start,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_head_v,
-    stride_head_d,
-    inner,
-    cap,
-    bits,
-    rows,
-    pad,
+    size,  # GatherSizes
+    factor,  # Factors
     GUESS: tl.constexpr,
     BELOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -90,6 +96,7 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Copies rows that count and their targets. GUESS: starts their references from x_y."""
+    V, D, rows, pad = size.V, size.D, size.rows, size.pad
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Zeros complete the last tile: garbage there would meet real rows in a sum over rows.
@@ -105,12 +112,16 @@ def _gather_kernel(
             offs_d = first_d + tl.arange(0, BLOCK_D)
             mask_d = (offs_d < D)[None, :]
             steps = offs_d.to(tl.int64)[None, :]
-            h_ptrs = hidden_ptr + source[:, None] * stride_hidden_n + steps * stride_hidden_d
+            h_ptrs = (
+                hidden_ptr + source[:, None] * size.stride_hidden_n + steps * size.stride_hidden_d
+            )
             h = tl.load(h_ptrs, mask=mask_n[:, None] & mask_d, other=0.0)
             out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * D + steps
             tl.store(out_ptrs, h, mask=copied[:, None] & mask_d)
             if GUESS:
-                w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
+                w_ptrs = (
+                    head_ptr + target[:, None] * size.stride_head_v + steps * size.stride_head_d
+                )
                 w = tl.load(w_ptrs, mask=found[:, None] & mask_d, other=0.0)
                 dot += h.to(tl.float32) * w.to(tl.float32)
     places = first_row + offs_n
@@ -119,7 +130,7 @@ def _gather_kernel(
         a = tl.sum(dot, 1)
         if HAS_BIAS:
             a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
-        x = soft_capped(a, inner, cap, HAS_CAP) - BELOW / bits
+        x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
         # Comparisons with NaN are false; an infinite reference would be NaN's next source.
         x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
         tl.store(ref_ptr + places, x, mask=mask_n)
