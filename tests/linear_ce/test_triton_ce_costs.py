@@ -70,7 +70,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Multiplications of all launches since; none of them runs."""
     found: list[int] = []
     monkeypatch.setattr(plans, "machine_of", lambda device: H100)
-    for name in ("logits", "matmul", "rows"):
+    for name in ("logits", "matmul", "rows", "row_gradients"):
         module = importlib.import_module(f"gift_kernels.linear_ce.triton.kernels.{name}")
         for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
             multiplies = kernel in ("_logits_kernel", "_two_heads_kernel", "_product_kernel")

@@ -31,7 +31,7 @@ POINTERS = {
 DTYPES = {tl.bfloat16: "tl.bfloat16", tl.float32: "tl.float32"}
 KERNELS = [
     (module, name)
-    for module in ("logits", "matmul", "rows")
+    for module in ("logits", "matmul", "rows", "row_gradients")
     for name in vars(importlib.import_module(f"{PACKAGE}.{module}"))
     if name.endswith("_kernel")
 ]

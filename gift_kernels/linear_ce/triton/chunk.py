@@ -4,7 +4,7 @@ N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Tok
 run-time arguments of every kernel, sizes of the model decide on code.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +14,11 @@ from torch import Tensor
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
 from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
 from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
+from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
+from gift_kernels.linear_ce.triton.row_state import Rows, RowState
 from gift_kernels.linear_ce.triton.tiles import LogitTiles, ProductTiles, can_use_tma, operand
 from gift_kernels.linear_ce.types import Head, VocabShard
-
-if TYPE_CHECKING:
-    from gift_kernels.linear_ce.triton.row_pass import GuideSide, Rows, RowState
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -72,8 +71,8 @@ class Chunk:
     def gather(
         self,
         target: Tensor,
-        rows: "Rows",
-        state: "RowState",
+        rows: Rows,
+        state: RowState,
         first_row: int,
         shard: VocabShard | None,
         *,
@@ -113,8 +112,8 @@ class Chunk:
 
     def logits(
         self,
-        rows: "Rows",
-        state: "RowState",
+        rows: Rows,
+        state: RowState,
         first_row: int,
         first_v: int,
         guide: "GuideSide | None" = None,
@@ -173,7 +172,7 @@ class Chunk:
             operand(self.head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
         )
 
-    def _pointers(self, state: "RowState", first_row: int) -> triton_logits.Pointers:
+    def _pointers(self, state: RowState, first_row: int) -> triton_logits.Pointers:
         return triton_logits.Pointers(
             self.head.bias,
             state.local_target[first_row:],
@@ -201,7 +200,7 @@ class Chunk:
         )
 
     def merge(
-        self, rows: "Rows", state: "RowState", dh: Tensor | None, first_row: int, first_v: int
+        self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         block_n = self.plan.row_block[0] * 2
@@ -229,7 +228,7 @@ class Chunk:
             BLOCK_D=256,
         )
 
-    def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
+    def add_to_dh(self, rows: Rows, dh: Tensor, first_row: int, first_v: int) -> None:
         """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
         columns = self._columns_from(first_v)
         tiles = self.plan.product_tiles
@@ -250,7 +249,7 @@ class Chunk:
 
     def weigh(
         self,
-        rows: "Rows",
+        rows: Rows,
         local_target: Tensor,
         factor: Tensor,
         target_factor: Tensor,
@@ -263,7 +262,7 @@ class Chunk:
         """
         columns, block = self._columns_from(first_v), (16, 256)
         grid = (triton.cdiv(self.rows, block[0]), triton.cdiv(columns, block[1]))
-        triton_rows._weigh_kernel[grid](
+        row_gradients._weigh_kernel[grid](
             self.exp,
             local_target[first_row:],
             factor,
@@ -280,7 +279,7 @@ class Chunk:
         )
 
     def add_to_dw(
-        self, rows: "Rows", dw: Tensor, scale: Tensor, first_row: int, first_v: int
+        self, rows: Rows, dw: Tensor, scale: Tensor, first_row: int, first_v: int
     ) -> None:
         """dW += Eᵀ H for the columns of this chunk."""
         columns = self._columns_from(first_v)
@@ -301,11 +300,11 @@ class Chunk:
         )
 
     def add_to_db(
-        self, rows: "Rows", db: Tensor, scale: Tensor, first_row: int, first_v: int
+        self, rows: Rows, db: Tensor, scale: Tensor, first_row: int, first_v: int
     ) -> None:
         """db += the column sums of E."""
         columns = self._columns_from(first_v)
-        triton_rows._column_sum_kernel[(triton.cdiv(columns, 64),)](
+        row_gradients._column_sum_kernel[(triton.cdiv(columns, 64),)](
             self.exp,
             db,
             scale,
@@ -334,3 +333,18 @@ class Chunk:
 
 def _launch_options(tiles: LogitTiles | ProductTiles) -> dict[str, Any]:
     return {"TILES": tiles, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+class GuideSide(NamedTuple):
+    """The guide in a launch for two heads: buffers of one chunk, state of all rows."""
+
+    chunk: Chunk
+    state: RowState
+
+
+class KeptRows(NamedTuple):
+    """The first valid tokens, whose exponentials are kept after the pass."""
+
+    chunk: Chunk
+    exponentials: list[Tensor]  # [rows, columns] of each chunk of columns
+    references: Tensor  # [chunks of columns, rows]
