@@ -37,8 +37,11 @@ Use, in a file `tests/test_<op>_compiles.py`:
 - `signature` names a type for every argument that is no constexpr: "*bf16", "*fp16", "*fp32",
   "*i64", "i32", "i64", "fp32", "u64", "tensordesc<bf16[128, 64]>". An integer that is 1 at launch
   is a constant to Triton: put it under `constexprs`, whether or not the kernel says `tl.constexpr`.
+- a tuple argument is a NamedTuple of types; what is no string in it is a constant, such as a stride
+  that is 1. Its fields are called "size.D" under `divisible` and `unaligned`.
 - pointers are taken as 16-byte aligned, as PyTorch's are, except those named in `unaligned`.
-- a constexpr that is a type is written "tl.float32"; a jitted function as "@module:attribute".
+- a constexpr that is a type is written "tl.float32"; a jitted function as "@module:attribute"; in
+  the fields of a NamedTuple too.
 - `config_options(config)` turns a `triton.Config` into the constexprs and options of a request.
 - registers, spills and stack come from the log of the very `ptxas -v` run that made the cubin;
   SASS from the `nvdisasm` of Triton's package. `kernel.log` also holds ptxas' warnings, such as
@@ -57,6 +60,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -92,7 +96,7 @@ class KernelRequest:
     """One kernel, specialised: see the module's docstring for the fields."""
 
     kernel: str
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     arch: int
     num_warps: int = 4
@@ -203,14 +207,13 @@ def _in_child(requests: Sequence[KernelRequest]) -> list[dict[str, Any]]:
         env |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
         child = subprocess.run(
             [sys.executable, str(TESTS / "compiling.py")],
-            input=json.dumps([asdict(request) for request in requests]),
+            input=pickle.dumps([asdict(request) for request in requests]),
             capture_output=True,
-            text=True,
             env=env,
             check=False,
         )
     if child.returncode:
-        raise RuntimeError(f"the compiling process failed:\n{child.stderr[-8000:]}")
+        raise RuntimeError(f"the compiling process failed:\n{child.stderr.decode()[-8000:]}")
     return json.loads(child.stdout)
 
 
@@ -244,6 +247,8 @@ def _constexpr(value: Any) -> Any:
         return getattr(tl, value.removeprefix("tl."))
     if isinstance(value, str) and value.startswith("@"):
         return _resolve(value.removeprefix("@"))
+    if isinstance(value, tuple):
+        return type(value)(*map(_constexpr, value))
     return value
 
 
@@ -257,23 +262,28 @@ def _compile(request: KernelRequest) -> dict[str, Any]:
     given = {**request.signature, **request.constexprs}
     if surplus := sorted(set(given) ^ set(names)):
         raise ValueError(f"arguments {surplus} are missing in the request or unknown to the kernel")
-    signature = {
-        name: "constexpr" if name in request.constexprs else request.signature[name]
-        for name in names
-    }
+    constexprs = {(names.index(n),): _constexpr(v) for n, v in request.constexprs.items()}
+    signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}  # place and type of everything that is none
+    for name, kind in request.signature.items():
+        place = names.index(name)
+        if isinstance(kind, str):
+            signature[name], kinds[name] = kind, ((place,), kind)
+            continue
+        fields = [part if isinstance(part, str) else "constexpr" for part in kind]
+        signature[name] = type(kind)(*fields)
+        for number, (field_name, part) in enumerate(kind._asdict().items()):
+            if isinstance(part, str):
+                kinds[f"{name}.{field_name}"] = ((place, number), part)
+            else:
+                constexprs[place, number] = part
     plain = {param.name for param in function.params if param.do_not_specialize}
     if constants := sorted(plain & set(request.constexprs)):
         raise ValueError(f"arguments {constants} are never specialised")
-    aligned = {n for n, kind in signature.items() if kind.startswith("*")} - set(request.unaligned)
-    source = ASTSource(
-        function,
-        signature,
-        constexprs={name: _constexpr(value) for name, value in request.constexprs.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in sorted(aligned | set(request.divisible) - plain)
-        },
-    )
+    aligned = {name for name, (_, kind) in kinds.items() if kind.startswith("*")}
+    aligned = aligned - set(request.unaligned) | set(request.divisible) - plain
+    attrs = {kinds[name][0]: [["tt.divisibility", 16]] for name in sorted(aligned)}
+    source = ASTSource(function, signature, constexprs=constexprs, attrs=attrs)
     options = {
         "num_warps": request.num_warps,
         "num_stages": request.num_stages,
@@ -320,9 +330,9 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def main() -> None:
-    """Answer the requests on stdin with results on stdout, both JSON."""
+    """Answer the pickled requests on stdin with results in JSON on stdout."""
     answers: list[dict[str, Any]] = []
-    for fields in json.load(sys.stdin):
+    for fields in pickle.load(sys.stdin.buffer):
         request = KernelRequest(**fields)
         try:
             answers.append(_compile(request))

@@ -353,9 +353,7 @@ def check_token_confidence(
 
 def one_tile_chunks(plan: Any) -> Any:
     """A plan of the Triton implementation with chunks as small as its tiles allow."""
-    tiles, products = plan.logit_tiles, plan.product_tiles
-    rows = max(tiles.block_m, products.block_m, products.block_k)
-    one = type(plan.chunk)(rows, tiles.block_n)
+    one = type(plan.chunk)(plan.pad, plan.logit_tiles.BLOCK_V)
     return plan._replace(chunk=one, kept=one, again=one, statistics=one)
 
 

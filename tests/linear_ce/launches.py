@@ -88,9 +88,10 @@ def checked_launches() -> Iterator[list[str]]:
     def arguments_of(self: Any, *given: Any) -> Any:
         result = arguments_of_triton(self, *given)
         for name, value in zip(self.arg_names, result[0], strict=False):
-            value = value.base if isinstance(value, TensorDescriptor) else value
-            if isinstance(value, Tensor):
-                running[-1].add_tensor(name, value)
+            for part in value if isinstance(value, tuple) else (value,):
+                part = part.base if isinstance(part, TensorDescriptor) else part
+                if isinstance(part, Tensor):
+                    running[-1].add_tensor(name, part)
         return result
 
     def call(self: Any, *given: Any, **options: Any) -> Any:

@@ -35,7 +35,7 @@ from torch import Tensor
 from gift_kernels import TokenStats, reference, weighted_ce
 from gift_kernels.linear_ce.types import Head, Problem, WeightTransform
 
-passes: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_pass")
+row_state: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_state")
 
 
 def small_plan(problem: Problem, guide: Head | None = None) -> Any:
@@ -50,7 +50,7 @@ def random_targets(count: int, device: str) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 64, 65, 200])
-def test_the_rows_that_count_are_found_in_order(count: int, device: str) -> None:
+def test_the_valid_tokens_are_found_in_order(count: int, device: str) -> None:
     target = random_targets(count, device)
     weight = torch.rand(count, device=device)
     weight[::3] = 0
@@ -60,7 +60,7 @@ def test_the_rows_that_count_are_found_in_order(count: int, device: str) -> None
         if given is not None:
             kept &= given != 0
         with poisoned_memory():
-            rows = passes.rows_that_count(target, -100, given)
+            rows = row_state.valid_tokens(target, -100, given)
         expected = kept.nonzero().squeeze(1)
         assert int(rows.count) == len(expected)
         assert torch.equal(rows.index[: len(expected)].long(), expected)

@@ -18,15 +18,17 @@ from compiling import (
 )
 
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN
+from gift_kernels.linear_ce.triton.kernels.logits import Factors, Flags, Pointers, Sizes
+from gift_kernels.linear_ce.triton.kernels.matmul import ProductFlags, ProductSizes
 from gift_kernels.linear_ce.triton.tiles import (
-    FLOAT32_TILES,
+    FLOAT32,
     HOPPER_TILES,
     LOGIT_TILES,
     PRODUCT_TILES,
+    LogitTiles,
     Machine,
-    Tiles,
+    ProductTiles,
     logit_tiles,
-    tile_options,
     tiles_for,
 )
 
@@ -35,6 +37,9 @@ pytestmark = pytest.mark.xdist_group("cross-entropy kernels compiled")
 ALL_OPTIONS = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True, "EXPONENTIALS": True}
 LOSS = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "EXPONENTIALS": True}
 CONFIDENCE = {**LOSS, "EXPONENTIALS": False}
+# Types in a tuple's fields, where numbers and tensors stand at a launch.
+I32: Any = "i32"
+FP32: Any = ["fp32"] * 3
 OPTIONS = [
     dict(zip(LOSS, values, strict=True)) for values in itertools.product((False, True), repeat=4)
 ]
@@ -44,117 +49,106 @@ def operand(dtype: str, rows: int, columns: int, tma: bool) -> str:
     return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
 
 
-def options_of(tiles: Tiles) -> tuple[dict[str, Any], dict[str, int]]:
-    constexprs = tile_options(tiles)
-    return constexprs, {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
-
-
 def logits(
-    arch: int, tiles: Tiles, options: dict[str, bool], dtype: str = "bf16", tma: bool | None = None
+    arch: int,
+    tiles: LogitTiles,
+    options: dict[str, bool],
+    dtype: str = "bf16",
+    tma: bool | None = None,
 ) -> KernelRequest:
     tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
-    constexprs, launch = options_of(tiles)
-    width = tiles.block_n // tiles.parts
-    names = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+    stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
+    names: Any = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+    margin = MARGIN[torch.bfloat16][0]
     return KernelRequest(
         kernel="gift_kernels.linear_ce.triton.kernels.logits:_logits_kernel",
         signature={
-            "hidden": operand(dtype, tiles.block_m, tiles.block_k, tma),
-            "head": operand(dtype, tiles.block_n, tiles.block_k, tma),
-            "bias_ptr": f"*{dtype}",
-            "target_ptr": "*i32",
-            "ref_ptr": "*fp32",
-            "target_logit_ptr": "*fp32",
-            "partial_ptr": "*fp32",
-            "exp": operand(dtype, tiles.block_m, width, tma and options["EXPONENTIALS"]),
+            "hidden": operand(dtype, tiles.BLOCK_N, tiles.BLOCK_D, tma),
+            "head": operand(dtype, tiles.BLOCK_V, tiles.BLOCK_D, tma),
+            "exp": operand(dtype, *stored, tma and options["EXPONENTIALS"]),
+            "ptr": Pointers(f"*{dtype}", "*i32", "*fp32", "*fp32", "*fp32"),
             "count_ptr": "*i32",
-            **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_head_v"), "i32"),
-            **dict.fromkeys(("inner", "cap", "bits"), "fp32"),
-            **dict.fromkeys(("rows", "slices"), "i32"),
+            **dict.fromkeys(("first_row", "first_v", "C", "slices"), "i32"),
+            "size": Sizes(D=I32, stride_head_v=I32, stride_head_d=1, rows=I32),
+            "factor": Factors(*FP32),
         },
         constexprs={
-            "stride_head_d": 1,
-            "BLOCK_N": tiles.block_m,
-            "BLOCK_V": tiles.block_n,
-            "BLOCK_D": tiles.block_k,
-            **constexprs,
-            **options,
-            "FINAL": False,
-            "MARGIN": MARGIN[torch.bfloat16][0],
-            "TMA": tma,
-            "DTYPE": names[dtype],
+            "TILES": tiles,
+            "FLAGS": Flags(**options, FINAL=False, MARGIN=margin, TMA=tma, DTYPE=names[dtype]),
         },
-        divisible=("first_row", "first_v", "C", "D", "stride_head_v", "rows", "slices"),
+        divisible=(
+            "first_row", "first_v", "C", "slices", "size.D", "size.stride_head_v", "size.rows",
+        ),
         arch=arch,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         label=f"logits-{dtype}-{label(tiles)}-{'-'.join(n.lower() for n in options if options[n])}",
-        **launch,
-    )
+    )  # fmt: skip
 
 
 def two_heads(
-    arch: int, tiles: Tiles, options: dict[str, bool], tma: bool | None = None
+    arch: int, tiles: LogitTiles, options: dict[str, bool], tma: bool | None = None
 ) -> KernelRequest:
     """`logits` and a guide with the same options in one launch."""
     single = logits(arch, tiles, options, tma=tma)
-    signature, constexprs = dict(single.signature), {**single.constexprs, "FLATTEN": False}
+    signature = dict(single.signature)
+    del signature["first_v"]
     # As many specialisations of the same values under the guide's name.
-    signature |= {
-        f"guide_{name}": signature[name]
-        for name in (
-            "hidden", "head", "bias_ptr", "target_ptr", "ref_ptr", "target_logit_ptr",
-            "partial_ptr", "C", "D", "inner", "cap", "bits", "slices",
-        )
-    }  # fmt: skip
-    signature["stride_guide_head_v"] = "i32"
-    constexprs |= {f"GUIDE_{name}": constexprs[name] for name in ("HAS_BIAS", "HAS_CAP", "TMA")}
-    sizes = ("guide_C", "guide_D", "guide_slices", "stride_guide_head_v")
+    signature |= {f"guide_{n}": signature[n] for n in ("hidden", "head", "ptr", "C", "size")}
+    signature["guide_factor"] = signature["factor"]
+    divisible = [name for name in single.divisible if name != "first_v"]
+    divisible += [f"guide_{n}" for n in divisible if n == "C" or n.startswith("size.")]
+    flags = single.constexprs["FLAGS"]
+    guide_flags = flags._replace(ENTROPY=False, EXPONENTIALS=False, MARGIN=0.0)
     return replace(
         single,
         kernel="gift_kernels.linear_ce.triton.kernels.logits:_two_heads_kernel",
         signature=signature,
-        constexprs={**constexprs, "stride_guide_head_d": 1},
-        divisible=(*single.divisible, *sizes),
+        constexprs={**single.constexprs, "GUIDE_FLAGS": guide_flags},
+        divisible=(
+            *divisible,
+            *(f"guide_{n}" for n in divisible if n[0] in "Cs" and n != "slices"),
+        ),
         label=f"guide-and-{single.label.replace('-flat', '')}",
     )
 
 
 def product(
-    arch: int, tiles: Tiles, transposed: bool, dtype: str = "bf16", tma: bool | None = None
+    arch: int,
+    tiles: ProductTiles,
+    transposed: bool,
+    dtype: str = "bf16",
+    tma: bool | None = None,
 ) -> KernelRequest:
     tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
-    constexprs, launch = options_of(tiles)
-    block = (tiles.block_k, tiles.block_m) if transposed else (tiles.block_m, tiles.block_k)
+    block = (tiles.BLOCK_K, tiles.BLOCK_M) if transposed else (tiles.BLOCK_M, tiles.BLOCK_K)
+    sizes = ("D", "stride_other_k", "rows", "columns")
     return KernelRequest(
         kernel="gift_kernels.linear_ce.triton.kernels.matmul:_product_kernel",
         signature={
             "exp": operand(dtype, *block, tma),
-            "other": operand(dtype, tiles.block_k, tiles.block_n, tma),
+            "other": operand(dtype, tiles.BLOCK_K, tiles.BLOCK_D, tma),
             "out_ptr": "*fp32",
             "index_ptr": "*i32",
             "count_ptr": "*i32",
             "scale_ptr": "*fp32",
-            **dict.fromkeys(("first_row", "first_v", "C", "D", "stride_other_k"), "i32"),
-            **dict.fromkeys(("rows", "columns"), "i32"),
+            **dict.fromkeys(("first_row", "first_v", "C"), "i32"),
+            "size": ProductSizes(I32, I32, 1, I32, I32),
         },
         constexprs={
-            "stride_other_d": 1,
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_D": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
-            **constexprs,
-            "TRANSPOSED": transposed,
-            "ACCUMULATE": True,
-            "TMA": tma,
+            "TILES": tiles,
+            "FLAGS": ProductFlags(TRANSPOSED=transposed, ACCUMULATE=True, TMA=tma),
         },
-        divisible=("first_row", "first_v", "C", "D", "stride_other_k", "rows", "columns"),
+        divisible=("first_row", "first_v", "C", *(f"size.{name}" for name in sizes)),
         arch=arch,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         label=f"{'dW' if transposed else 'dH'}-{dtype}-{label(tiles)}",
-        **launch,
     )
 
 
-def label(tiles: Tiles) -> str:
-    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}{'-flat' if tiles.flatten else ''}"
+def label(tiles: LogitTiles | ProductTiles) -> str:
+    return f"{'x'.join(map(str, tiles[:3]))}{'-flat' if tiles.FLATTEN else ''}"
 
 
 def requests() -> list[KernelRequest]:
@@ -180,14 +174,14 @@ def requests() -> list[KernelRequest]:
     guided = tiles_of(hopper, ALL_OPTIONS, tma=False, guided=True)[0]
     found.append(two_heads(90, guided, ALL_OPTIONS, tma=False))
     found.append(two_heads(90, HOPPER_TILES, CONFIDENCE))
-    found.append(logits(90, FLOAT32_TILES, ALL_OPTIONS, "fp32"))
-    found.append(product(90, FLOAT32_TILES, False, "fp32"))
+    found.append(logits(90, LOGIT_TILES[FLOAT32][0], ALL_OPTIONS, "fp32"))
+    found.append(product(90, PRODUCT_TILES[FLOAT32][0], False, "fp32"))
     return found
 
 
 def tiles_of(
     machine: Machine, options: dict[str, bool], tma: bool, guided: bool
-) -> tuple[Tiles, ...]:
+) -> tuple[LogitTiles, ...]:
     """The tiles that a call with these options may run with."""
     return logit_tiles(
         machine,
@@ -202,11 +196,14 @@ def tiles_of(
 
 def odd_sizes(request: KernelRequest, *ones: str) -> KernelRequest:
     """The same with no integer divisible by 16, and some that are 1: other kernels to Triton."""
-    signature = {name: kind for name, kind in request.signature.items() if name not in ones}
+    signature: Any = {n: kind for n, kind in request.signature.items() if n not in ones}
+    fields = {name: 1 for name in ones if name not in request.signature}
+    signature["size"] = signature["size"]._replace(**fields)
+    flat = {name: 1 for name in ones if name in request.signature}
     return replace(
         request,
         signature=signature,
-        constexprs={**request.constexprs, **dict.fromkeys(ones, 1)},
+        constexprs={**request.constexprs, **flat},
         divisible=(),
         label="-".join((request.label, "odd", *ones)),
     )
@@ -278,7 +275,7 @@ def test_hopper_moves_tiles_with_the_copy_engine_where_it_can(
     compiled: dict[KernelRequest, CompiledKernel], request_: KernelRequest
 ) -> None:
     uses = "cp.async.bulk.tensor" in compiled[request_].ptx
-    assert uses == request_.constexprs["TMA"]
+    assert uses == request_.constexprs["FLAGS"].TMA
 
 
 def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel]) -> None:
@@ -287,7 +284,7 @@ def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel
     The kernel whose loops are not joined, for its code holds the end of a tile once.
     """
     tiles = HOPPER_TILES
-    logits_of_a_thread = tiles.block_m * tiles.block_n / (32 * tiles.num_warps)
+    logits_of_a_thread = tiles.BLOCK_N * tiles.BLOCK_V / (32 * tiles.num_warps)
     for options, most in ((CONFIDENCE, 6.2), (LOSS, 8.3)):
         count = instructions_after_the_products(compiled[logits(90, tiles, options)].sass)
         assert 4 < count / logits_of_a_thread < most

@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gift_kernels.linear_ce.triton.tiles import FLOAT32_TILES, HOPPER_TILES, PRODUCT_TILES, Machine
+from gift_kernels.linear_ce.triton.tiles import (
+    FLOAT32,
+    LOGIT_TILES,
+    PRODUCT_TILES,
+    Machine,
+)
 from gift_kernels.linear_ce.types import Head, Problem
 
 H100 = Machine(90, 132)
@@ -47,10 +52,10 @@ class Counted:
 
     def launch(self, *arguments: Any, **named: Any) -> None:
         given = dict(zip(self.names, arguments, strict=False)) | named
-        rows = min(given["rows"], TOKENS - given["first_row"])
-        self.add(rows, given["C"] * given["D"])
+        rows = min(given["size"].rows, TOKENS - given["first_row"])
+        self.add(rows, given["C"] * given["size"].D)
         if "guide_C" in given:
-            self.add(rows, given["guide_C"] * given["guide_D"])
+            self.add(rows, given["guide_C"] * given["guide_size"].D)
 
 
 class Nothing:
@@ -65,7 +70,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Multiplications of all launches since; none of them runs."""
     found: list[int] = []
     monkeypatch.setattr(plans, "machine_of", lambda device: H100)
-    for name in ("logits", "matmul", "rows"):
+    for name in ("logits", "matmul", "rows", "row_gradients"):
         module = importlib.import_module(f"gift_kernels.linear_ce.triton.kernels.{name}")
         for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
             multiplies = kernel in ("_logits_kernel", "_two_heads_kernel", "_product_kernel")
@@ -211,12 +216,11 @@ def test_chunks_are_wide_however_large_the_head(
     vocab_size: int, hidden_size: int, itemsize: int, guided: bool
 ) -> None:
     """A chunk of few columns adds to all of dH for each of them."""
-    tiles = (
-        (FLOAT32_TILES, FLOAT32_TILES) if itemsize == 4 else (HOPPER_TILES, PRODUCT_TILES[90][0])
-    )
+    arch = FLOAT32 if itemsize == 4 else 90
+    tiles = (LOGIT_TILES[arch][0], PRODUCT_TILES[arch][0])
     guide = (vocab_size, hidden_size) if guided else ()
     work = plans.Work(132, *tiles, vocab_size, hidden_size, itemsize)
     rows, columns = plans.chunk_shape(work, *guide)
     assert rows * columns * itemsize >= 48e6 and columns >= 6144
     assert rows % 128 == 0 or (itemsize == 4 and rows % 64 == 0)
-    assert columns % tiles[0].block_n == 0
+    assert columns % tiles[0].BLOCK_V == 0

@@ -18,7 +18,7 @@ from gift_kernels import reference
 from gift_kernels.linear_ce.types import Head
 
 chunks: Any = importlib.import_module("gift_kernels.linear_ce.triton.chunk")
-passes: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_pass")
+row_state: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_state")
 
 
 @pytest.mark.parametrize("unaligned", [0, 1], ids=["copy-engine", "plain-loads"])
@@ -51,7 +51,7 @@ def test_gradients_whose_rows_lie_beyond_2_to_the_31_elements(device: str, tmp_p
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(20, size, generator=generator).to(device, BF16)
     weight = torch.randn(300, size, generator=generator).to(device, BF16)
-    rows = passes.rows_that_count(torch.zeros(20, dtype=torch.int64, device=device), -100)
+    rows = row_state.valid_tokens(torch.zeros(20, dtype=torch.int64, device=device), -100)
     plan = one_tile_chunks(plans.default_plan(Head(hidden, weight, None, 1.0, None)))
 
     def chunk_of(weight: Tensor) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -30,7 +31,7 @@ POINTERS = {
 DTYPES = {tl.bfloat16: "tl.bfloat16", tl.float32: "tl.float32"}
 KERNELS = [
     (module, name)
-    for module in ("logits", "matmul", "rows")
+    for module in ("logits", "matmul", "rows", "row_gradients")
     for name in vars(importlib.import_module(f"{PACKAGE}.{module}"))
     if name.endswith("_kernel")
 ]
@@ -63,7 +64,7 @@ class Recorder:
             kernel=self.path,
             signature={name: kind_of(value) for name, value in numbers.items()},
             constexprs={name: DTYPES.get(value, value) for name, value in given.items()},
-            divisible=tuple(n for n, v in numbers.items() if isinstance(v, int) and v % 16 == 0),
+            divisible=tuple(divisible(numbers)),
             arch=self.arch,
             num_warps=num_warps,
             label=self.label,
@@ -76,9 +77,20 @@ def is_1(value: Any) -> bool:
     return isinstance(value, int) and value == 1
 
 
-def kind_of(value: Any) -> str:
+def divisible(numbers: dict[str, Any]) -> Iterator[str]:
+    for name, value in numbers.items():
+        if isinstance(value, tuple):
+            fields: Any = value
+            yield from divisible({f"{name}.{n}": v for n, v in fields._asdict().items()})
+        elif isinstance(value, int) and not is_1(value) and value % 16 == 0:
+            yield name
+
+
+def kind_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, tuple):
+        return type(value)(*(part if is_1(part) else kind_of(part) for part in value))
     return "fp32" if isinstance(value, float) else "i32"
 
 

@@ -4,7 +4,7 @@ N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Tok
 run-time arguments of every kernel, sizes of the model decide on code.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +14,11 @@ from torch import Tensor
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
 from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
 from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
+from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
-from gift_kernels.linear_ce.triton.tiles import Tiles, can_use_tma, operand, tile_options
+from gift_kernels.linear_ce.triton.row_state import Rows, RowState
+from gift_kernels.linear_ce.triton.tiles import LogitTiles, ProductTiles, can_use_tma, operand
 from gift_kernels.linear_ce.types import Head, VocabShard
-
-if TYPE_CHECKING:
-    from gift_kernels.linear_ce.triton.row_pass import GuideSide, Rows, RowState
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -49,16 +48,14 @@ class Chunk:
         self.dtype = head.hidden.dtype
         self.vocab_size, self.hidden_size = head.weight.shape
         tiles, device = plan.logit_tiles, head.hidden.device
-        self.width = tiles.block_n
-        all_columns = triton.cdiv(self.vocab_size, tiles.block_n) * tiles.block_n
+        self.width = tiles.BLOCK_V
+        all_columns = triton.cdiv(self.vocab_size, self.width) * self.width
         self.columns = min(most[1], all_columns)
         self.slices = self.columns // self.width
         # A tile over rows in dW = Eᵀ H reads no further than tiles of E have been written.
-        assert tiles.block_m % plan.product_tiles.block_k == 0, plan
-        # Rows up to a multiple of this are zeros, so that every tile is whole.
-        self.pad = max(tiles.block_m, plan.product_tiles.block_m, plan.product_tiles.block_k)
-        self.rows = min(most[0], triton.cdiv(max(count, 1), self.pad) * self.pad)
-        assert self.rows % self.pad == 0 and self.columns % tiles.block_n == 0, (most, plan)
+        assert tiles.BLOCK_N % plan.product_tiles.BLOCK_K == 0, plan
+        self.rows = min(most[0], triton.cdiv(max(count, 1), plan.pad) * plan.pad)
+        assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
         self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
         self.factors = logit_factors(head, temperature)
         self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
@@ -74,8 +71,8 @@ class Chunk:
     def gather(
         self,
         target: Tensor,
-        rows: "Rows",
-        state: "RowState",
+        rows: Rows,
+        state: RowState,
         first_row: int,
         shard: VocabShard | None,
         *,
@@ -95,14 +92,16 @@ class Chunk:
             state.local_target,
             state.parts,
             first_row,
-            self.vocab_size,
-            self.hidden_size,
             shard.start if shard is not None else 0,
-            *hidden.stride(),
-            *weight.stride(),
-            *self.factors[:3],
-            self.rows,
-            self.pad,
+            triton_rows.GatherSizes(
+                self.vocab_size,
+                self.hidden_size,
+                self.rows,
+                self.plan.pad,
+                *hidden.stride(),
+                *weight.stride(),
+            ),
+            self._factors(),
             GUESS=guess,
             BELOW=self.below,
             HAS_BIAS=self.head.bias is not None,
@@ -113,8 +112,8 @@ class Chunk:
 
     def logits(
         self,
-        rows: "Rows",
-        state: "RowState",
+        rows: Rows,
+        state: RowState,
         first_row: int,
         first_v: int,
         guide: "GuideSide | None" = None,
@@ -124,60 +123,57 @@ class Chunk:
         With `guide` the same launch fills the guide's partial sums for all of its columns.
         """
         tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
-        options: dict[str, Any] = {
-            "HAS_BIAS": self.head.bias is not None,
-            "HAS_CAP": self.head.logit_softcap is not None,
-            "ENTROPY": self.with_entropy,
-            "EXPONENTIALS": self.exponentials,
-            "FINAL": self.final,
-            "MARGIN": self.margin,
-            "DTYPE": DTYPES[self.dtype],
-        }
-        where = (rows.count, first_row, first_v, columns)
-        scalars = (*self.factors[:3], self.rows, self.slices)
-        options |= {"BLOCK_N": tiles.block_m, "BLOCK_V": tiles.block_n, "BLOCK_D": tiles.block_k}
-        options |= {"TMA": self.tma, **tile_options(tiles)}
-        stored = (tiles.block_m, tiles.block_n // tiles.parts)
+        hidden, head = self._operands()
+        stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
         exp = operand(self.exp, stored, self.tma and self.exponentials)
-        matrices = (*self._operands(), *self._outputs(state, first_row), exp)
-        sizes = (self.hidden_size, *self.head.weight.stride(), *scalars)
+        options = {"FLAGS": self._flags(), **_launch_options(tiles)}
         if guide is None:
             triton_logits._logits_kernel[self._programs(tiles)](
-                *matrices, *where, *sizes, **options
+                hidden,
+                head,
+                exp,
+                self._pointers(state, first_row),
+                rows.count,
+                first_row,
+                first_v,
+                columns,
+                self.slices,
+                self._sizes(),
+                self._factors(),
+                **options,
             )
             return
         other = guide.chunk
         assert first_v == 0 and other.rows == self.rows and other.columns >= other.vocab_size
-        options |= {
-            "FLATTEN": False,
-            "GUIDE_HAS_BIAS": other.head.bias is not None,
-            "GUIDE_HAS_CAP": other.head.logit_softcap is not None,
-            "GUIDE_TMA": other.tma,
-        }
         triton_logits._two_heads_kernel[self._programs(tiles)](
-            *matrices,
+            hidden,
+            head,
+            exp,
+            self._pointers(state, first_row),
             *other._operands(),
-            *other._outputs(guide.state, first_row),
-            *where,
-            *sizes,
+            other._pointers(guide.state, first_row),
+            rows.count,
+            first_row,
+            columns,
+            self.slices,
             other.vocab_size,
-            other.hidden_size,
-            *other.head.weight.stride(),
-            *other.factors[:3],
-            other.slices,
+            self._sizes(),
+            self._factors(),
+            other._sizes(),
+            other._factors(),
+            GUIDE_FLAGS=other._flags(),
             **options,
         )
 
     def _operands(self) -> tuple[Any, Any]:
         tiles = self.plan.logit_tiles
         return (
-            operand(self.hidden, (tiles.block_m, tiles.block_k), self.tma),
-            operand(self.head.weight, (tiles.block_n, tiles.block_k), self.tma),
+            operand(self.hidden, (tiles.BLOCK_N, tiles.BLOCK_D), self.tma),
+            operand(self.head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
         )
 
-    def _outputs(self, state: "RowState", first_row: int) -> tuple[Tensor | None, ...]:
-        """What the end of a tile reads and writes for the rows of this chunk."""
-        return (
+    def _pointers(self, state: RowState, first_row: int) -> triton_logits.Pointers:
+        return triton_logits.Pointers(
             self.head.bias,
             state.local_target[first_row:],
             state.parts[0, first_row:],
@@ -185,8 +181,26 @@ class Chunk:
             self.partial,
         )
 
+    def _sizes(self) -> triton_logits.Sizes:
+        return triton_logits.Sizes(self.hidden_size, *self.head.weight.stride(), self.rows)
+
+    def _factors(self) -> triton_logits.Factors:
+        return triton_logits.Factors(*self.factors[:3])
+
+    def _flags(self) -> triton_logits.Flags:
+        return triton_logits.Flags(
+            HAS_BIAS=self.head.bias is not None,
+            HAS_CAP=self.head.logit_softcap is not None,
+            ENTROPY=self.with_entropy,
+            EXPONENTIALS=self.exponentials,
+            FINAL=self.final,
+            MARGIN=self.margin,
+            TMA=self.tma,
+            DTYPE=DTYPES[self.dtype],
+        )
+
     def merge(
-        self, rows: "Rows", state: "RowState", dh: Tensor | None, first_row: int, first_v: int
+        self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         block_n = self.plan.row_block[0] * 2
@@ -214,13 +228,13 @@ class Chunk:
             BLOCK_D=256,
         )
 
-    def add_to_dh(self, rows: "Rows", dh: Tensor, first_row: int, first_v: int) -> None:
+    def add_to_dh(self, rows: Rows, dh: Tensor, first_row: int, first_v: int) -> None:
         """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
         columns = self._columns_from(first_v)
         tiles = self.plan.product_tiles
         triton_products._product_kernel[self._programs(tiles)](
-            operand(self.exp, (tiles.block_m, tiles.block_k), self.tma),
-            operand(self.head.weight, (tiles.block_k, tiles.block_n), self.tma),
+            operand(self.exp, (tiles.BLOCK_M, tiles.BLOCK_K), self.tma),
+            operand(self.head.weight, (tiles.BLOCK_K, tiles.BLOCK_D), self.tma),
             dh,
             rows.index,
             rows.count,
@@ -228,18 +242,14 @@ class Chunk:
             first_row,
             first_v,
             columns,
-            self.hidden_size,
-            *self.head.weight.stride(),
-            self.rows,
-            self.columns,
-            TRANSPOSED=False,
-            ACCUMULATE=first_v > 0,
-            **self._product_options(),
+            self._product_sizes(self.head.weight),
+            FLAGS=triton_products.ProductFlags(False, first_v > 0, self.tma),
+            **_launch_options(tiles),
         )
 
     def weigh(
         self,
-        rows: "Rows",
+        rows: Rows,
         local_target: Tensor,
         factor: Tensor,
         target_factor: Tensor,
@@ -252,7 +262,7 @@ class Chunk:
         """
         columns, block = self._columns_from(first_v), (16, 256)
         grid = (triton.cdiv(self.rows, block[0]), triton.cdiv(columns, block[1]))
-        triton_rows._weigh_kernel[grid](
+        row_gradients._weigh_kernel[grid](
             self.exp,
             local_target[first_row:],
             factor,
@@ -263,20 +273,20 @@ class Chunk:
             columns,
             self.rows,
             self.columns,
-            self.pad,
+            self.plan.pad,
             BLOCK_N=block[0],
             BLOCK_C=block[1],
         )
 
     def add_to_dw(
-        self, rows: "Rows", dw: Tensor, scale: Tensor, first_row: int, first_v: int
+        self, rows: Rows, dw: Tensor, scale: Tensor, first_row: int, first_v: int
     ) -> None:
         """dW += Eᵀ H for the columns of this chunk."""
         columns = self._columns_from(first_v)
         tiles = self.plan.product_tiles
         triton_products._product_kernel[self._programs(tiles)](
-            operand(self.exp, (tiles.block_k, tiles.block_m), self.tma),
-            operand(self.hidden, (tiles.block_k, tiles.block_n), self.tma),
+            operand(self.exp, (tiles.BLOCK_K, tiles.BLOCK_M), self.tma),
+            operand(self.hidden, (tiles.BLOCK_K, tiles.BLOCK_D), self.tma),
             dw,
             rows.index,
             rows.count,
@@ -284,21 +294,17 @@ class Chunk:
             first_row,
             first_v,
             columns,
-            self.hidden_size,
-            *self.hidden.stride(),
-            self.rows,
-            self.columns,
-            TRANSPOSED=True,
-            ACCUMULATE=first_row > 0,
-            **self._product_options(),
+            self._product_sizes(self.hidden),
+            FLAGS=triton_products.ProductFlags(True, first_row > 0, self.tma),
+            **_launch_options(tiles),
         )
 
     def add_to_db(
-        self, rows: "Rows", db: Tensor, scale: Tensor, first_row: int, first_v: int
+        self, rows: Rows, db: Tensor, scale: Tensor, first_row: int, first_v: int
     ) -> None:
         """db += the column sums of E."""
         columns = self._columns_from(first_v)
-        triton_rows._column_sum_kernel[(triton.cdiv(columns, 64),)](
+        row_gradients._column_sum_kernel[(triton.cdiv(columns, 64),)](
             self.exp,
             db,
             scale,
@@ -316,10 +322,29 @@ class Chunk:
     def _columns_from(self, first_v: int) -> int:
         return min(self.columns, self.vocab_size - first_v)
 
-    def _programs(self, tiles: Tiles) -> tuple[int]:
+    def _product_sizes(self, other: Tensor) -> triton_products.ProductSizes:
+        return triton_products.ProductSizes(
+            self.hidden_size, *other.stride(), self.rows, self.columns
+        )
+
+    def _programs(self, tiles: LogitTiles | ProductTiles) -> tuple[int]:
         return (self.plan.machine.sms * tiles.per_sm,)
 
-    def _product_options(self) -> dict[str, Any]:
-        tiles = self.plan.product_tiles
-        sizes = {"BLOCK_M": tiles.block_m, "BLOCK_D": tiles.block_n, "BLOCK_K": tiles.block_k}
-        return sizes | tile_options(tiles) | {"TMA": self.tma}
+
+def _launch_options(tiles: LogitTiles | ProductTiles) -> dict[str, Any]:
+    return {"TILES": tiles, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+class GuideSide(NamedTuple):
+    """The guide in a launch for two heads: buffers of one chunk, state of all rows."""
+
+    chunk: Chunk
+    state: RowState
+
+
+class KeptRows(NamedTuple):
+    """The first valid tokens, whose exponentials are kept after the pass."""
+
+    chunk: Chunk
+    exponentials: list[Tensor]  # [rows, columns] of each chunk of columns
+    references: Tensor  # [chunks of columns, rows]

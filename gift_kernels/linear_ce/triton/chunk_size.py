@@ -12,8 +12,9 @@ import triton
 
 from gift_kernels.linear_ce.triton.tiles import (
     PRODUCT_TILES,
+    LogitTiles,
     Machine,
-    Tiles,
+    ProductTiles,
     can_use_tma,
     logit_tiles,
     machine_of,
@@ -64,10 +65,15 @@ class Plan(NamedTuple):
     kept: Shape
     again: Shape
     statistics: Shape
-    logit_tiles: Tiles
-    product_tiles: Tiles
+    logit_tiles: LogitTiles
+    product_tiles: ProductTiles
     row_block: tuple[int, int]
     slice_block: int
+
+    @property
+    def pad(self) -> int:
+        """Rows of a chunk up to a multiple of this are zeros, so that every tile is whole."""
+        return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.product_tiles.BLOCK_K)
 
 
 def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = False) -> Plan:
@@ -108,8 +114,8 @@ class Work(NamedTuple):
     """What decides on the shape of a head's chunks."""
 
     sms: int
-    logit_tiles: Tiles
-    product_tiles: Tiles
+    logit_tiles: LogitTiles
+    product_tiles: ProductTiles
     vocab_size: int
     hidden_size: int
     itemsize: int
@@ -118,14 +124,14 @@ class Work(NamedTuple):
 @functools.cache
 def chunk_shape(work: Work, guide_vocab: int = 0, guide_hidden: int = 0) -> Shape:
     """The shape for dH that takes the least time, within CHUNK_BYTES."""
-    block_n = work.logit_tiles.block_n
-    step = max(work.logit_tiles.block_m, work.product_tiles.block_m)
-    of_row = work.itemsize * (work.hidden_size + guide_hidden) + 8 * (guide_vocab // block_n)
+    block_v = work.logit_tiles.BLOCK_V
+    step = max(work.logit_tiles.BLOCK_N, work.product_tiles.BLOCK_M)
+    of_row = work.itemsize * (work.hidden_size + guide_hidden) + 8 * (guide_vocab // block_v)
     most = CHUNK_BYTES + (GUIDE_BYTES if guide_vocab else 0)
     most = max(most, ROWS[0] * of_row + LEAST_BYTES)
     shapes = []
     for rows in range(ROWS[0], ROWS[1] + 1, step):
-        columns = (most // rows - of_row) // work.itemsize // block_n * block_n
+        columns = (most // rows - of_row) // work.itemsize // block_v * block_v
         shapes += [Shape(rows, columns)] if columns > 0 else []
     return min(shapes, key=lambda shape: sum(call_time(work, n, shape) / n for n in TOKENS))
 
@@ -133,24 +139,22 @@ def chunk_shape(work: Work, guide_vocab: int = 0, guide_hidden: int = 0) -> Shap
 @functools.cache
 def head_chunk_shape(work: Work, rows: int) -> Shape:
     """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
-    block_n = work.logit_tiles.block_n
-    most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_n)
+    block_v = work.logit_tiles.BLOCK_V
+    most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_v)
     least = max((most + 1) // 2, most - 64)
-    shapes = [Shape(rows, number * block_n) for number in range(least, most + 1)]
+    shapes = [Shape(rows, number * block_v) for number in range(least, most + 1)]
     return min(shapes, key=lambda shape: call_time(work, rows, shape, with_dw=True))
 
 
 def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) -> float:
     """Time of logits, dH and maybe dW of `count` rows, in steps of tiles of 128 × 256."""
-    sms, logit_tiles, product_tiles, vocab_size, hidden_size, _ = work
+    sms, logits, products, vocab_size, hidden_size, _ = work
 
     def of_chunk(rows: int, columns: int) -> float:
-        time = waves(rows, columns, logit_tiles, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
-        time += waves(rows, hidden_size, product_tiles, sms) * (columns + ADDED_TILE)
+        time = waves(rows, columns, logits, sms) * (hidden_size + END_OF_TILE) + LAUNCHES
+        time += waves(rows, hidden_size, products, sms) * (columns + ADDED_TILE)
         if with_dw:
-            time += (
-                waves(columns, hidden_size, product_tiles, sms) * (rows + END_OF_TILE) + LAUNCHES
-            )
+            time += waves(columns, hidden_size, products, sms) * (rows + END_OF_TILE) + LAUNCHES
         return time
 
     def parts(total: int, most: int) -> list[tuple[int, int]]:
@@ -164,10 +168,11 @@ def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) ->
     )
 
 
-def waves(rows: int, columns: int, tiles: Tiles, sms: int) -> float:
+def waves(rows: int, columns: int, tiles: LogitTiles | ProductTiles, sms: int) -> float:
     """Rounds in which all SMs make a tile of [rows, columns], in tiles of 128 × 256."""
-    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
-    return triton.cdiv(count, sms) * tiles.block_m * tiles.block_n / (128 * 256)
+    tile_rows, tile_columns = tiles.area
+    count = triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
+    return triton.cdiv(count, sms) * tile_rows * tile_columns / (128 * 256)
 
 
 class LogitFactors(NamedTuple):

@@ -22,24 +22,50 @@ launches cover the case that all count. Memory: dH float32 [N, D] as the caller 
 gathered rows of one chunk (see `chunk_size`), the partial sums; none grows with N V.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 
+from gift_kernels.linear_ce.triton.chunk import Chunk, GuideSide, KeptRows
 from gift_kernels.linear_ce.triton.chunk_size import (
+    ALL,
     INTERPRETER_ROW_BLOCK,
     ROW_BLOCK,
     Plan,
     default_plan,
 )
-from gift_kernels.linear_ce.triton.head_gradient import head_gradients
-from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
-from gift_kernels.linear_ce.triton.row_pass import RowResult, row_pass, rows_that_count
+from gift_kernels.linear_ce.triton.head_gradient import (
+    Gradients,
+    add_kept_rows,
+    add_rows_again,
+    kept_rows,
+    weights_in_order,
+    with_room_above,
+)
+from gift_kernels.linear_ce.triton.kernels import row_gradients
+from gift_kernels.linear_ce.triton.row_state import (
+    RowResult,
+    Rows,
+    RowState,
+    finish_dh,
+    finish_rows,
+    new_state,
+    valid_tokens,
+)
 from gift_kernels.linear_ce.types import Head, LinearCE, Problem, VocabShard
 from gift_kernels.reference import transform_weight
+
+
+class Guide(NamedTuple):
+    """A second head whose statistics are wanted of the same rows."""
+
+    head: Head
+    temperature: float
 
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
@@ -51,7 +77,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     want_dw = problem.want_dw and not problem.rowwise
     want_db = problem.want_db and not problem.rowwise
     kept = target != problem.ignore_index
-    rows = rows_that_count(target, problem.ignore_index)
+    rows = valid_tokens(target, problem.ignore_index)
     weight = kept.float()
     together = problem.guide if shares_launches(problem) else None
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
@@ -72,23 +98,20 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         weight = torch.where(kept, problem.row_weight.float(), 0)
     weighted = problem.guide is not None or problem.row_weight is not None
     if weighted and together is None and not problem.keep_zero_rows:
-        rows = rows_that_count(target, problem.ignore_index, weight)
+        rows = valid_tokens(target, problem.ignore_index, weight)
     options: dict[str, Any] = {
         "with_entropy": problem.with_entropy,
         "want_dh": problem.want_dh,
-        "guide": together,
-        "guide_temperature": problem.temperature,
+        "guide": None if together is None else Guide(together, problem.temperature),
     }
-    dw = db = None
+    call = (head, target, rows, plan, problem.shard)
     if want_dw or want_db:
         options |= {"want_dw": want_dw, "want_db": want_db}
-        found, weight, dh, dw, db = head_gradients(
-            head, target, rows, plan, problem.shard, weigh, **options
-        )
+        found, weight, (dh, dw, db) = head_gradients(*call, weigh, **options)
     else:
         own = 1.0 if grad or problem.guide is not None else problem.temperature
-        found, dh = row_pass(head, target, rows, plan, problem.shard, temperature=own, **options)
-        weight = weigh(found)
+        found, dh = row_pass(*call, temperature=own, **options)
+        weight, dw, db = weigh(found), None, None
     empty = weight.new_empty(0)
     return LinearCE(
         total=torch.where(weight == 0, 0, weight * found.nll).sum(),
@@ -100,6 +123,150 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         dh=dh if dh is not None else empty,
         dw=dw if dw is not None else empty.clone(),
         db=db if db is not None else empty.clone(),
+    )
+
+
+def head_gradients(
+    head: Head,
+    target: Tensor,
+    rows: Rows,
+    plan: Plan,
+    shard: VocabShard | None,
+    weigh: Callable[[RowResult], Tensor],
+    *,
+    with_entropy: bool = False,
+    want_dh: bool = False,
+    want_dw: bool = False,
+    want_db: bool = False,
+    guide: Guide | None = None,
+) -> tuple[RowResult, Tensor, Gradients]:
+    """Statistics, the weights [N] that `weigh` makes of them, and the gradients."""
+    (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
+    new = torch.zeros if count == 0 else torch.empty
+    options: dict[str, Any] = {"dtype": torch.float32, "device": head.hidden.device}
+    dw = new(vocab_size, hidden_size, **options) if want_dw else None
+    db = new(vocab_size, **options) if want_db else None
+    kept = kept_rows(head, plan, count, with_entropy, dw) if dw is not None else None
+    pass_options: dict[str, Any] = {"with_entropy": with_entropy, "kept": kept, "guide": guide}
+    pass_options |= {"want_dh": want_dh and kept is not None}
+    found, dh = row_pass(head, target, rows, plan, shard, **pass_options)
+    if want_dh and dh is None:
+        dh = torch.empty(count, hidden_size, **options)
+    weight, into = weigh(found), Gradients(dh, dw, db)
+    found = with_room_above(found, head)
+    order = weights_in_order(head, rows, found, weight)
+    first_rest = 0
+    if kept is not None:
+        add_kept_rows(kept, rows, found, order, into)
+        first_rest = kept.chunk.rows
+        del kept, pass_options  # and their buffers
+    if first_rest < count:
+        chunk = Chunk(head, plan, count - first_rest, plan.again, final=True)
+        for first_row in range(first_rest, count, chunk.rows):
+            add_rows_again(chunk, target, rows, found, order, into, first_row, shard)
+    if dh is not None:
+        again = head.logit_scale * found.share
+        factor = torch.where(rows.place < first_rest, found.factor, again)
+        finish_dh(dh, head, plan, rows, found.local_target, factor, found.target_factor, shard)
+    return found, weight, into
+
+
+def row_pass(
+    head: Head,
+    target: Tensor,
+    rows: Rows,
+    plan: Plan,
+    shard: VocabShard | None,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    want_dh: bool = False,
+    kept: KeptRows | None = None,
+    guide: Guide | None = None,
+) -> tuple[RowResult, Tensor | None]:
+    """Statistics of valid tokens and, if wanted, dH float32 [N, D] of each row's nll.
+
+    With `kept` the exponentials of its rows are kept, dH of all other rows is left undefined, and
+    the caller finishes dH. With `guide` the guide's nll comes from the same launches.
+    """
+    count = head.hidden.shape[0]
+    state = new_state(head)
+    beside = new_state(guide.head) if guide is not None else None
+    # Made at its first use: for rows that are kept, after the guide's buffers are gone.
+    dh = functools.cache(lambda: state.parts.new_empty(head.hidden.shape))
+    first_rest = 0
+    if kept is not None:
+        sums = dh if want_dh else None
+        _add_row_chunk(kept.chunk, target, rows, state, sums, 0, shard, guide, beside, kept)
+        first_rest = kept.chunk.rows
+    exponentials = want_dh and kept is None
+    most = plan.chunk if exponentials else plan.statistics
+    if not exponentials and kept is None:
+        most = most._replace(columns=ALL)
+    chunk = Chunk(
+        head,
+        plan,
+        count - first_rest,
+        most,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        exponentials=exponentials,
+    )
+    sums = dh if exponentials else None
+    for first_row in range(first_rest, count, chunk.rows):
+        _add_row_chunk(chunk, target, rows, state, sums, first_row, shard, guide, beside)
+    found = finish_rows(state, rows, head, with_entropy, shard, temperature)
+    if guide is not None and beside is not None:
+        of_guide = finish_rows(beside, rows, guide.head, False, shard, guide.temperature)
+        found = found._replace(guide_nll=of_guide.nll)
+    if exponentials:
+        factors = (found.factor, found.target_factor)
+        finish_dh(dh(), head, plan, rows, state.local_target, *factors, shard)
+    return found, dh() if want_dh else None
+
+
+def _add_row_chunk(
+    chunk: Chunk,
+    target: Tensor,
+    rows: Rows,
+    state: RowState,
+    dh: Callable[[], Tensor] | None,
+    first_row: int,
+    shard: VocabShard | None,
+    guide: Guide | None,
+    guide_state: RowState | None,
+    kept: KeptRows | None = None,
+) -> None:
+    """All columns for the rows of a chunk; the guide's in the launch of the first ones."""
+    chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
+    side = None
+    if guide is not None and guide_state is not None:
+        side = GuideSide(_guide_chunk(guide, chunk), guide_state)
+        side.chunk.gather(target, rows, side.state, first_row, shard)
+    for number, first_v in enumerate(range(0, chunk.vocab_size, chunk.columns)):
+        if kept is not None:
+            chunk.exp = kept.exponentials[number]
+        chunk.logits(rows, state, first_row, first_v, side)
+        if side is not None:
+            side.chunk.merge(rows, side.state, None, first_row, 0)
+            side = None
+        sums = dh() if dh is not None else None
+        chunk.merge(rows, state, sums, first_row, first_v)
+        if sums is not None:
+            chunk.add_to_dh(rows, sums, first_row, first_v)
+        if kept is not None:
+            kept.references[number] = state.parts[0, : kept.references.shape[1]]
+
+
+def _guide_chunk(guide: Guide, chunk: Chunk) -> Chunk:
+    """Buffers for the guide's rows of a chunk, and all of its columns at once."""
+    return Chunk(
+        guide.head,
+        chunk.plan,
+        guide.head.hidden.shape[0],
+        (chunk.rows, ALL),
+        temperature=guide.temperature,
+        exponentials=False,
     )
 
 
@@ -132,8 +299,8 @@ def solve_head_gradient(
     head, target = with_contiguous_bias(head), target.contiguous()
     plan = plan or default_plan(head)
     weight = row_factor.float()
-    rows = rows_that_count(target, ignore_index, weight)
-    _, _, _, dw, db = head_gradients(
+    rows = valid_tokens(target, ignore_index, weight)
+    _, _, (_, dw, db) = head_gradients(
         head, target, rows, plan, shard, lambda found: weight, want_dw=want_dw, want_db=want_db
     )
     empty = weight.new_empty(0)
@@ -147,7 +314,7 @@ def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if out.numel() > 0:
         block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
         grid = (triton.cdiv(count, block[0]), triton.cdiv(size, block[1]))
-        triton_rows._scale_rows_kernel[grid](
+        row_gradients._scale_rows_kernel[grid](
             rows.contiguous(),
             factor.float(),
             out,

@@ -5,7 +5,7 @@ compile every candidate, and two processes could round differently. A kernel tak
 of its table; the other entries are candidates for the benchmark, which passes them explicitly.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,23 +13,51 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-class Tiles(NamedTuple):
-    """A tile [block_m, block_n] of a product over steps of block_k, made by num_warps warps.
+class LogitTiles(NamedTuple):
+    """A tile of logits: BLOCK_N rows by BLOCK_V columns of the vocabulary, in steps of BLOCK_D.
 
-    Its epilogue handles `parts` slices of its columns one after another, which bounds registers and
-    the shared memory of the store. Row tiles are grouped by `group_m`; `per_sm` programs share an
-    SM; `flatten` makes one software pipeline of the loop over tiles and the loop over K.
+    Its epilogue handles PARTS slices of its columns one after another, which bounds registers and
+    the shared memory of the store. GROUP_M row tiles run one after another with one tile of the
+    head; FLATTEN makes one software pipeline of the loop over tiles and the loop over D.
+    `per_sm` programs of num_warps warps share an SM. Kernels receive the tuple itself.
     """
 
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_D: int
+    GROUP_M: int
     num_warps: int
     num_stages: int
-    parts: int
+    PARTS: int
     per_sm: int
-    flatten: bool
+    FLATTEN: bool
+
+    @property
+    def area(self) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        return self.BLOCK_N, self.BLOCK_V
+
+
+class ProductTiles(NamedTuple):
+    """As `LogitTiles` for dH [n, D] and dW [V, D]: BLOCK_M of their rows, in steps of BLOCK_K."""
+
+    BLOCK_M: int
+    BLOCK_D: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+    PARTS: int
+    per_sm: int
+    FLATTEN: bool
+
+    @property
+    def area(self) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        return self.BLOCK_M, self.BLOCK_D
+
+
+AnyTiles = TypeVar("AnyTiles", LogitTiles, ProductTiles)
 
 
 class Machine(NamedTuple):
@@ -39,39 +67,40 @@ class Machine(NamedTuple):
     sms: int
 
 
-# Small enough for several tiles in a small test.
-INTERPRETER_LOGIT_TILES = Tiles(32, 128, 32, 2, 1, 1, 2, 1, False)
-INTERPRETER_PRODUCT_TILES = Tiles(32, 64, 32, 2, 1, 1, 2, 1, False)
-FLOAT32_TILES = Tiles(64, 64, 32, 8, 4, 3, 1, 1, False)
+# Keys of the tables below: architectures, the interpreter, and float32 on any GPU.
+INTERPRETER, FLOAT32 = 0, -1
 # The fastest on an H200. One pipeline over all tiles would serialize the products: the end of a
 # tile changes the accumulators where they lie.
-HOPPER_TILES = Tiles(128, 256, 64, 8, 8, 4, 2, 1, False)
-# Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter.
+HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
+# Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
+# interpreter's are small enough for several tiles in a small test.
 LOGIT_TILES = {
-    0: (INTERPRETER_LOGIT_TILES,),
+    FLOAT32: (LogitTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
+    INTERPRETER: (LogitTiles(32, 128, 32, 2, 1, 1, 2, 1, False),),
     80: (
-        Tiles(128, 128, 64, 8, 8, 3, 1, 1, False),
-        Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),
+        LogitTiles(128, 128, 64, 8, 8, 3, 1, 1, False),
+        LogitTiles(128, 128, 32, 16, 8, 4, 1, 1, False),
     ),
-    90: (HOPPER_TILES, Tiles(128, 128, 64, 16, 4, 3, 1, 2, False)),
-    100: (Tiles(128, 128, 64, 16, 8, 3, 1, 1, False),),
+    90: (HOPPER_TILES, LogitTiles(128, 128, 64, 16, 4, 3, 1, 2, False)),
+    100: (LogitTiles(128, 128, 64, 16, 8, 3, 1, 1, False),),
     # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
-    120: (Tiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
+    120: (LogitTiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
 # What spills no register: with a soft-cap; with an entropy, or a soft-cap and a bias; with an
 # entropy beside a soft-cap or a guide, or with plain loads.
 CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
-LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(block_k=128, num_stages=2),)}
-NARROW_LOGIT_TILES = LOGIT_TILES | {90: (Tiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
+LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(BLOCK_D=128, num_stages=2),)}
+NARROW_LOGIT_TILES = LOGIT_TILES | {90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
 PRODUCT_TILES = {
-    0: (INTERPRETER_PRODUCT_TILES,),
-    80: (Tiles(128, 128, 64, 8, 8, 3, 2, 1, False),),
+    FLOAT32: (ProductTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
+    INTERPRETER: (ProductTiles(32, 64, 32, 2, 1, 1, 2, 1, False),),
+    80: (ProductTiles(128, 128, 64, 8, 8, 3, 2, 1, False),),
     90: (
-        Tiles(128, 256, 64, 8, 8, 4, 2, 1, False),
-        Tiles(128, 256, 64, 16, 8, 3, 2, 1, False),
+        ProductTiles(128, 256, 64, 8, 8, 4, 2, 1, False),
+        ProductTiles(128, 256, 64, 16, 8, 3, 2, 1, False),
     ),
-    100: (Tiles(128, 256, 64, 8, 8, 3, 2, 1, False),),
-    120: (Tiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
+    100: (ProductTiles(128, 256, 64, 8, 8, 3, 2, 1, False),),
+    120: (ProductTiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
 }
 
 
@@ -84,11 +113,11 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def tiles_for(
-    table: dict[int, tuple[Tiles, ...]], machine: Machine, dtype: torch.dtype
-) -> tuple[Tiles, ...]:
+    table: dict[int, tuple[AnyTiles, ...]], machine: Machine, dtype: torch.dtype
+) -> tuple[AnyTiles, ...]:
     """The candidates for this machine, the default first."""
     if machine.arch > 0 and dtype == torch.float32:
-        return (FLOAT32_TILES,)
+        return table[FLOAT32]
     known = [arch for arch in table if min(1, machine.arch) <= arch <= machine.arch]
     return table[max(known)]
 
@@ -102,7 +131,7 @@ def logit_tiles(
     capped: bool,
     entropy: bool,
     guided: bool,
-) -> tuple[Tiles, ...]:
+) -> tuple[LogitTiles, ...]:
     """The candidates for the kernels of logits with these options, the default first."""
     table = LOGIT_TILES
     if not tma or (entropy and (guided or capped)):
@@ -133,14 +162,3 @@ def operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
     if not tma:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
-
-
-def tile_options(tiles: Tiles) -> dict[str, Any]:
-    """Keyword arguments of a launch that the tile sizes decide, but for the tiles themselves."""
-    return {
-        "GROUP_M": tiles.group_m,
-        "PARTS": tiles.parts,
-        "FLATTEN": tiles.flatten,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }

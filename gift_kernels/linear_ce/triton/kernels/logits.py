@@ -24,6 +24,8 @@ Programs are persistent; tiles of GROUP_M row tiles run one after another, so th
 head comes from L2 for all but the first. No atomics, no locks: each number has one writer.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -34,9 +36,60 @@ correct_bfloat16()
 # Stands for −inf where it is subtracted: a difference of two infinities would be NaN.
 NO_REFERENCE = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Triton compiles another kernel for an integer that is 1 or a multiple of 16. Those that the last
-# chunk of a call decides on make no difference worth it, and a loop of 1 step other tiles' memory.
-PLACES = ["first_row", "first_v", "C", "slices"]
+
+
+class Flags(NamedTuple):
+    """What a launch does; each combination is compiled by itself."""
+
+    HAS_BIAS: bool
+    HAS_CAP: bool
+    ENTROPY: bool
+    EXPONENTIALS: bool
+    FINAL: bool
+    MARGIN: float
+    TMA: bool
+    DTYPE: tl.dtype
+
+
+class Pointers(NamedTuple):
+    """Tensors that the end of a tile reads and writes, and no descriptor."""
+
+    bias: Any  # [V]
+    target: Any  # [rows] int32 rows of this head, −1: none
+    ref: Any  # [rows]
+    target_logit: Any  # [rows]
+    partial: Any  # [2 or 3, slices, rows]: m, s, s2
+
+
+class Sizes(NamedTuple):
+    """Sizes and strides that Triton may specialise."""
+
+    D: int
+    stride_head_v: int
+    stride_head_d: int
+    rows: int
+
+
+class Factors(NamedTuple):
+    """Factors of the logits, as in the formulas above."""
+
+    inner: float
+    cap: float
+    bits: float
+
+
+class Side(NamedTuple):
+    """One head's values in a launch: the model's or the guide's."""
+
+    hidden: Any
+    head: Any
+    exp: Any
+    ptr: Any  # Pointers
+    first_v: Any
+    C: Any
+    slices: Any
+    size: Any  # Sizes
+    factor: Any  # Factors
 
 
 @triton.jit
@@ -49,42 +102,34 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _logit_tile(
-    hidden,
-    head,
-    first_n,
-    first_v,
-    limit_v,
-    D,
-    stride_head_v,
-    stride_head_d,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """hidden [BLOCK_N, D] @ head[first_v : first_v + BLOCK_V].T, float32."""
+def _logit_tile(side, first_n, first_c, TILES: tl.constexpr, TMA: tl.constexpr):
+    """hidden [BLOCK_N, D] @ head[first_v + first_c : … + BLOCK_V].T, float32."""
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_V: tl.constexpr = TILES.BLOCK_V
+    BLOCK_D: tl.constexpr = TILES.BLOCK_D
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    first_v = side.first_v + first_c
+    D = side.size.D
     if TMA:
         for first_d in range(0, D, BLOCK_D):
-            h = hidden.load([first_n, first_d])
-            w = head.load([first_v, first_d])
+            h = side.hidden.load([first_n, first_d])
+            w = side.head.load([first_v, first_d])
             acc = tl.dot(h, w.T, acc)
     else:
         offs_n = first_n + tl.arange(0, BLOCK_N)
         offs_v = first_v + tl.arange(0, BLOCK_V)
         offs_d = tl.arange(0, BLOCK_D)
-        h_ptrs = hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-        w_ptrs = head + offs_v.to(tl.int64)[None, :] * stride_head_v
-        w_ptrs += offs_d.to(tl.int64)[:, None] * stride_head_d
-        mask_v = (offs_v < limit_v)[None, :]
+        h_ptrs = side.hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+        w_ptrs = side.head + offs_v.to(tl.int64)[None, :] * side.size.stride_head_v
+        w_ptrs += offs_d.to(tl.int64)[:, None] * side.size.stride_head_d
+        mask_v = (offs_v < side.first_v + side.C)[None, :]
         for first_d in range(0, D, BLOCK_D):
             mask_d = offs_d < D - first_d
             h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_v, other=0.0)
             acc = tl.dot(h, w, acc, input_precision="ieee")
             h_ptrs += BLOCK_D
-            w_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_head_d
+            w_ptrs += tl.cast(BLOCK_D, tl.int64) * side.size.stride_head_d
     return acc
 
 
@@ -120,58 +165,36 @@ def _is_below(c, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _finish_tile(
-    a,
-    bias_ptr,
-    target_ptr,
-    ref_ptr,
-    target_logit_ptr,
-    partial_ptr,
-    exp,
-    n,
-    first_n,
-    first_c,
-    first_v,
-    C,
-    inner,
-    cap,
-    bits,
-    rows,
-    slices,
-    PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXPONENTIALS: tl.constexpr,
-    FINAL: tl.constexpr,
-    MARGIN: tl.constexpr,
-    TMA: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.constexpr):
     """Partial sums, target logit and exponentials of products a, columns first_c on of the call."""
     WIDTH: tl.constexpr = a.shape[1]
     PART: tl.constexpr = WIDTH // PARTS
+    HAS_CAP: tl.constexpr = FLAGS.HAS_CAP
+    DTYPE: tl.constexpr = FLAGS.DTYPE
+    ptr = side.ptr
+    first_v, C, slices = side.first_v, side.C, side.slices
+    rows, bits, cap = side.size.rows, side.factor.bits, side.factor.cap
     offs_n = first_n + tl.arange(0, a.shape[0])
     offs_c = first_c + tl.arange(0, WIDTH)
     mask_n = offs_n < n
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + first_v + offs_c, mask=offs_c < C, other=0.0)
+    if FLAGS.HAS_BIAS:
+        bias = tl.load(ptr.bias + first_v + offs_c, mask=offs_c < C, other=0.0)
         a += bias.to(tl.float32)[None, :]
-    x = soft_capped(a, inner, cap, HAS_CAP)
+    x = soft_capped(a, side.factor.inner, cap, HAS_CAP)
     if C - first_c < WIDTH:
         x = tl.where(_is_below(C - first_c, WIDTH), x, float("-inf"))
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+    target = tl.load(ptr.target + offs_n, mask=mask_n, other=-1) - first_v - first_c
     here = (target >= 0) & (target < WIDTH)
     if tl.max(here.to(tl.int32), 0) > 0:
-        if not FINAL:
+        if not FLAGS.FINAL:
             x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
-            tl.store(target_logit_ptr + offs_n, x_target, mask=here)
+            tl.store(ptr.target_logit + offs_n, x_target, mask=here)
         # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
-        target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1) - first_v - first_c
+        target = tl.load(ptr.target + offs_n, mask=mask_n, other=-1) - first_v - first_c
         x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
-    partial_ptrs = partial_ptr + first_c // WIDTH * rows + offs_n
-    if FINAL:
-        origin = tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)
+    partial_ptrs = ptr.partial + first_c // WIDTH * rows + offs_n
+    if FLAGS.FINAL:
+        origin = tl.load(ptr.ref + offs_n, mask=mask_n, other=0.0)
     else:
         m = tl.max(x, 1)
         tl.store(partial_ptrs, m, mask=mask_n)
@@ -184,207 +207,122 @@ def _finish_tile(
         x = parts[number]
         t = (x - origin[:, None]) * bits
         e = tl.exp2(t)
-        if not FINAL:
+        if not FLAGS.FINAL:
             s += tl.sum(e, 1)
-        if ENTROPY:
+        if FLAGS.ENTROPY:
             s2 += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
-        if EXPONENTIALS:
-            if not FINAL:
+        if FLAGS.EXPONENTIALS:
+            if not FLAGS.FINAL:
                 # From L1 once a part: registers.
-                above = (origin - tl.load(ref_ptr + offs_n, mask=mask_n, other=0.0)) * bits
-                e *= tl.exp2(tl.where(above > MARGIN, 0.0, above))[:, None]
+                above = (origin - tl.load(ptr.ref + offs_n, mask=mask_n, other=0.0)) * bits
+                e *= tl.exp2(tl.where(above > FLAGS.MARGIN, 0.0, above))[:, None]
             if HAS_CAP:
                 # Rather from x again than kept: registers. The bound is for −inf, where e is 0.
                 tanh = tl.maximum(x, -cap) * (1.0 / cap)
                 e *= 1.0 - tanh * tanh
             e = e.to(DTYPE)
-            if TMA:
-                exp.store([first_n, first_c + number * PART], e)
+            if FLAGS.TMA:
+                side.exp.store([first_n, first_c + number * PART], e)
             else:
-                exp_ptrs = exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH)
+                exp_ptrs = side.exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH)
                 offs_part = first_c + number * PART + tl.arange(0, PART)
                 tl.store(exp_ptrs + offs_part[None, :], e)
-    if not FINAL:
+    if not FLAGS.FINAL:
         tl.store(partial_ptrs + slices * rows, s, mask=mask_n)
-    if ENTROPY:
+    if FLAGS.ENTROPY:
         tl.store(partial_ptrs + 2 * slices * rows, s2, mask=mask_n)
 
 
 @triton.jit
-def _whole_tile(
-    tile,
-    hidden,
-    head,
-    bias_ptr,
-    target_ptr,
-    ref_ptr,
-    target_logit_ptr,
-    partial_ptr,
-    exp,
-    n,
-    first_v,
-    C,
-    D,
-    stride_head_v,
-    stride_head_d,
-    inner,
-    cap,
-    bits,
-    rows,
-    slices,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXPONENTIALS: tl.constexpr,
-    FINAL: tl.constexpr,
-    MARGIN: tl.constexpr,
-    TMA: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """One tile of a head's product, and all that comes of it."""
-    pid_n, pid_v = tile_of(tile, tl.cdiv(n, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP_M)
-    first_c = pid_v * BLOCK_V
-    a = _logit_tile(
-        hidden, head, pid_n * BLOCK_N, first_v + first_c, first_v + C, D,
-        stride_head_v, stride_head_d, BLOCK_N, BLOCK_V, BLOCK_D, TMA,
-    )  # fmt: skip
-    _finish_tile(
-        a, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp, n, pid_n * BLOCK_N,
-        first_c, first_v, C, inner, cap, bits, rows, slices, PARTS, HAS_BIAS, HAS_CAP, ENTROPY,
-        EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
-    )  # fmt: skip
+def _whole_tile(tile, side, n, TILES: tl.constexpr, FLAGS: tl.constexpr):
+    """One tile of a head's product, its sums and its exponentials."""
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_V: tl.constexpr = TILES.BLOCK_V
+    GROUP_M: tl.constexpr = TILES.GROUP_M
+    pid_n, pid_v = tile_of(tile, tl.cdiv(n, BLOCK_N), tl.cdiv(side.C, BLOCK_V), GROUP_M)
+    first_n, first_c = pid_n * BLOCK_N, pid_v * BLOCK_V
+    a = _logit_tile(side, first_n, first_c, TILES, FLAGS.TMA)
+    _finish_tile(a, side, n, first_n, first_c, TILES.PARTS, FLAGS)
 
 
-@triton.jit(do_not_specialize=PLACES)
+@triton.jit(do_not_specialize=["first_row", "first_v", "C", "slices"])
 def _logits_kernel(
-    hidden,  # [rows, D] contiguous, rows that count first; or its descriptor
+    hidden,  # [rows, D] contiguous, valid rows first; or its descriptor
     head,  # [V, D], or its descriptor
-    bias_ptr,  # [V]
-    target_ptr,  # [rows] int32 rows of this head, −1: none
-    ref_ptr,  # [rows]
-    target_logit_ptr,  # [rows]
-    partial_ptr,  # [2 or 3, slices, rows]: m, s, s2
-    exp,  # [rows, slices * width of a slice], or its descriptor
-    count_ptr,  # [1] int32, rows that count
+    exp,  # [rows, slices * BLOCK_V], or its descriptor
+    ptr,  # Pointers
+    count_ptr,  # [1] int32, valid rows of the call
     first_row,
     first_v,
     C,
-    D,
-    stride_head_v,
-    stride_head_d,
-    inner,
-    cap,
-    bits,
-    rows,
     slices,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXPONENTIALS: tl.constexpr,
-    FINAL: tl.constexpr,
-    MARGIN: tl.constexpr,
-    TMA: tl.constexpr,
-    DTYPE: tl.constexpr,
+    size,  # Sizes
+    factor,  # Factors
+    TILES: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_V: tl.constexpr = TILES.BLOCK_V
+    FLATTEN: tl.constexpr = TILES.FLATTEN
+    n = tl.minimum(tl.load(count_ptr) - first_row, size.rows)
     tiles = tl.cdiv(n, BLOCK_N) * tl.cdiv(C, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        # Triton before 3.8 cannot bind a tuple with a descriptor to a name.
         _whole_tile(
-            tile, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr, partial_ptr, exp,
-            n, first_v, C, D, stride_head_v, stride_head_d, inner, cap, bits, rows, slices,
-            BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP, ENTROPY, EXPONENTIALS,
-            FINAL, MARGIN, TMA, DTYPE,
-        )  # fmt: skip
+            tile, Side(hidden, head, exp, ptr, first_v, C, slices, size, factor), n, TILES, FLAGS
+        )
 
 
-@triton.jit(do_not_specialize=[*PLACES, "guide_C", "guide_slices"])
+@triton.jit(do_not_specialize=["first_row", "C", "slices", "guide_C"])
 def _two_heads_kernel(
     hidden,
     head,
-    bias_ptr,
-    target_ptr,
-    ref_ptr,
-    target_logit_ptr,
-    partial_ptr,
     exp,
-    guide_hidden,  # [rows, guide's D], as of the first head
+    ptr,
+    guide_hidden,  # [rows, guide's D], rows as those of the first head
     guide_head,
-    guide_bias_ptr,
-    guide_target_ptr,
-    guide_ref_ptr,
-    guide_target_logit_ptr,
-    guide_partial_ptr,
+    guide_ptr,
     count_ptr,
     first_row,
-    first_v,
     C,
-    D,
-    stride_head_v,
-    stride_head_d,
-    inner,
-    cap,
-    bits,
-    rows,
     slices,
     guide_C,
-    guide_D,
-    stride_guide_head_v,
-    stride_guide_head_d,
-    guide_inner,
-    guide_cap,
-    guide_bits,
-    guide_slices,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXPONENTIALS: tl.constexpr,
-    FINAL: tl.constexpr,
-    MARGIN: tl.constexpr,
-    TMA: tl.constexpr,
-    DTYPE: tl.constexpr,
-    GUIDE_HAS_BIAS: tl.constexpr,
-    GUIDE_HAS_CAP: tl.constexpr,
-    GUIDE_TMA: tl.constexpr,
+    size,
+    factor,
+    guide_size,
+    guide_factor,
+    TILES: tl.constexpr,
+    FLAGS: tl.constexpr,
+    GUIDE_FLAGS: tl.constexpr,
 ):
-    """As `_logits_kernel`, and before it the statistics of a guide over all of its columns.
+    """`_logits_kernel` from column 0 on, after the statistics of a guide over all of its columns.
 
-    One queue of tiles for both: the SMs that run out of the guide's go on with the model's.
+    One queue of tiles for both: SMs for which no tile of the guide is left start on the model's.
     """
-    tl.static_assert(not FLATTEN, "two inner loops make no single pipeline")
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_V: tl.constexpr = TILES.BLOCK_V
+    n = tl.minimum(tl.load(count_ptr) - first_row, size.rows)
     tiles_n = tl.cdiv(n, BLOCK_N)
-    guide_tiles = tiles_n * tl.cdiv(guide_C, BLOCK_V)
+    guide_slices = tl.cdiv(guide_C, BLOCK_V)
+    guide_tiles = tiles_n * guide_slices
     tiles = guide_tiles + tiles_n * tl.cdiv(C, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tile < guide_tiles:
             _whole_tile(
-                tile, guide_hidden, guide_head, guide_bias_ptr, guide_target_ptr, guide_ref_ptr,
-                guide_target_logit_ptr, guide_partial_ptr, None, n, 0, guide_C, guide_D,
-                stride_guide_head_v, stride_guide_head_d, guide_inner, guide_cap, guide_bits, rows,
-                guide_slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, GUIDE_HAS_BIAS,
-                GUIDE_HAS_CAP, False, False, False, 0.0, GUIDE_TMA, DTYPE,
+                tile,
+                Side(
+                    guide_hidden, guide_head, None, guide_ptr, 0, guide_C, guide_slices,
+                    guide_size, guide_factor,
+                ),
+                n,
+                TILES,
+                GUIDE_FLAGS,
             )  # fmt: skip
         else:
             _whole_tile(
-                tile - guide_tiles, hidden, head, bias_ptr, target_ptr, ref_ptr, target_logit_ptr,
-                partial_ptr, exp, n, first_v, C, D, stride_head_v, stride_head_d, inner, cap, bits,
-                rows, slices, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_M, PARTS, HAS_BIAS, HAS_CAP,
-                ENTROPY, EXPONENTIALS, FINAL, MARGIN, TMA, DTYPE,
-            )  # fmt: skip
+                tile - guide_tiles,
+                Side(hidden, head, exp, ptr, 0, C, slices, size, factor),
+                n,
+                TILES,
+                FLAGS,
+            )

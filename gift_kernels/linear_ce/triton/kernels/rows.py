@@ -15,6 +15,8 @@ The share (1 − p) / (S 2^(bits (M − ref))) turns exponentials 2^(bits (x −
 It is not made of the log-sum-exp, whose rounding grows with the size of the logits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -58,6 +60,19 @@ def _compact_kernel(
     tl.store(count_ptr, count)
 
 
+class GatherSizes(NamedTuple):
+    """Sizes and strides that Triton may specialise; `rows` of a chunk, whole tiles of `pad`."""
+
+    V: int
+    D: int
+    rows: int
+    pad: int
+    stride_hidden_n: int
+    stride_hidden_d: int
+    stride_head_v: int
+    stride_head_d: int
+
+
 @triton.jit
 def _gather_kernel(
     hidden_ptr,  # [N, D]
@@ -70,18 +85,9 @@ def _gather_kernel(
     local_target_ptr,  # [N] int32, compact: row of this head, or −1
     ref_ptr,  # [N], compact
     first_row,
-    V,
-    D,
     vocab_start,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_head_v,
-    stride_head_d,
-    inner,
-    cap,
-    bits,
-    rows,
-    pad,
+    size,  # GatherSizes
+    factor,  # Factors
     GUESS: tl.constexpr,
     BELOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -90,6 +96,7 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Copies rows that count and their targets. GUESS: starts their references from x_y."""
+    V, D, rows, pad = size.V, size.D, size.rows, size.pad
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Zeros complete the last tile: garbage there would meet real rows in a sum over rows.
@@ -105,12 +112,16 @@ def _gather_kernel(
             offs_d = first_d + tl.arange(0, BLOCK_D)
             mask_d = (offs_d < D)[None, :]
             steps = offs_d.to(tl.int64)[None, :]
-            h_ptrs = hidden_ptr + source[:, None] * stride_hidden_n + steps * stride_hidden_d
+            h_ptrs = (
+                hidden_ptr + source[:, None] * size.stride_hidden_n + steps * size.stride_hidden_d
+            )
             h = tl.load(h_ptrs, mask=mask_n[:, None] & mask_d, other=0.0)
             out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * D + steps
             tl.store(out_ptrs, h, mask=copied[:, None] & mask_d)
             if GUESS:
-                w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
+                w_ptrs = (
+                    head_ptr + target[:, None] * size.stride_head_v + steps * size.stride_head_d
+                )
                 w = tl.load(w_ptrs, mask=found[:, None] & mask_d, other=0.0)
                 dot += h.to(tl.float32) * w.to(tl.float32)
     places = first_row + offs_n
@@ -119,7 +130,7 @@ def _gather_kernel(
         a = tl.sum(dot, 1)
         if HAS_BIAS:
             a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
-        x = soft_capped(a, inner, cap, HAS_CAP) - BELOW / bits
+        x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
         # Comparisons with NaN are false; an infinite reference would be NaN's next source.
         x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
         tl.store(ref_ptr + places, x, mask=mask_n)
@@ -313,125 +324,3 @@ def _finish_kernel(
     tl.store(factor_ptr + N + rows, -not_p * slope, mask=mask)
     tl.store(factor_ptr + 2 * N + rows, ref, mask=mask)
     tl.store(factor_ptr + 3 * N + rows, share, mask=mask)
-
-
-@triton.jit
-def _finish_dh_kernel(
-    dh_ptr,  # [N, D]
-    head_ptr,  # [V, D]
-    place_ptr,  # [N] int32
-    local_target_ptr,  # [N] int32, compact
-    factor_ptr,  # [N]
-    target_factor_ptr,  # [N]
-    N,
-    D,
-    stride_head_v,
-    stride_head_d,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """dH = factor · ΣE W + target_factor · W_y, the latter in float32; 0 on rows left out."""
-    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    steps = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-    mask_n = rows < N
-    mask = mask_n[:, None] & (steps < D)
-    place = tl.load(place_ptr + rows, mask=mask_n, other=-1)
-    counted = place >= 0
-    target = tl.load(local_target_ptr + place, mask=counted, other=-1).to(tl.int64)
-    factor = tl.load(factor_ptr + rows, mask=counted, other=0.0)
-    target_factor = tl.load(target_factor_ptr + rows, mask=counted, other=0.0)
-    w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
-    w = tl.load(w_ptrs, mask=mask & (target >= 0)[:, None], other=0.0).to(tl.float32)
-    dh_ptrs = dh_ptr + rows[:, None] * D + steps
-    dh = tl.load(dh_ptrs, mask=mask & counted[:, None], other=0.0)
-    tl.store(dh_ptrs, dh * factor[:, None] + target_factor[:, None] * w, mask=mask)
-
-
-@triton.jit
-def _weigh_kernel(
-    exp_ptr,  # [rows, columns]: 0 at the target
-    local_target_ptr,  # [rows] int32
-    factor_ptr,  # [rows]
-    target_factor_ptr,  # [rows]
-    count_ptr,  # [1] int32
-    first_row,
-    first_v,
-    C,
-    rows,
-    columns,
-    pad,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """E becomes factor · E, and target_factor at the target: what meets hidden states in dW."""
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_n = offs_n < n
-    mask = mask_n[:, None] & (offs_c < C)[None, :]
-    factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
-    at_target = tl.load(target_factor_ptr + offs_n, mask=mask_n, other=0.0)
-    target = tl.load(local_target_ptr + offs_n, mask=mask_n, other=-1) - first_v
-    exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
-    e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    # A weight of 0 shuts out NaN too. A factor may be 0 because a chunk is far below the others:
-    # the target's entry does not depend on it.
-    e = tl.where((factor == 0.0)[:, None], 0.0, e)
-    e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
-    # Zeros complete the last tile, as in `_gather_kernel`: 0 times NaN is NaN.
-    mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
-    e = tl.where(mask_n[:, None], e, 0.0)
-    tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _column_sum_kernel(
-    exp_ptr,  # [rows, columns]
-    db_ptr,  # [V] float32
-    scale_ptr,  # [1]
-    count_ptr,  # [1] int32
-    first_row,
-    first_v,
-    C,
-    rows,
-    columns,
-    ACCUMULATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for first_n in range(0, n, BLOCK_N):
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
-        mask = (offs_n < n)[:, None] & mask_c[None, :]
-        total += tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32)
-    db = tl.sum(total, 0) * tl.load(scale_ptr)
-    if ACCUMULATE:
-        db += tl.load(db_ptr + first_v + offs_c, mask=mask_c, other=0.0)
-    tl.store(db_ptr + first_v + offs_c, db, mask=mask_c)
-
-
-@triton.jit
-def _scale_rows_kernel(
-    rows_ptr,  # [N, D] float32, contiguous
-    factor_ptr,  # [N] float32
-    out_ptr,  # [N, D], contiguous
-    N,
-    D,
-    stride_factor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out = factor · rows, rounded once; a factor of 0 gives 0 whatever the row holds."""
-    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_n = rows < N
-    places = rows[:, None] * D + offs_d[None, :]
-    factor = tl.load(factor_ptr + rows * stride_factor, mask=mask_n, other=0.0)[:, None]
-    mask = (mask_n[:, None] & (offs_d < D)[None, :]) & (factor != 0.0)
-    scaled = tl.load(rows_ptr + places, mask=mask, other=0.0) * factor
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
-    tl.store(out_ptr + places, scaled.to(out_ptr.dtype.element_ty), mask=mask)
