@@ -12,6 +12,7 @@ Under torchrun each rank takes a share of every global batch; the adapter's grad
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -294,7 +295,10 @@ def _adapted_model(
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     torch.manual_seed(config.seed)
     try:
-        adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that Transformers is about to give up.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
     except ValueError as error:
         raise InputError(f"--lora-targets: {error}") from error
     lora: Any = adapted.peft_config["default"]

@@ -71,6 +71,16 @@ class MergeOptions(Options):
         description="Keep what an exact gift unmerge needs (some 10 to 40 % of the weights).",
     )
 
+    def refuse_unread_settings(self) -> None:
+        """InputError for a setting of another method that is not at its default."""
+        for name in sorted({key for method in METHODS.values() for key in method.settings}):
+            is_default = getattr(self, name) == MergeOptions.model_fields[name].default
+            if not is_default and name not in METHODS[self.method].settings:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: --method {self.method} does not read it; leave "
+                    "it out"
+                )
+
 
 class MergeConfig(MergeOptions, OutputOptions):
     """Options of `gift merge`."""

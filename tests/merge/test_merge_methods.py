@@ -211,15 +211,14 @@ def test_a_merged_model_is_the_dense_computation(
     method: str, has_base: bool, tmp_path: Path
 ) -> None:
     save_three(tmp_path)
+    settings = {"task_weight": 0.8, "instruct_weight": 0.6, "trim_keep": 30}
     merged = run_merge(
         tmp_path,
         method=method,
         adapter=[str(tmp_path / f"adapter{number}") for number in (1, 2)],
         scale=["1", "0.5"],
         base=str(tmp_path / "base") if has_base else None,
-        task_weight=0.8,
-        instruct_weight=0.6,
-        trim_keep=30,
+        **{name: settings[name] for name in settings if name in METHODS[method].settings},
     )
     base, instruct, found = (tensors(tmp_path / name) for name in ("base", "model", "merged"))
     for name, tensor in instruct.items():
