@@ -40,9 +40,13 @@ CONFIDENCE = {**LOSS, "EXPONENTIALS": False}
 # Types in a tuple's fields, where numbers and tensors stand at a launch.
 I32: Any = "i32"
 FP32: Any = ["fp32"] * 3
-OPTIONS = [
-    dict(zip(LOSS, values, strict=True)) for values in itertools.product((False, True), repeat=4)
+# Every combination with exponentials, which need more registers, and the two extremes without.
+OPTIONS = [CONFIDENCE, {**ALL_OPTIONS, "EXPONENTIALS": False}] + [
+    LOSS | dict(zip(LOSS, values, strict=False))
+    for values in itertools.product((False, True), repeat=3)
 ]
+# What each table of tiles for two heads has most to do for.
+GUIDED_OPTIONS = [LOSS, {**LOSS, "HAS_BIAS": True}, {**ALL_OPTIONS, "ENTROPY": False}, ALL_OPTIONS]
 
 
 def operand(dtype: str, rows: int, columns: int, tma: bool) -> str:
@@ -156,13 +160,15 @@ def requests() -> list[KernelRequest]:
     found = []
     for arch in ARCHITECTURES:
         machine, tma = Machine(arch, 132), arch >= 90
-        # Hopper's widest tiles leave few registers: every combination. Elsewhere the extremes.
-        for options in OPTIONS if arch == 90 else (CONFIDENCE, LOSS, ALL_OPTIONS):
+        # Hopper's widest tiles leave few registers. Elsewhere the extremes; of two architectures
+        # with the same instructions, all options on the one with less shared memory.
+        fewer = [ALL_OPTIONS] if arch in (89, 120) else [LOSS, ALL_OPTIONS]
+        for options in OPTIONS if arch == 90 else fewer:
             for tiles in tiles_of(machine, options, tma=tma, guided=False):
                 found.append(logits(arch, tiles, options))
-            if options["EXPONENTIALS"]:
-                for tiles in tiles_of(machine, options, tma=tma, guided=True)[:1]:
-                    found.append(two_heads(arch, tiles, options))
+        for options in GUIDED_OPTIONS if arch == 90 else [ALL_OPTIONS]:
+            tiles = tiles_of(machine, options, tma=tma, guided=True)[0]
+            found.append(two_heads(arch, tiles, options))
         products = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)
         found += [product(arch, tiles, transposed=False) for tiles in products]
         found.append(product(arch, products[0], transposed=True))
@@ -212,7 +218,7 @@ def odd_sizes(request: KernelRequest, *ones: str) -> KernelRequest:
 def odd_requests() -> list[KernelRequest]:
     """The extremes of what calls with few columns, rows or hidden units specialise."""
     found = []
-    for arch in (80, 90, 100):
+    for arch in (80, 90):
         machine = Machine(arch, 132)
         tiles = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)[0]
         for transposed in (False, True):

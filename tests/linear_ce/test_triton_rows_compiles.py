@@ -129,7 +129,7 @@ def requests_of(arch: int) -> list[KernelRequest]:
     return found
 
 
-REQUESTS = [request for arch in (80, 90, 100) for request in requests_of(arch)]
+REQUESTS = [request for arch in (80, 100) for request in requests_of(arch)]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""One chunk of logits, [rows, columns]: its buffers, and the launches that fill and use it.
+"""One chunk of logits, [rows, columns]: its buffers and the kernels launched on them.
 
-N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Token counts are
-run-time arguments of every kernel, sizes of the model decide on code.
+N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Token counts
+are run-time arguments of every kernel; sizes of the model may specialise it.
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +40,8 @@ class Chunk:
     ) -> None:
         """`count` is N, `most` the largest number of rows and of columns.
 
-        Without `exponentials` there is no E; with `final` there are references and no sums to make.
+        Without `exponentials` no E is stored. With `final` the references are known and no sums are
+        computed.
         """
         self.head, self.plan = head, plan
         self.with_entropy, self.exponentials = with_entropy, exponentials
@@ -52,7 +53,7 @@ class Chunk:
         all_columns = triton.cdiv(self.vocab_size, self.width) * self.width
         self.columns = min(most[1], all_columns)
         self.slices = self.columns // self.width
-        # A tile over rows in dW = Eᵀ H reads no further than tiles of E have been written.
+        # A step over rows in dW = Eᵀ H reads only rows of E that a tile of logits has written.
         assert tiles.BLOCK_N % plan.product_tiles.BLOCK_K == 0, plan
         self.rows = min(most[0], triton.cdiv(max(count, 1), plan.pad) * plan.pad)
         assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
@@ -78,7 +79,7 @@ class Chunk:
         *,
         guess: bool = False,
     ) -> None:
-        """Copies the rows of this chunk and their targets; may guess their references."""
+        """Copies this chunk's rows and targets; `guess` starts references at target logits."""
         hidden, weight = self.head.hidden, self.head.weight
         block_n, block_d = self.plan.row_block
         triton_rows._gather_kernel[(triton.cdiv(self.rows, block_n),)](
@@ -256,7 +257,7 @@ class Chunk:
         first_row: int,
         first_v: int,
     ) -> None:
-        """E becomes what meets the hidden states in dW: rows times factors, targets' entries.
+        """Turns E into dlogits in place: scales rows and writes the targets' entries.
 
         Factors [rows] are those of this chunk's rows, in their order.
         """

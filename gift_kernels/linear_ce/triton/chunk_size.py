@@ -1,4 +1,4 @@
-"""How a call is divided: sizes of chunks, with which tiles, and margins of E.
+"""Sizes of chunks, the tiles they are computed with, and the range of E.
 
 A chunk has at most `rows` × `columns` logits, or their exponentials E; see `chunk`.
 """
@@ -22,19 +22,20 @@ from gift_kernels.linear_ce.triton.tiles import (
 )
 from gift_kernels.linear_ce.types import Head
 
-# Bytes of a chunk's hidden states and exponentials, and what a guide may add; the least that is for
-# exponentials, however wide the hidden states; exponentials of a chunk where dW is made.
+# CHUNK_BYTES: a chunk's hidden states and E; GUIDE_BYTES: what a guide may add. LEAST_BYTES: lower
+# bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
 CHUNK_BYTES, GUIDE_BYTES = 120_000_000, 26_000_000
 LEAST_BYTES, HEAD_BYTES = 64_000_000, 88_000_000
-# Fewer rows read the head too often.
+# With fewer rows the head is read too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
-# Where nothing is stored but partial sums: of all columns, or of so many beside kept rows' buffers.
+# Where only partial sums are stored: all columns, or so many while buffers of kept rows exist.
 STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
 ALL = 1 << 62  # more columns than any head has
-# What a tile takes beside its loop over K, and a chunk beside its tiles, in steps of that loop. By
-# count: a step of 128 × 256 is 8 cycles of an H100's SM; the end of a tile issues 1800 cycles of
-# instructions and stores 64 KiB; a tile that is added moves 256 KiB; three launches idle for 15 μs.
+# Time of a tile outside its loop over K, and of a chunk outside its tiles, in steps of that loop.
+# Estimated: a step of 128 × 256 takes 8 cycles of an H100's SM; the epilogue of a tile issues
+# 1800 cycles of instructions and stores 64 KiB; adding a tile moves 256 KiB; three launches idle
+# for 15 μs.
 END_OF_TILE, ADDED_TILE, LAUNCHES = 400, 1500, 3000
 # One shape for calls of any length, so that results do not depend on it: the best for these.
 TOKENS = (2048, 4096, 8192, 16384)
@@ -111,7 +112,7 @@ def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = 
 
 
 class Work(NamedTuple):
-    """What decides on the shape of a head's chunks."""
+    """Inputs of the cost model that chooses the shape of a head's chunks."""
 
     sms: int
     logit_tiles: LogitTiles

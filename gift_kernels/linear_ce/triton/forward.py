@@ -1,25 +1,27 @@
 """Linear cross-entropy in Triton: `solve` and `solve_head_gradient` as in `eager`.
 
-Statistics and dH, one pass (one unit of 2 N V D flops for each of its two products):
+From a row's weight to its gradient:
 
-    for a chunk of rows that count, gathered side by side:
-        for a chunk of C columns of the vocabulary:
-            E = 2^(x − ref) in the dtype of the head, and the partial sums of every row
-            sums join the state of their rows; dH += E W
-    dH = factor · dH + target_factor · W_y              once the log-sum-exp is known
+1. `valid_tokens` lists the rows that are not ignored, and not of weight 0 where weights are given.
+2. `row_pass` runs over all logits once. Per chunk of rows, per chunk of C columns: `Chunk.logits`
+   stores E = 2^(x − ref) and partial sums, `Chunk.merge` adds the sums to the rows' state,
+   `Chunk.add_to_dh` adds E W to dH.
+3. `finish_rows` makes nll and two factors of the state; `finish_dh` then makes the gradient of each
+   row's nll: dH = factor · ΣE W + target_factor · W_y. No weight has entered yet.
+4. `weigh` in `solve` makes the weights of the statistics, the guide's confidence or the argument.
+5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
+   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights (`Chunk.weigh`), then
+   by the hidden states (`Chunk.add_to_dw`); see `head_gradient`.
 
-Statistics alone are the same without E. dW and db need the probabilities of all rows for one chunk
-of the vocabulary, hence the log-sum-exp beforehand: they come from a second pass, which knows the
-final references and makes dH too. So a trainable head costs four products; three where only
-dW is asked for, and for rows whose E is kept (see `head_gradient`).
+Statistics alone are step 2 without E. A trainable head costs three products for rows whose E is
+kept until the weights are known, and where only dW is wanted; four for all other rows.
 
-A guide's tiles run in the launches of the model's first chunk of columns, and the weights are made
-of both results, unless a threshold lets the guide leave rows out of the model's products: then the
-guide goes first.
+A guide's tiles run in the launches of the model's first chunk of columns. With a threshold the
+guide runs first instead, so that rows below it are left out of the model's products.
 
-Nothing waits for the device: the number of rows that count is computed and read there, and the
-launches cover the case that all count. Memory: dH float32 [N, D] as the caller gets it, E and the
-gathered rows of one chunk (see `chunk_size`), the partial sums; none grows with N V.
+Nothing waits for the device: the number of valid tokens is computed and read there, and launches
+cover the case that all N are valid. Memory: dH float32 [N, D], which the caller gets; E and the
+gathered rows of one chunk (see `chunk_size`); the partial sums. None grows with N V.
 """
 
 import functools
@@ -69,7 +71,7 @@ class Guide(NamedTuple):
 
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
-    """Answers one call of the operator on the rows that count."""
+    """Computes one call of the operator on its valid tokens."""
     problem = contiguous(problem)
     head, target = problem.head, problem.target
     check_dtype(head.hidden)
@@ -192,7 +194,7 @@ def row_pass(
     count = head.hidden.shape[0]
     state = new_state(head)
     beside = new_state(guide.head) if guide is not None else None
-    # Made at its first use: for rows that are kept, after the guide's buffers are gone.
+    # Allocated at its first use, after the guide's buffers of the kept rows are freed.
     dh = functools.cache(lambda: state.parts.new_empty(head.hidden.shape))
     first_rest = 0
     if kept is not None:
@@ -237,7 +239,7 @@ def _add_row_chunk(
     guide_state: RowState | None,
     kept: KeptRows | None = None,
 ) -> None:
-    """All columns for the rows of a chunk; the guide's in the launch of the first ones."""
+    """Runs a chunk of rows over all columns; the guide's share the first launch."""
     chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
     side = None
     if guide is not None and guide_state is not None:
@@ -328,7 +330,7 @@ def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def contiguous(problem: Problem) -> Problem:
-    """The problem with targets and biases that kernels may read one after the other."""
+    """The problem with contiguous targets and biases, which kernels assume."""
     guide = problem.guide
     return problem._replace(
         head=with_contiguous_bias(problem.head),

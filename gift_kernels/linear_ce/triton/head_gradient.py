@@ -2,13 +2,15 @@
 
     dW [C, D] = Σ_i w_i G_iv h_i        db [C] = Σ_i w_i G_iv        G = P − 1[v = y], times slopes
 
-G needs the log-sum-exp, known after the pass over all columns. Two ways:
+G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
-  itself (float32 [V, D] holds 16-bit [2 D, V]), and brings it to w G when dW is made: three units
-  in all. E of chunk c lies where dW of chunk c − 1 will be, E of chunk 0 in a buffer of its own; dW
-  is made from the last chunk to the first, so that what it overwrites has just been used.
-- Again: rows beyond that are multiplied a second time, from the final references. Four units.
+  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.weigh` turns E into w G in place, and
+  `Chunk.add_to_dw` multiplies it by the hidden states: three products in all. E of chunk c is
+  stored where dW of chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from
+  the last chunk to the first, so each chunk of dW overwrites an E that is no longer needed.
+- Again: logits of all other rows are computed a second time, with the final references: four
+  products.
 """
 
 from typing import NamedTuple
@@ -26,7 +28,7 @@ from gift_kernels.linear_ce.types import Head, VocabShard
 class WeightsInOrder(NamedTuple):
     """Weights of valid tokens, in their order, and a common factor taken out of them."""
 
-    is_zero: Tensor  # [N] bool; a small weight may become 0 where the factor is taken out
+    is_zero: Tensor  # [N] bool, taken before the division by `scale`, which may underflow
     weight: Tensor  # [N]
     target_factor: Tensor  # [N] the weighted gradient of the target's logit
     ref: Tensor  # [N]
@@ -100,7 +102,7 @@ def add_kept_rows(
     chunk, count = kept.chunk, kept.references.shape[1]
     powers = torch.exp2((kept.references - order.ref[:count]) * chunk.factors.bits)
     powers *= order.share[:count]
-    # 0 · NaN is NaN, here too.
+    # 0 · NaN is NaN: rows of weight 0 get a factor of exactly 0.
     factors = order.weight[:count] * chunk.head.logit_scale * powers
     factors = torch.where(order.is_zero[:count], 0, factors)
     _zero_hidden_of_weight_0(chunk, order, 0)

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 class RowState(NamedTuple):
     """Running sums of valid tokens, in their order, after some of the columns."""
 
-    parts: Tensor  # [4, N] ref, S, S2, M: see kernels/rows.py
+    parts: Tensor  # [4, N] ref, S, S2, M, as defined in kernels/rows.py
     target_logit: Tensor | None  # [N] as accumulated, NaN where not seen
     local_target: Tensor  # [N] int32, row of this head or −1
 
@@ -91,9 +91,9 @@ def new_state(head: Head) -> RowState:
 
 
 def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
-    """Makes a state of this rank's columns that of the whole vocabulary, in place.
+    """All-reduces the sums of this rank's columns to those of the whole vocabulary, in place.
 
-    References stay this rank's own, which its E has.
+    References are not reduced: E of this rank's columns was computed with them.
     """
     parts, target_logit = state.parts, state.target_logit
     assert target_logit is not None
@@ -104,7 +104,7 @@ def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
     power = torch.exp2(step)
     parts[2] = power * (parts[2] + step * parts[1])
     parts[1] *= power
-    # NaN marks a target of another rank; a logit that is NaN is seen through the sums.
+    # NaN marks a target of another rank; a logit that is NaN makes the sums NaN.
     found = ~torch.isnan(target_logit)
     sums = torch.stack([parts[1], parts[2], torch.where(found, target_logit, 0), found.float()])
     dist.all_reduce(sums, group=shard.group)
@@ -162,7 +162,7 @@ def finish_dh(
     target_factor: Tensor,
     shard: VocabShard | None,
 ) -> None:
-    """Scales dH [N, D], adds the targets' terms, sums over the slices of the vocabulary."""
+    """dH = factor · dH + target_factor · W_y in place, summed over the ranks of a shard."""
     (count, hidden_size), block = dh.shape, plan.row_block
     if count > 0:
         row_gradients._finish_dh_kernel[

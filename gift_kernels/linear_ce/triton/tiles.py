@@ -61,7 +61,7 @@ AnyTiles = TypeVar("AnyTiles", LogitTiles, ProductTiles)
 
 
 class Machine(NamedTuple):
-    """What decides on tiles: architecture (0: the interpreter), and number of SMs."""
+    """What tiles depend on: architecture (0: the interpreter), and number of SMs."""
 
     arch: int
     sms: int
@@ -69,8 +69,8 @@ class Machine(NamedTuple):
 
 # Keys of the tables below: architectures, the interpreter, and float32 on any GPU.
 INTERPRETER, FLOAT32 = 0, -1
-# The fastest on an H200. One pipeline over all tiles would serialize the products: the end of a
-# tile changes the accumulators where they lie.
+# The fastest on an H200. FLATTEN would serialize the products, because the epilogue of a
+# tile changes the accumulators in place.
 HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
 # interpreter's are small enough for several tiles in a small test.
@@ -86,8 +86,8 @@ LOGIT_TILES = {
     # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
     120: (LogitTiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
-# What spills no register: with a soft-cap; with an entropy, or a soft-cap and a bias; with an
-# entropy beside a soft-cap or a guide, or with plain loads.
+# Tiles that spill no register, for: a soft-cap; an entropy, or a soft-cap and a bias; an entropy
+# with a soft-cap or a guide, or plain loads.
 CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
 LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(BLOCK_D=128, num_stages=2),)}
 NARROW_LOGIT_TILES = LOGIT_TILES | {90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}

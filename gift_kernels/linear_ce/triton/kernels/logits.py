@@ -1,4 +1,4 @@
-"""Tiles of hidden @ head.T that end as partial sums of exponentials: no logit leaves the chip.
+"""Tiles of hidden @ head.T, reduced on the chip to sums of exponentials: no logit is stored.
 
 Letters: n valid tokens, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
 buffers. For a tile of float32 accumulators a, the bias added:
@@ -12,16 +12,16 @@ subtraction, a multiplication, an exponential and a sum.
 
 The target's column takes no part in m, s and s2: its x is stored by itself, from the same
 accumulator. So −log p = log(1 + s · 2^(bits · (m − x_target))) keeps its relative accuracy when
-p → 1. Most slices hold no target and no column beyond C: what is done for these stands in a branch.
+p → 1. Most slices hold no target and no column beyond C, so both cases are handled in branches.
 
 With EXPONENTIALS the tile E = 2^(bits · (x − ref)) · (1 − tanh²) is stored too, rounded once to the
 dtype of the head: dlogits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128,
 therefore `ref` is guessed once and replaced by m only where a row exceeds it 2^MARGIN-fold;
-`_merge_kernel` brings the slices of such a row to one reference. FINAL: an earlier pass has done
-all that, only E is wanted.
+`_merge_kernel` rescales the slices of such a row to one reference. FINAL: the references are known
+from an earlier pass, only E is wanted.
 
 Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
-head comes from L2 for all but the first. No atomics, no locks: each number has one writer.
+head comes from L2 for all but the first. No atomics, no locks: each output element has one writer.
 """
 
 from typing import Any, NamedTuple
@@ -147,8 +147,8 @@ def soft_capped(a, inner, cap, HAS_CAP: tl.constexpr):
 def _is_column(c, WIDTH: tl.constexpr):
     """Whether a column of a tile is column c [N] of it: bool [N, WIDTH].
 
-    Columns are eights and rests: a thread's eights are known to the compiler, so that a comparison
-    needs no register for its column.
+    Columns are split into groups of eight and places in the group: a thread's groups are known to
+    the compiler, so that comparisons need no register for the column.
     """
     rest = tl.arange(0, 8)[None, :]
     eight = tl.where((c[:, None] >= 0) & (c[:, None] % 8 == rest), c[:, None] // 8, -1)
@@ -189,7 +189,7 @@ def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.co
         if not FLAGS.FINAL:
             x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
             tl.store(ptr.target_logit + offs_n, x_target, mask=here)
-        # Read again: comparisons made once for both uses would be kept, bit by bit, in registers.
+        # Loaded again to save registers: the comparisons above would be kept until here.
         target = tl.load(ptr.target + offs_n, mask=mask_n, other=-1) - first_v - first_c
         x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
     partial_ptrs = ptr.partial + first_c // WIDTH * rows + offs_n
@@ -213,11 +213,11 @@ def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.co
             s2 += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
         if FLAGS.EXPONENTIALS:
             if not FLAGS.FINAL:
-                # From L1 once a part: registers.
+                # Loaded again from L1 for every part, to save registers.
                 above = (origin - tl.load(ptr.ref + offs_n, mask=mask_n, other=0.0)) * bits
                 e *= tl.exp2(tl.where(above > FLAGS.MARGIN, 0.0, above))[:, None]
             if HAS_CAP:
-                # Rather from x again than kept: registers. The bound is for −inf, where e is 0.
+                # Recomputed from x to save registers. The bound is for x = −inf, where e is 0.
                 tanh = tl.maximum(x, -cap) * (1.0 / cap)
                 e *= 1.0 - tanh * tanh
             e = e.to(DTYPE)

@@ -1,11 +1,11 @@
-"""Products of a chunk of logit gradients with the head and with the hidden states.
+"""Products of a chunk of E or dlogits with the head and with the hidden states.
 
-    dH [n, D] (+)= E [n, C] @ W [C, D]          n, the rows that count, is read on the device
+    dH [n, D] (+)= E [n, C] @ W [C, D]          n, the number of valid tokens, is on the device
     dW [C, D] (+)= Eᵀ [C, n] @ H [n, D]
 
-Letters: n rows that count, C columns of the chunk, D hidden. Operands are 16-bit or float32, sums
-float32. Rows of dH go straight to their places in the caller's order. Programs are persistent and
-leave tiles beyond n out. One writer for each number, and one order of the sums: deterministic.
+Letters: n valid tokens, C columns of the chunk, D hidden. Operands are 16-bit or float32, sums
+float32. Rows of dH are written in the caller's order. Programs are persistent and skip tiles
+beyond n. Each output element has one writer and one order of sums: results are deterministic.
 """
 
 from typing import NamedTuple
@@ -118,8 +118,8 @@ def _product_kernel(
     exp,  # [rows, columns], or its descriptor
     other,  # head [V, D], or with TRANSPOSED hidden [rows, D]; or its descriptor
     out_ptr,  # dH float32 [N, D], or with TRANSPOSED dW float32 [V, D]
-    index_ptr,  # [N] int32: row of dH of each row that counts
-    count_ptr,  # [1] int32, rows that count
+    index_ptr,  # [N] int32: row of dH of each valid token
+    count_ptr,  # [1] int32, valid tokens
     scale_ptr,  # [1] factor of dW
     first_row,
     first_v,

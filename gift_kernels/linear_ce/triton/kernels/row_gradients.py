@@ -60,7 +60,7 @@ def _weigh_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """E becomes factor · E, and target_factor at the target: what meets hidden states in dW."""
+    """Turns E into dlogits in place: scales rows by factor, writes target_factor at targets."""
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -71,11 +71,11 @@ def _weigh_kernel(
     target = tl.load(local_target_ptr + offs_n, mask=mask_n, other=-1) - first_v
     exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
     e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    # A weight of 0 shuts out NaN too. A factor may be 0 because a chunk is far below the others:
-    # the target's entry does not depend on it.
+    # A weight of 0 gives 0 even where E is NaN. A factor also underflows to 0 where a chunk's
+    # logits are far below the others; the target's entry does not depend on it.
     e = tl.where((factor == 0.0)[:, None], 0.0, e)
     e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
-    # Zeros complete the last tile, as in `_gather_kernel`: 0 times NaN is NaN.
+    # The last tile is filled up with zeros, as in `_gather_kernel`: 0 times NaN is NaN.
     mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
     e = tl.where(mask_n[:, None], e, 0.0)
     tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,6 @@
-"""Row kernels around the matrix kernels: which rows count, their running sums, their gradients.
+"""Row kernels around the matrix kernels: valid tokens, their running sums, their statistics.
 
-Letters: N rows of the caller, n rows that count (on the device only), D hidden, `rows` of a buffer,
+Letters: N rows of the caller, n valid tokens (on the device only), D hidden, `rows` of a buffer,
 C columns and T slices of columns of a chunk. x are accumulators, z = nats · x logits and
 bits = nats / ln 2 (see `logits`). State of a row, over all columns seen so far but the target's:
 
@@ -12,7 +12,7 @@ whatever offset all x have in common:
     nll = log(1 + u)     p = 1 / (1 + u)     1 − p = u / (1 + u)
 
 The share (1 − p) / (S 2^(bits (M − ref))) turns exponentials 2^(bits (x − ref)) into probabilities.
-It is not made of the log-sum-exp, whose rounding grows with the size of the logits.
+It is not computed from the log-sum-exp, whose rounding error grows with the logits.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ LN_2_LOW = tl.constexpr(-2.1219444005469057e-4)
 @triton.jit
 def _compact_kernel(
     target_ptr,  # [N] int64
-    weight_ptr,  # [N], rows of weight 0 do not count
-    index_ptr,  # [N] int32: rows that count, in order
+    weight_ptr,  # [N], rows of weight 0 are left out
+    index_ptr,  # [N] int32: rows of valid tokens, in order
     place_ptr,  # [N] int32: where a row is in index, or −1
     count_ptr,  # [1] int32
     N,
@@ -43,14 +43,14 @@ def _compact_kernel(
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: a prefix sum has an order, and n needs no second launch."""
+    """One program, so that the prefix sum and n need one launch."""
     count = 0
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < N
         kept = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
         if HAS_WEIGHT:
-            # NaN counts: it must be seen.
+            # NaN weights are kept, so that the loss becomes NaN.
             kept = kept & (tl.load(weight_ptr + offs, mask=mask, other=0.0) != 0.0)
         ones = kept.to(tl.int32)
         place = count + tl.cumsum(ones, 0) - ones
@@ -95,11 +95,11 @@ def _gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copies rows that count and their targets. GUESS: starts their references from x_y."""
+    """Copies valid rows and their targets. GUESS: references start at x_y."""
     V, D, rows, pad = size.V, size.D, size.rows, size.pad
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Zeros complete the last tile: garbage there would meet real rows in a sum over rows.
+    # The last tile is filled up with zeros, because dW sums over all rows of a tile.
     copied = offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad
     mask_n = offs_n < n
     source = tl.load(index_ptr + first_row + offs_n, mask=mask_n, other=0).to(tl.int64)
@@ -131,7 +131,7 @@ def _gather_kernel(
         if HAS_BIAS:
             a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
         x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
-        # Comparisons with NaN are false; an infinite reference would be NaN's next source.
+        # Comparisons with NaN are false; an infinite reference would make NaN later.
         x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
         tl.store(ref_ptr + places, x, mask=mask_n)
 
@@ -160,7 +160,7 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds a chunk's slices to the state; brings E and dH to the new reference where it changed."""
+    """Adds a chunk's slices to the state; rescales E and dH where the reference changed."""
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(0) * BLOCK_N >= n:
@@ -287,7 +287,7 @@ def _finish_kernel(
     s = tl.load(state_ptr + N + offs_n, mask=mask, other=0.0)
     largest = tl.load(state_ptr + 3 * N + offs_n, mask=mask, other=0.0)
     x = tl.load(target_logit_ptr + offs_n, mask=mask, other=0.0)
-    # A logit of +inf is to give NaN, as inf − inf does in nll.
+    # A logit of +inf gives NaN, as inf − inf does in nll.
     y = tl.where(x == float("inf"), float("nan"), x)
     gap, error = _difference(largest, y)
     gap *= nats
