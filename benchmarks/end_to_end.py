@@ -56,7 +56,7 @@ from gift.config import TrainConfig
 from gift.data import Example
 from gift.models import last_hidden_state
 from gift.train import accumulate_gradients
-from gift.weighting import WeightedRow, token_weight
+from gift.weighting import GuidedRow, guide_confidence
 
 OURS = "gift"
 FULL = "full logits, in our batches"
@@ -156,8 +156,7 @@ def training(
     examples = make_examples(spec, spec.rows)
     generator = torch.Generator().manual_seed(1)
     rows = [
-        WeightedRow(example, *[torch.rand(example.targets, generator=generator)] * 2)
-        for example in examples
+        GuidedRow(example, torch.rand(example.targets, generator=generator)) for example in examples
     ]
     config = TrainConfig(
         model="",
@@ -184,7 +183,7 @@ def training(
 
         return run
 
-    def by_micro_batches(loss_of: Callable[[Any, list[WeightedRow]], Tensor], model: Any) -> float:
+    def by_micro_batches(loss_of: Callable[[Any, list[GuidedRow]], Tensor], model: Any) -> float:
         total = 0.0
         ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
         for start in range(0, len(ordered), spec.micro_rows):
@@ -218,7 +217,7 @@ def training(
 LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
 
 
-def _full_logit_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     """Σ w·nll from the logits of all positions."""
     device = adapted.get_input_embeddings().weight.device
     ids, attention, predicts = pad_batch([row.example for row in micro], device)
@@ -226,11 +225,11 @@ def _full_logit_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
-    weight = torch.cat([row.weight for row in micro]).to(device)  # pyright: ignore
+    weight: Any = guide_confidence(micro, device)
     return (weight * nll[predicts[:, :-1].flatten()]).sum()
 
 
-def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     """Σ w·nll from Liger's fused loss over the target positions."""
     from liger_kernel.transformers.functional import (  # pyright: ignore
         liger_fused_linear_cross_entropy,
@@ -243,9 +242,7 @@ def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
     target = target_ids(examples, head.device)
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
-    weight = token_weight(
-        TrainConfig(model="", data=Path(), output=Path("adapter")), micro, head.device
-    )
+    weight: Any = guide_confidence(micro, head.device)
     return (weight * nll).sum()
 
 

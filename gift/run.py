@@ -136,9 +136,8 @@ def _stages(config: RunOptions) -> list[Stage]:
     base = resolve_model(config.base)
     data = hash_json(read_rows(config.data, config))
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
-    guided = config.weighting == "guide"
     stages = []
-    if guided:
+    if config.guided:
         options = _pick(AnnotateConfig, config, model=str(instruct), output=confidence)
         stages.append(
             Stage("annotate", options, annotate, lambda: [model_hash(instruct), tokenizer, data])
@@ -147,7 +146,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         TrainConfig,
         config,
         model=str(base),
-        confidence=confidence if guided else None,
+        confidence=confidence if config.guided else None,
         tokenizer=str(instruct),
         output=adapter,
     )
@@ -169,7 +168,7 @@ def _stages(config: RunOptions) -> list[Stage]:
                 model_hash(base),
                 tokenizer,
                 data,
-                _hash_of(confidence, CONFIDENCE_FILE) if guided else "",
+                _hash_of(confidence, CONFIDENCE_FILE) if config.guided else "",
             ],
         ),
         Stage(

@@ -11,10 +11,10 @@ from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptio
 class TrainOptions(Options):
     """How the adapter is trained; defaults are the paper's settings."""
 
-    weighting: Literal["guide", "uniform", "self"] = Field(
+    weighting: Literal["guide", "uniform", "self", "own-times-guide"] = Field(
         default="guide",
         description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
-        "SFT) or the trained model's own confidence (DFT).",
+        "SFT), the trained model's own confidence (DFT) or the product of both confidences.",
     )
     normalization: Literal["tokens", "weights"] = Field(
         default="tokens",
@@ -70,6 +70,11 @@ class TrainOptions(Options):
         description="Optimizer steps between checkpoints, from which a killed run goes on.",
     )
 
+    @property
+    def guided(self) -> bool:
+        """Whether the weights need the guide's confidences."""
+        return self.weighting in ("guide", "own-times-guide")
+
 
 class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     """Options of `gift train`."""
@@ -80,7 +85,8 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     )
     confidence: Path | None = Field(
         default=None,
-        description="Folder made by gift annotate from the same data; needed for guide.",
+        description="Folder made by gift annotate from the same data; needed for guide and "
+        "own-times-guide.",
     )
     tokenizer: str | None = Field(
         default=None,
