@@ -32,7 +32,6 @@ from gift_kernels.linear_ce.types import (
     VocabShard,
     WeightTransform,
     accumulation_dtype,
-    largest_of_ranks,
 )
 from gift_kernels.reference import transform_weight
 
@@ -261,10 +260,8 @@ def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Iterator[slice]:
-    vocab_size = head.weight.shape[0]
-    if shard is not None:
-        # Ranks with slices of different sizes must still meet in the same collectives.
-        vocab_size = largest_of_ranks(vocab_size, shard)
+    # Ranks with slices of different sizes must still meet in the same collectives.
+    vocab_size = head.weight.shape[0] if shard is None else shard.most
     step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
     for start in range(0, head.hidden.shape[0], step):
         yield slice(start, start + step)

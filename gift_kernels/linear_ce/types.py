@@ -48,7 +48,9 @@ class VocabParallel:
 
     This rank passes rows [start, start + V) of the whole head, of its bias and of the guide's; the
     slices of all ranks join up from row 0, in any order, and none is empty. Hidden states, targets,
-    weights and options are the same on every rank, and so is what requires grad.
+    weights and options are the same on every rank, and so is what requires grad: where they differ,
+    every rank raises ValueError. An argument that is wrong by itself, such as a wrong dtype, raises
+    on the ranks that were given it; ranks that were not wait for these until the group's timeout.
     """
 
     group: ProcessGroup
@@ -80,10 +82,14 @@ class Head(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """This rank's slice of the vocabulary: rows [start, start + V) of the head, and the group."""
+    """This rank's slice of the vocabulary: rows [start, start + V) of the head, and the group.
+
+    No rank of the group holds more than `most` rows, of the head and of the guide's.
+    """
 
     group: ProcessGroup
     start: int
+    most: int
 
 
 class Problem(NamedTuple):
@@ -113,6 +119,11 @@ class Problem(NamedTuple):
     shard: VocabShard | None
     chunk_size: int | None
 
+    def heads(self) -> dict[str, Head]:
+        """The heads by argument: the model's, and the guide's if there is one."""
+        heads = {"lm_head_weight": self.head}
+        return heads if self.guide is None else heads | {"guide.lm_head_weight": self.guide}
+
 
 class LinearCE(NamedTuple):
     """What the operator returns; tensors that were not asked for are empty.
@@ -135,16 +146,3 @@ class LinearCE(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def whole_vocabulary(vocab_size: int, shard: VocabShard | None) -> int:
-    """Size of the vocabulary: V, or the largest end of any rank's slice."""
-    return vocab_size if shard is None else largest_of_ranks(shard.start + vocab_size, shard)
-
-
-def largest_of_ranks(value: int, shard: VocabShard) -> int:
-    """The maximum of an integer over the ranks that share the vocabulary."""
-    device = "cuda" if torch.distributed.get_backend(shard.group) == "nccl" else "cpu"
-    largest = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=shard.group)
-    return int(largest)
