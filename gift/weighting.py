@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gift.config import TrainOptions
 from gift.data import Example
+from gift.errors import InputError
 from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight
@@ -28,6 +29,17 @@ class GuidedRow:
 
     example: Example
     confidence: Tensor | None
+
+
+def check_weighting(config: TrainOptions) -> None:
+    """InputError where options would change confidences and the weighting has none."""
+    for name in ("confidence_floor", "confidence_power", "confidence_threshold"):
+        is_given = getattr(config, name) != TrainOptions.model_fields[name].default
+        if config.weighting == "uniform" and is_given:
+            raise InputError(
+                f"--{name.replace('_', '-')}: --weighting uniform has no confidence to change; "
+                "leave it out, or choose another --weighting"
+            )
 
 
 def token_weights(

@@ -73,6 +73,14 @@ def test_a_head_that_does_something_else_is_refused(tmp_path):
         check_head(model, ids)
 
 
+def test_weights_that_are_nan_are_named_as_such(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "instruct").eval()
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"the model's loss is nan: its weights are damaged"):
+        check_head(model, torch.arange(5, 12))
+
+
 def test_batch_size_does_not_change_the_confidence(folder, tmp_path):
     annotate(config(folder, tmp_path / "one", batch_tokens=1))
     annotate(config(folder, tmp_path / "many", batch_tokens=10_000))

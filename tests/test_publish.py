@@ -2,19 +2,18 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
-import signal
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stages import an_owner
 
 from gift.errors import InputError
 from gift.files import hash_file, replacing, sealed_files
-from gift.lock import lock_path, owned
+from gift.lock import lock_path
 from gift.publish import LIST_FILE, check_published, output_folder
 
 
@@ -23,33 +22,12 @@ def publish(output: Path, text: str = "text", **options: Any) -> None:
         (made.begin() / "file").write_text(text)
 
 
-def _own_for_ever(output: Path, ready: Any) -> None:
-    with owned(output):
-        ready.set()
-        signal.pause()
-
-
-def start_owner(output: Path) -> Any:
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    owner = context.Process(target=_own_for_ever, args=(output, ready))
-    owner.start()
-    assert ready.wait(30)
-    return owner
-
-
 def test_a_second_run_is_told_who_owns_the_folder_and_takes_over_when_that_one_is_dead(tmp_path):
     output = tmp_path / "out"
-    owner = start_owner(output)
-    try:
-        told = (
-            rf"out is being written by process {owner.pid} on {socket.gethostname()} since \d{{4}}"
-        )
+    with an_owner(output) as process:
+        told = rf"out is being written by process {process} on {socket.gethostname()} since \d{{4}}"
         with pytest.raises(InputError, match=told):
             publish(output)
-    finally:
-        owner.kill()
-        owner.join()
     assert lock_path(output).exists()
     publish(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

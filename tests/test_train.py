@@ -300,10 +300,18 @@ def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, cha
         ({"confidence": None}, "--weighting guide needs the folder"),
         ({"confidence": None, "weighting": "uniform"}, "--tokenizer: without --confidence"),
         ({"confidence": None, "weighting": "own-times-guide"}, "own-times-guide needs the folder"),
+        ({"weighting": "uniform", "confidence_floor": 0.5}, "--confidence-floor: .*uniform"),
         ({"lora_targets": "nothing_proj"}, "--lora-targets: .*nothing_proj"),
         ({"confidence": Path("/no/store")}, "is no confidence store"),
     ],
-    ids=["no-store", "no-tokenizer", "product-no-store", "targets", "missing-store"],
+    ids=[
+        "no-store",
+        "no-tokenizer",
+        "product-no-store",
+        "uniform-floor",
+        "targets",
+        "missing-store",
+    ],
 )
 def test_impossible_options_are_one_clear_error(folder, tmp_path, options, message):
     with pytest.raises(InputError, match=message):

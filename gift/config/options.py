@@ -11,11 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gift.errors import InputError
 
+# Stages make seeds of 64 bits from it, an epoch's or a rank's.
+LARGEST_SEED = 2**32 - 1
+
 
 class Options(BaseModel):
-    """A command's options: immutable, and unknown keys are errors."""
+    """A command's options: immutable; unknown keys, infinity and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class OutputOptions(Options):

@@ -268,11 +268,14 @@ def test_an_adapter_as_the_model_is_an_error(tmp_path: Path) -> None:
     [
         ({"scale": ["1", "2"]}, "--scale: 2 values for 1 adapters"),
         ({"scale": ["big"]}, "--scale: could not convert"),
+        ({"scale": ["nan"]}, "--scale: nan: expected finite numbers"),
         ({"method": "re-adapt"}, "--base: --method re-adapt needs the base model"),
         ({"method": "fisher"}, "--statistics: --method fisher needs 2 folders"),
         ({"statistics": ["x"]}, "--statistics: --method lora uses none"),
         ({"save_residual": True, "dtype": "float16"}, "--save-residual: needs --dtype keep"),
+        ({"task_weight": 0.5}, "--task-weight: --method lora does not read it"),
         ({"device": "warp"}, "--device: 'warp' is no device"),
+        ({"device": "meta"}, "--device: meta cannot be used here"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
