@@ -1,4 +1,4 @@
-"""`python -m benchmarks` measures, `compare A B` compares, `readme` fills README."""
+"""`python -m benchmarks` measures, `compare A B` compares, `readme` fills README and docs."""
 
 import argparse
 import time
@@ -26,7 +26,7 @@ def main() -> None:
     comparison = commands.add_parser("compare", help="what moved between two results")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
-    section = commands.add_parser("readme", help="make README's performance section from results")
+    section = commands.add_parser("readme", help="make README's and docs' tables from results")
     section.add_argument("folders", type=Path, nargs="*", help="default: the newest stored ones")
     arguments = parser.parse_args()
     if arguments.command == "compare":

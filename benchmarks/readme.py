@@ -1,6 +1,6 @@
-"""`python -m benchmarks readme`: the sections of README.md that are made, not written.
+"""`python -m benchmarks readme`: the sections of README.md and docs/ that are made, not written.
 
-Performance comes from folders of results, merge methods from their registry; tests compare both.
+Performance comes from folders of results, merge methods from their registry; a test compares all.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,42 @@ from gift.merge.methods import METHODS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+MERGE_METHODS = ROOT / "docs" / "merge-methods.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
-BEGIN_METHODS = "<!-- merge methods, made by python -m benchmarks readme -->"
 END = "<!-- end -->"
 NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
 call: tests, accuracy, times beside the peers, whole stages."""
+SHOWN_HEAD = "llama-3.1-8b"  # README shows the cases of this one alone
+WEIGHTINGS = {
+    "offline": "a weight tensor",
+    "uniform": "no weights",
+    "guide": "weights of a guide",
+    "self": "weights of its own",
+}
 
 
 def update(folders: Sequence[Path]) -> None:
-    """Puts the section of these results, or of the newest stored ones, and the methods' table in
-    README.md."""
-    text = README.read_text(encoding="utf-8")
-    for made in (section(folders or newest()), merge_methods()):
-        before, rest = text.split(made.splitlines()[0])
-        text = before + made + rest.split(END, 1)[1]
-    README.write_text(text, encoding="utf-8")
+    """Puts the sections of these results, or of the newest stored ones, in their files."""
+    for path, made in sections(folders or newest()):
+        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        path.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def sections(folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Files, and what stands in each between its two markers, markers included."""
+    results = [report.read_results(folder) for folder in folders]
+    gpu = [one for one in results if not _on_cpu(one)]
+    made = {
+        README: [_short(one) for one in gpu] or [NOT_ON_A_GPU],
+        BENCHMARKS: [*([] if gpu else [NOT_ON_A_GPU]), *map(_device, results)],
+        MERGE_METHODS: [merge_methods()],
+    }
+    return [(path, "\n\n".join([BEGIN, *parts, END])) for path, parts in made.items()]
 
 
 def merge_methods() -> str:
-    """The table of merge methods, markers included."""
+    """The table of merge methods."""
     table = [
         {
             "method": f"`{method.name}`",
@@ -40,53 +57,74 @@ def merge_methods() -> str:
         }
         for method in METHODS.values()
     ]
-    return "\n\n".join([BEGIN_METHODS, "\n".join(report.plain_table(table)), END])
+    return "\n".join(report.plain_table(table))
 
 
 def newest() -> list[Path]:
     """The latest results of a GPU, then those of a CPU, as far as there are any."""
     found: dict[bool, tuple[str, Path]] = {}
     for file in RESULTS.glob(f"*/{report.RESULTS_FILE}"):
-        environment = report.read_results(file.parent).environment
-        if environment.get("dry_run"):
+        results = report.read_results(file.parent)
+        if results.environment.get("dry_run"):
             continue
-        place = environment["device"].startswith("CPU")
-        found[place] = max(found.get(place, ("", file.parent)), (environment["date"], file.parent))
+        place, date = _on_cpu(results), results.environment["date"]
+        found[place] = max(found.get(place, ("", file.parent)), (date, file.parent))
     return [found[place][1] for place in sorted(found)]
 
 
-def section(folders: Sequence[Path]) -> str:
-    """The section, markers included."""
-    results = [report.read_results(folder) for folder in folders]
-    parts = [BEGIN]
-    if all(result.environment["device"].startswith("CPU") for result in results):
-        parts.append(NOT_ON_A_GPU)
-    for result in results:
-        parts.append(_device(result))
-    return "\n\n".join([*parts, END])
+def _on_cpu(results: report.Results) -> bool:
+    return results.environment["device"].startswith("CPU")
+
+
+def _heading(results: report.Results) -> str:
+    environment = results.environment
+    return (
+        f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]}, "
+        f"commit {environment['commit']}; what changed since has not been measured again."
+    )
+
+
+def _short(results: report.Results) -> str:
+    """README's table of a GPU; what is slower there than another way is bold."""
+    table = []
+    for row in sorted(_measured(results), key=_order):
+        if row["head"].split()[0] == SHOWN_HEAD:
+            case = _case(row["case"], results)
+            ratio = case["ours / fastest other"]
+            mark = "**" if ratio > 1 else ""
+            shown = {name: case[name] for name in ("ours", "usual way", "fastest peer")}
+            ours = {"ours / fastest other": f"{mark}{ratio:.2f}{mark}"}
+            table.append({"case": _brief(row), **shown, **ours})
+    slower, total = _slower(results), len(_measured(results))
+    lines = [
+        _heading(results),
+        "",
+        *report.plain_table(table),
+        "",
+        f"Bold: slower than the fastest other way, as in {len(slower)} of all {total} cases "
+        f"measured{_eager(results)}.",
+    ]
+    return "\n".join(lines)
 
 
 def _device(results: report.Results) -> str:
-    environment = results.environment
-    where = f"benchmarks/results/{results.output.name}"
+    """All tables of one device."""
+    slower = _slower(results)
+    where = f"../benchmarks/results/{results.output.name}"
     lines = [
-        f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]}, "
-        f"measured on commit {environment['commit']} ([all results]({where}/results.md)); what "
-        "changed since has not been measured again.",
-        "In turns in one process; correct before timed; medians; memory beyond the inputs. The",
-        "floor is the bare products, or a copy; the usual way is full logits, or",
-        "`W += scale * (B @ A)`; with a frozen head, forward and backward, if not said:",
+        f"### {results.environment['device']}",
+        "",
+        f"{_heading(results)} [All results]({where}/results.md).",
+        "",
+        *report.plain_table([_case(row["case"], results) for row in _measured(results)]),
+        "",
+        f"Slower than the fastest other way in {len(slower)} of {len(_measured(results))} cases"
+        f"{_eager(results)}:",
+        "",
+        *(f"- {case}: {ratio:.2f} times its time" for case, ratio in slower.items()),
     ]
-    if not environment["device"].startswith("CPU"):
-        lines += ["", *report.plain_table(goals.judge(results.rows))]
-    table = []
-    for label in dict.fromkeys(row["case"] for row in results.rows):
-        if not label.startswith(report.CANDIDATES):
-            table.append(_case(label, [row for row in results.rows if row["case"] == label]))
-    lines += ["", *report.plain_table(table)]
-    behind = [row["case"] for row in table if row["ours / fastest other"] > 1]
-    lines += ["", f"Slower than the fastest other way in {len(behind)} of {len(table)} cases:", ""]
-    lines += [f"- {case}" for case in behind]
+    if not _on_cpu(results):
+        lines += ["", "Goals of the kernels:", "", *report.plain_table(goals.judge(results.rows))]
     lines += ["", f"![Every way in every case]({where}/cases.png)"]
     stages = [row for row in results.tables.get("end to end", []) if "ms" in row]
     models = {row["model"] for row in stages if row["stage"] == "annotate"}
@@ -96,13 +134,42 @@ def _device(results: report.Results) -> str:
     return "\n".join(lines)
 
 
-def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
+def _measured(results: report.Results) -> list[report.Row]:
+    """The first row of every case; candidates for our own settings are left out."""
+    rows = {row["case"]: row for row in reversed(results.rows)}
+    order = dict.fromkeys(row["case"] for row in results.rows)
+    return [rows[label] for label in order if not label.startswith(report.CANDIDATES)]
+
+
+def _order(row: report.Row) -> tuple:
+    """README's order: one kind of case beside its like."""
+    weighting = list(WEIGHTINGS).index(row["weighting"]) if row["weighting"] else 0
+    flat = row["data"] == "flat"
+    return row["op"] != "weighted_ce", row["rank"], weighting, row["trainable"], flat, row["tokens"]
+
+
+def _brief(row: report.Row) -> str:
+    """A case's name where its head and dtype are known."""
+    if row["op"] == "lora_merge":
+        return f"lora_merge, rank {row['rank']}, {row['factor_dtype']} factors"
+    parts = [row["op"], f"{row['tokens']} tokens"]
+    if row["op"] == "weighted_ce":
+        parts.append(WEIGHTINGS[row["weighting"]])
+    parts += ["trainable head"] if row["trainable"] else []
+    parts += ["flat logits"] if row["data"] == "flat" else []
+    again = row["case"].find(" (again")
+    return ", ".join(parts) + (row["case"][again:] if again >= 0 else "")
+
+
+def _case(label: str, results: report.Results) -> report.Row:
     """Ours, the usual way and the fastest exact peer of a case in one row; a dash: not measured."""
-    timed = [row for row in rows if "time_ms" in row]
+    timed = [row for row in results.rows if row["case"] == label and "time_ms" in row]
 
     def first(kind: str) -> report.Row:
         mine = [row for row in timed if row["kind"] == kind and not row.get("approximate")]
-        return min(mine, key=lambda row: row["time_ms"], default={})
+        # A merge in place beside the others in place, not beside one that may use more memory.
+        in_place = [row for row in mine if row["provider"].endswith("in place")]
+        return min(in_place or mine, key=lambda row: row["time_ms"], default={})
 
     ours, usual, peer, floor = map(first, ("ours", "baseline", "peer", "floor"))
     fastest = min((row["time_ms"] for row in (usual, peer) if row), default=None)
@@ -118,7 +185,29 @@ def _case(label: str, rows: Sequence[report.Row]) -> report.Row:
     }
 
 
+def _slower(results: report.Results) -> dict[str, float]:
+    """The cases in which another way is faster, and ours over the fastest."""
+    cases = [_case(row["case"], results) for row in _measured(results)]
+    ratios = {row["case"]: row["ours / fastest other"] for row in cases}
+    return {case: ratio for case, ratio in ratios.items() if ratio > 1}
+
+
+def _eager(results: report.Results) -> str:
+    """What `impl="eager"` costs on a GPU, as the end of a sentence."""
+    ratios = [
+        row["ratio_best_peer"]
+        for row in results.rows
+        if row["provider"].startswith("gift eager") and row.get("ratio_best_peer")
+    ]
+    if not ratios or _on_cpu(results):
+        return ""
+    least, most = min(ratios), max(ratios)
+    return f'; `impl="eager"` takes {least:.0f} to {most:.0f} times as long as that way on a GPU'
+
+
 def _cell(row: report.Row, memory: bool = True) -> str:
     if not row:
         return "-"
-    return f"{row['time_ms']:.3g}" + (f" ms, {row['peak_mb']:.3g} MB" if memory else " ms")
+    size = row["peak_mb"]
+    shown = f", {size / 1000:.3g} GB" if size >= 1000 else f", {size:.3g} MB"
+    return f"{row['time_ms']:.3g} ms" + shown * memory

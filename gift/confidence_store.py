@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.data import EncodedData
 from gift.errors import InputError
-from gift.files import naming, read_json, write_json
+from gift.files import naming, read_record, write_json
 from gift.models import load_tokenizer, template_hash, tokenizer_hash
 from gift.publish import check_published
 from gift.rows import json_lines
 
 CONFIDENCE_FILE = "confidence.safetensors"
 MANIFEST_FILE = "manifest.json"
+MANIFEST_KEYS = ("model", "tokenizer_hash", "template_hash", "data.row_digests", "data.context")
 TOKENIZER_FOLDER = "tokenizer"
 
 
@@ -80,7 +81,7 @@ def load_store(folder: Path) -> ConfidenceStore:
             "make one with gift annotate"
         )
     check_published(folder)
-    manifest = read_json(manifest_path)
+    manifest = read_record(manifest_path, MANIFEST_KEYS)
     try:
         tensors = load_file(folder / CONFIDENCE_FILE)
         confidence, offsets = tensors["confidence"], tensors["offsets"]

@@ -8,7 +8,8 @@ the data's words:
   and to open and close them (`<think>`, `</think>`, `<tool_call>`), and white space after the
   prompt, which belongs to the reply's first token.
 - Its end-of-turn token: the first special token that the template writes after the words (after
-  tool calls, which may close with special tokens of their own, the last).
+  tool calls, which may close with special tokens of their own, the last). A note says where a
+  template ends earlier turns with another token than the last, which is then no target.
 - Not what the template adds by itself between prompt and words: an empty think block, or the
   header of a template that ignores `add_generation_prompt`. A note says what was left out.
 - Not the first token of a sequence: nothing before it could predict it.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,25 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_record(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Reads a JSON object; InputError names what it lacks of `keys` ("a.b" is b in a)."""
+    record = read_json(path)
+    lacking = []
+    for key in keys:
+        value = record
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                lacking.append(key)
+                break
+            value = value[part]
+    if lacking:
+        raise InputError(
+            f"{path}: lacks {', '.join(lacking)}; another version or another program wrote it, "
+            f"make {path.parent} anew"
+        )
+    return record
 
 
 def hash_bytes(content: bytes) -> str:

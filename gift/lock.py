@@ -26,10 +26,17 @@ def lock_path(output: Path) -> Path:
 
 @contextmanager
 def owned(output: Path) -> Iterator[None]:
-    """Owns `output` while the block runs; InputError names the run that owns it already.
+    """Owns `output` while the block runs.
 
     Parent folders are made, and removed again where nothing was put into them.
+
+    InputError: another run owns it, which is named; it or a folder above it is a file.
     """
+    if output.name in ("", ".."):
+        raise InputError(f"--output: {output} is no name for a new folder; add one")
+    for place in (output, *output.parents):
+        if place.is_file():
+            raise InputError(f"--output: {place} is a file; choose the name of a folder")
     made = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,6 +1,7 @@
 """Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import gift
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
-from gift.publish import check_published
-from gift.shards import open_checkpoint, open_shard
+from gift.publish import check_published, warn
+from gift.shards import open_checkpoint
 from gift_kernels import weighted_ce
 
-WEIGHT_FILES = "*.safetensors"
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -79,6 +79,11 @@ def pick_device(device: str) -> torch.device:
         ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: cuda is asked for, but this machine has no CUDA device")
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"--device: {device} cannot be used here ({first_line})") from None
     return chosen
 
 
@@ -93,9 +98,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The causal language model of a folder, in evaluation mode.
 
-    InputError: see `model_structure`.
+    Weights that its class does not read are named in a warning. InputError: see `model_structure`.
     """
-    return _load(folder, dtype=dtype).to(device).eval()
+    model, unread = _load(folder, dtype=dtype)
+    if unread:
+        warn(f"{folder}: {type(model).__name__} does not read {listed(unread)} of the checkpoint")
+    return model.to(device).eval()
 
 
 def model_structure(folder: Path) -> Any:
@@ -104,10 +112,11 @@ def model_structure(folder: Path) -> Any:
     InputError: no whole safetensors weights, weights that lack a tensor or have one of another
     shape, quantised weights that cannot be loaded here, an architecture unknown to Transformers.
     """
-    return _load(folder, device_map="meta")
+    return _load(folder, device_map="meta")[0]
 
 
-def _load(folder: Path, **options: Any) -> Any:
+def _load(folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The model, and the names in its checkpoint that its class does not read."""
     transformers.utils.logging.disable_progress_bar()  # it would run through ours
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
@@ -131,7 +140,7 @@ def _load(folder: Path, **options: Any) -> Any:
             f"{transformers.__version__} does not know; use the bf16 or float16 model"
         )
     _refuse_incomplete(folder, type(model).__name__, report)
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
@@ -150,14 +159,15 @@ def _refuse_incomplete(folder: Path, name: str, report: dict[str, Any]) -> None:
         )
 
 
-def missing_tensors(folder: Path) -> list[str]:
-    """Names that a model's class has and its weights lack; empty for an unknown architecture."""
+def missing_tensors(folder: Path) -> list[str] | None:
+    """Names that a model's class has and its weights lack; None for an unknown architecture."""
+    transformers.utils.logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
     except Exception:  # a merge needs names only, so it takes models that Transformers cannot run
-        return []
+        return None
     _, report = loaded
     return sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
 
@@ -267,6 +277,11 @@ def check_head(model: Any, input_ids: Tensor) -> None:
     ours = float(weighted_ce(hidden, head.weight, input_ids[1:], **head.options()))
     logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[0, :-1].float()
     own = float(torch.nn.functional.cross_entropy(logits, input_ids[1:]))
+    if not math.isfinite(own):
+        raise InputError(
+            f"{model.config.name_or_path or type(model).__name__}: the model's loss is {own}: its "
+            f"weights are damaged, or overflow in {head.weight.dtype}"
+        )
     if not abs(ours - own) <= HEAD_TOLERANCE[head.weight.dtype] * max(1.0, abs(own)):
         raise InputError(
             f"{type(model).__name__}: the loss of the model's own forward ({own:.6f}) differs from "
@@ -293,14 +308,9 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Hash of a model folder's config and weights; InputError names a file that is cut short."""
-    files = sorted([*folder.glob(WEIGHT_FILES), *folder.glob("config.json")])
-    if len(files) < 2:
-        raise InputError(f"{folder}: no {WEIGHT_FILES} weights beside config.json")
-    for path in files:
-        if path.match(WEIGHT_FILES):
-            open_shard(path)
-    return hash_json({path.name: hash_file(path) for path in files})
+    """Hash of a model folder's config and weights; InputError: see `open_checkpoint`."""
+    shards = [shard.path for shard in open_checkpoint(folder).shards]
+    return hash_json({path.name: hash_file(path) for path in (folder / "config.json", *shards)})
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,15 @@ from typing import Any
 
 from gift.console import error_console
 from gift.errors import InputError
-from gift.files import hash_file, read_json, sync, system_failure, temporary_path, write_json
+from gift.files import (
+    hash_file,
+    read_json,
+    read_record,
+    sync,
+    system_failure,
+    temporary_path,
+    write_json,
+)
 from gift.lock import owned
 
 LIST_FILE = "gift_files.json"
@@ -143,12 +151,9 @@ def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iter
         key: kept in the folder's list; `gift run` tells by it what a folder was made from.
 
     Raises:
-        InputError: another run owns `path`; it is a file, or exists and `overwrite` is not given.
+        InputError: see `lock.owned`; or `path` exists and `overwrite` is not given.
         OSError: the disk is full; names the file, the space and how to resume.
     """
-    if path.name in ("", "..") or path.is_file():
-        kind = "a file" if path.is_file() else "where this program was started, or above it"
-        raise InputError(f"--output: {path} is {kind}; choose the name of a folder")
     with owned(path):
         complete(path)
         if not overwrite and path.exists() and any(path.iterdir()):
@@ -198,7 +203,8 @@ def _remove(path: Path) -> None:
 
 def published_key(folder: Path) -> str | None:
     """The key that a folder was published with; None where no run published it."""
-    return read_json(folder / LIST_FILE)["key"] if (folder / LIST_FILE).exists() else None
+    path = folder / LIST_FILE
+    return read_record(path, ("key",))["key"] if path.exists() else None
 
 
 def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = False) -> None:
@@ -210,7 +216,7 @@ def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = Fal
     """
     if not (folder / LIST_FILE).exists():
         return
-    for name, written in read_json(folder / LIST_FILE)["files"].items():
+    for name, written in read_record(folder / LIST_FILE, ("files",))["files"].items():
         path = folder / name
         if "/" in name and not nested:
             continue

@@ -161,7 +161,9 @@ def _json_object(raw: bytes, place: str) -> dict[str, Any]:
         text = raw.decode("utf-8-sig")
         row = json.loads(text, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 ({error.reason})") from None
+        raise InputError(
+            f"{place}: not UTF-8 ({error.reason}); unpack a compressed file, or convert the text"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(row, dict):

@@ -25,7 +25,14 @@ from gift.lora_targets import find_targets
 from gift.merge.adapter import WEIGHTS_FILE
 from gift.merge.command import merge
 from gift.merge.methods import METHODS
-from gift.models import load_tokenizer, model_hash, model_structure, quantisation, resolve_model
+from gift.models import (
+    listed,
+    load_tokenizer,
+    model_hash,
+    model_structure,
+    quantisation,
+    resolve_model,
+)
 from gift.publish import (
     check_published,
     complete,
@@ -61,8 +68,12 @@ def run(config: RunOptions) -> dict[str, str]:
     InputError: a stage's folder was made with other settings or inputs, or is damaged, and
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
-    for option, name in (("--base", config.base), ("--instruct", config.instruct)):
-        _check_model(config, option, name)
+    config.refuse_unread_settings()
+    _refuse_other_shapes(
+        config,
+        _check_model(config, "--base", config.base),
+        _check_model(config, "--instruct", config.instruct),
+    )
     with owned(config.output):
         stages = _stages(config)
         _refuse_other_folder(config.output, [stage.config.output for stage in stages])
@@ -111,8 +122,24 @@ def _is_finished(stage: Stage, overwrite: bool) -> bool:
     return False
 
 
-def _check_model(config: RunOptions, option: str, name: str) -> None:
-    """InputError, before any stage, for a model that a later one could not use."""
+def _refuse_other_shapes(config: RunOptions, base: Any, instruct: Any) -> None:
+    """InputError where the models differ beside their vocabulary: the merge would not fit."""
+
+    def shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        vocabulary = {id(p) for layer in ends if layer for p in layer.parameters()}
+        parameters = model.named_parameters()
+        return {(name, tuple(p.shape)) for name, p in parameters if id(p) not in vocabulary}
+
+    if differing := sorted({name for name, _ in shapes(base) ^ shapes(instruct)}):
+        raise InputError(
+            f"--base: {config.base} is not the model that {config.instruct} was made from: "
+            f"{listed(differing)} are not in both, or of different shapes"
+        )
+
+
+def _check_model(config: RunOptions, option: str, name: str) -> Any:
+    """The model's structure; InputError, before any stage, where a later one could not use it."""
     folder = resolve_model(name)
     method = quantisation(read_json(folder / "config.json"))
     if method is not None:
@@ -125,6 +152,7 @@ def _check_model(config: RunOptions, option: str, name: str) -> None:
         find_targets(config, structure)
     else:
         load_tokenizer(folder)
+    return structure
 
 
 def _stages(config: RunOptions) -> list[Stage]:
@@ -185,6 +213,8 @@ def _stages(config: RunOptions) -> list[Stage]:
         ),
     ]
     if config.eval_data is not None:
+        if not config.eval_data.is_file():
+            raise InputError(f"--eval-data: {config.eval_data}: no such file")
         options = _pick(
             EvaluateConfig,
             config,

@@ -102,9 +102,16 @@ def find_targets(
             )
         following = own[-1].following
         if turn + 1 < len(turns):
-            through = Conversation(turns[: turn + 1], conversation.tools)
-            tail = render(through, tokenizer, name).rpartition(own[-1].mark)[2]
-            following = following[: _common_length(tail, following)]
+            alone = render(Conversation(turns[: turn + 1], conversation.tools), tokenizer, name)
+            # Templates write a call's name again in the header of its result.
+            own = own[: sum(alone.count(mark) for mark in {place.mark for place in own})]
+            tail = alone.rpartition(own[-1].mark)[2]
+            following = _until_difference(own[-1].following, tail, ends)
+            if ends.search(tail) and not ends.search(following):
+                notes.append(
+                    "the chat template ends an earlier turn otherwise than generation does, so its "
+                    "end is no target"
+                )
         end = own[-1].end + _ending(following, ends, bool(message.get("tool_calls")))
         targets.append(Target(len(prompt), start, end))
     return Rendering(text, targets, notes)
@@ -298,13 +305,23 @@ def _start(
         if not added.strip():
             return len(prompt)
         return len(prompt) + len(added)
-    if not gap.strip() or prompt != render(before, tokenizer, ""):
+    if not gap.strip():
         return len(prompt)
-    # The template ignores add_generation_prompt: what it writes before any reply is its header.
+    # What the template writes before any reply is its own.
     reply = hash_bytes(text.encode())[:16]
     bare = before._replace(turns=[*before.turns, {"role": "assistant", "content": reply}])
     header = render(bare, tokenizer, "").partition(reply)[0]
-    return max(len(prompt), _common_length(header, text))
+    if prompt == render(before, tokenizer, ""):  # it ignores add_generation_prompt
+        return max(len(prompt), _common_length(header, text))
+    is_added = first.word.kind == "call" and text.startswith(header)
+    return max(len(prompt), len(header)) if is_added else len(prompt)
+
+
+def _until_difference(following: str, other: str, ends: re.Pattern[str]) -> str:
+    """What two texts begin with alike, without the beginning of a special token."""
+    common = _common_length(following, other)
+    torn = (match.start() for match in ends.finditer(following) if match.end() > common)
+    return following[: min(common, next(torn, common))]
 
 
 def _ending(following: str, ends: re.Pattern[str], has_calls: bool) -> int:

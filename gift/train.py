@@ -12,6 +12,7 @@ Under torchrun each rank takes a share of every global batch; the adapter's grad
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -294,13 +295,17 @@ def _adapted_model(
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     torch.manual_seed(config.seed)
     try:
-        adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that Transformers is about to give up.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
     except ValueError as error:
         raise InputError(f"--lora-targets: {error}") from error
     lora: Any = adapted.peft_config["default"]
     lora.base_model_name_or_path = config.model
-    # PEFT holds the names as a set, and writes them in an order that differs from run to run.
+    # PEFT puts the names through sets, and would write them in an order that differs by run.
     lora.target_modules = sorted(lora.target_modules)
+    lora.target_parameters = sorted(lora.target_parameters or []) or None
     checkpointing = config.gradient_checkpointing
     if checkpointing if checkpointing is not None else device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

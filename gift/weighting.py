@@ -35,6 +35,13 @@ def weighted_rows(
     """All kept rows with their weights, transformed as the options say."""
     if config.weighting == "self" and config.end_weight is not None:
         raise InputError("--end-weight: not available with --weighting self")
+    for name in ("confidence_floor", "confidence_power", "confidence_threshold"):
+        is_given = getattr(config, name) != TrainOptions.model_fields[name].default
+        if config.weighting == "uniform" and is_given:
+            raise InputError(
+                f"--{name.replace('_', '-')}: --weighting uniform has no confidence to change; "
+                "leave it out, or choose another --weighting"
+            )
     rows = []
     for example in data.kept:
         confidence = torch.from_numpy(store.row(example.row)) if store else None

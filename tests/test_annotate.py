@@ -17,7 +17,7 @@ from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
-from gift.models import check_head, context_length, lm_head, load_tokenizer
+from gift.models import check_head, context_length, lm_head, load_causal_lm, load_tokenizer
 from gift.publish import partial_path
 
 
@@ -71,6 +71,14 @@ def test_a_head_that_does_something_else_is_refused(tmp_path):
     model.forward = shifted.__get__(model)
     with pytest.raises(InputError, match="its head does something that is not a bias"):
         check_head(model, ids)
+
+
+def test_weights_that_are_nan_are_named_as_such(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "instruct").eval()
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"the model's loss is nan: its weights are damaged"):
+        check_head(model, torch.arange(5, 12))
 
 
 def test_batch_size_does_not_change_the_confidence(folder, tmp_path):
@@ -281,3 +289,15 @@ def test_rows_beyond_the_guides_context_are_counted(folder, tmp_path):
 def test_a_models_context_counts_its_rope_scaling(options, expected):
     assert context_length(LlamaConfig(max_position_embeddings=512, **options)) == expected
     assert context_length(GPT2Config(n_positions=96)) == 96
+
+
+def test_weights_that_the_model_does_not_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    load_causal_lm(folder, torch.float32, torch.device("cpu"))
+    message = capsys.readouterr().err
+    assert "does not read model.layers." in message and "warning" in message

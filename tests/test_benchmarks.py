@@ -419,9 +419,29 @@ def test_freeing_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     turns.free(torch.device("cuda"))
 
 
-def test_the_performance_section_of_the_readme_is_that_of_the_stored_results() -> None:
-    section = readme.section(readme.newest())
-    assert section in readme.README.read_text(encoding="utf-8"), "run python -m benchmarks readme"
+def test_made_sections_are_those_of_the_stored_results_and_of_the_registry() -> None:
+    sections = readme.sections(readme.newest())
+    for path, made in sections:
+        assert made in path.read_text(encoding="utf-8"), f"{path}: run python -m benchmarks readme"
     devices = [report.read_results(folder).environment["device"] for folder in readme.newest()]
     measured = any(not device.startswith("CPU") for device in devices)
-    assert ("Not measured on a GPU yet" in section) is not measured
+    assert ("Not measured on a GPU yet" in sections[0][1]) is not measured
+
+
+def test_the_readme_marks_what_is_slower_than_another_way(tmp_path: Path) -> None:
+    case = CECase(readme.SHOWN_HEAD, 512)
+    environment = {"device": "A GPU", "torch": "2", "date": "2026-11-27", "commit": "c"}
+
+    def table(ours: float) -> str:
+        times = {"gift triton": ours, "gift eager": 50.0, "full logits": 4.0, "Liger": 8.0}
+        kinds = ("ours", "ours", "baseline", "peer")
+        rows = [
+            {"case": case.label, "provider": name, "kind": kind, "peak_mb": 1.0, "time_ms": ms}
+            | {**case.describe(), "ratio_best_peer": ms / 4}
+            for kind, (name, ms) in zip(kinds, times.items(), strict=True)
+        ]
+        return readme._short(report.Results(tmp_path, environment, rows))
+
+    assert "| 0.50 |" in table(ours=2.0) and "as in 0 of all 1 cases" in table(ours=2.0)
+    assert "| **1.50** |" in table(ours=6.0) and "as in 1 of all 1 cases" in table(ours=6.0)
+    assert '`impl="eager"` takes 12 to 12 times as long' in table(ours=2.0)

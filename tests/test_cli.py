@@ -98,8 +98,12 @@ def test_recipe_fills_options_and_flags_win(tmp_path):
         ("- a\n- b\n", "expected a mapping"),
         ("a: [1\n", "not valid YAML"),
         ("epochs: 0\n", "recipe.yaml: epochs: .*greater than or equal to 1, got 0"),
+        ("epochs: 1\nepochs: 2\n", "recipe.yaml: epochs is there twice"),
+        ("lora-rank: 1\nlora_rank: 2\n", "recipe.yaml: lora_rank is there twice"),
+        ("weight_decay: .inf\n", "recipe.yaml: weight_decay: .*finite"),
+        (f"seed: {2**63 - 1}\n", "recipe.yaml: seed: .*less than or equal to"),
     ],
-    ids=["typo", "type", "list", "syntax", "range"],
+    ids=["typo", "type", "list", "syntax", "range", "twice", "two-spellings", "infinite", "seed"],
 )
 def test_bad_recipes_are_one_clear_error(tmp_path, text, message):
     recipe = tmp_path / "recipe.yaml"

@@ -2,20 +2,19 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
-import signal
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stages import an_owner
 
 from gift.errors import InputError
 from gift.files import hash_file, replacing, sealed_files
-from gift.lock import lock_path, owned
-from gift.publish import LIST_FILE, check_published, output_folder
+from gift.lock import lock_path
+from gift.publish import LIST_FILE, check_published, output_folder, replaced_path
 
 
 def publish(output: Path, text: str = "text", **options: Any) -> None:
@@ -23,33 +22,12 @@ def publish(output: Path, text: str = "text", **options: Any) -> None:
         (made.begin() / "file").write_text(text)
 
 
-def _own_for_ever(output: Path, ready: Any) -> None:
-    with owned(output):
-        ready.set()
-        signal.pause()
-
-
-def start_owner(output: Path) -> Any:
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    owner = context.Process(target=_own_for_ever, args=(output, ready))
-    owner.start()
-    assert ready.wait(30)
-    return owner
-
-
 def test_a_second_run_is_told_who_owns_the_folder_and_takes_over_when_that_one_is_dead(tmp_path):
     output = tmp_path / "out"
-    owner = start_owner(output)
-    try:
-        told = (
-            rf"out is being written by process {owner.pid} on {socket.gethostname()} since \d{{4}}"
-        )
+    with an_owner(output) as process:
+        told = rf"out is being written by process {process} on {socket.gethostname()} since \d{{4}}"
         with pytest.raises(InputError, match=told):
             publish(output)
-    finally:
-        owner.kill()
-        owner.join()
     assert lock_path(output).exists()
     publish(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -161,3 +139,34 @@ def test_a_folder_of_another_under_a_name_of_ours_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="out.replaced: is in the way"):
         publish(tmp_path / "out")
     assert mine.read_text() == "keep"
+
+
+def test_all_that_is_published_is_synced_before_it_counts(tmp_path, monkeypatch):
+    synced = set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    mkdir = Path.mkdir
+
+    def commit(path: Path, *values: Any, **options: Any) -> None:
+        if path == replaced_path(tmp_path / "out"):
+            made = tmp_path / "out.partial"
+            published = [
+                path for path in made.rglob("*") if made / "work" not in (path, *path.parents)
+            ]
+            assert {path.name for path in published} == {"file", "folder", "inner", LIST_FILE}
+            assert {path.stat().st_ino for path in (made, *published)} <= synced
+            synced.clear()
+        mkdir(path, *values, **options)
+
+    monkeypatch.setattr(Path, "mkdir", commit)
+    with output_folder(tmp_path / "out") as output:
+        folder = output.begin()
+        (folder / "file").write_text("x")
+        (folder / "folder").mkdir()
+        (folder / "folder" / "inner").write_text("y")
+    assert (tmp_path).stat().st_ino in synced

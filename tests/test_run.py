@@ -166,6 +166,26 @@ def test_a_folder_that_is_no_run_is_refused(folder, tmp_path):
         run(config(folder, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options", "name"),
+    [
+        ("llama", {}, "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen2", {"hidden_size": 64}, "model.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_a_base_of_another_shape_is_refused_first(folder, tmp_path, architecture, options, name):
+    other = tiny.make_model(tmp_path / "other", architecture, **options)
+    with pytest.raises(InputError, match=f"--base: .* is not the model that .*{name}"):
+        run(config(folder, tmp_path / "out", base=str(other)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_another_merge_method_are_refused_first(folder, tmp_path):
+    with pytest.raises(InputError, match="--trim-keep: --method lora does not read it"):
+        run(config(folder, tmp_path / "out", trim_keep=50))
+    assert not (tmp_path / "out").exists()
+
+
 def test_uniform_weighting_needs_no_annotation(folder, tmp_path):
     run(config(folder, tmp_path / "out", weighting="uniform", eval_data=None))
     assert not (tmp_path / "out" / "confidence").exists()

@@ -144,6 +144,49 @@ def test_tool_calls_are_targets_and_tool_results_are_not():
     assert target_texts(template.replace(HEAD, ""), turns, TOOLS)[0].startswith("<tool_call>")
 
 
+def test_an_empty_think_block_before_a_call_is_no_target():
+    turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    assert target_texts(QWEN3, turns, TOOLS) == [
+        '<tool_call>\n{"name": "add", "arguments": {"x": "two"}}\n</tool_call><|im_end|>'
+    ]
+
+
+def test_a_calls_name_in_the_header_of_its_result_is_no_target():
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "Five."},
+    ]
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}{{ messages["
+        "loop.index0 - 1].tool_calls[0].function.name }} to assistant\n{{ m.content }}"
+        "{% else %}{{ m.role }}\n{% for t in m.tool_calls or [] %}to {{ t.function.name }} "
+        "{{ t.function.arguments | tojson }}{% endfor %}{{ m.content or '' }}{% endif %}"
+        "<|im_end|>\n{% endfor %}" + HEAD
+    )
+    assert target_texts(template, turns, TOOLS) == [
+        'to add {"x": "two"}<|im_end|>',
+        "Five.<|im_end|>",
+    ]
+
+
+def test_the_end_that_only_earlier_turns_have_is_no_target_and_stays_one_token():
+    # Harmony ends the last turn with its end of sequence, earlier ones with another token.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<|im_end|>' if loop.last or m.role == 'user' else '<|endoftext|>' }}"
+        "{% endfor %}" + HEAD
+    )
+    tokenizer = tiny.make_tokenizer(template)
+    data = encode([Conversation(TURNS)], tokenizer, max_length=512)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert data.kept[0].input_ids.tolist() == tokenizer(text)["input_ids"]
+    assert target_texts(template, TURNS) == ["a", " Thirteen.\n<|im_end|>"]
+    assert any("ends an earlier turn otherwise" in note for note in data.notes)
+
+
 @pytest.mark.parametrize(
     ("template", "turns", "tools", "message"),
     [

@@ -307,10 +307,11 @@ def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, cha
         ({"confidence": None}, "--weighting guide needs the folder"),
         ({"confidence": None, "weighting": "uniform"}, "--tokenizer: without --confidence"),
         ({"weighting": "self", "end_weight": 1.0}, "--end-weight: not available"),
+        ({"weighting": "uniform", "confidence_floor": 0.5}, "--confidence-floor: .*uniform"),
         ({"lora_targets": "nothing_proj"}, "--lora-targets: .*nothing_proj"),
         ({"confidence": Path("/no/store")}, "is no confidence store"),
     ],
-    ids=["no-store", "no-tokenizer", "self-end", "targets", "missing-store"],
+    ids=["no-store", "no-tokenizer", "self-end", "uniform-floor", "targets", "missing-store"],
 )
 def test_impossible_options_are_one_clear_error(folder, tmp_path, options, message):
     with pytest.raises(InputError, match=message):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gift.config.options import DeviceOptions, OutputOptions, RowOptions
+from gift.config.options import LARGEST_SEED, DeviceOptions, OutputOptions, RowOptions
 
 
 class EvaluateOptions(RowOptions):
@@ -45,7 +45,7 @@ class EvaluateOptions(RowOptions):
     max_new_tokens: int = Field(
         default=2048, ge=1, description="Longest reply in tokens (the GIFT paper allows 4096)."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the sampling.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
     batch_size: int = Field(
         default=32, ge=1, description="Replies generated at a time; changes speed and memory only."
     )

@@ -1,11 +1,19 @@
 """Options of `gift merge` and of the tools around it: `diff`, `unmerge`, `merge-statistics`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.config.options import (
+    LARGEST_SEED,
+    DataOptions,
+    DeviceOptions,
+    Options,
+    OutputOptions,
+    replaces_no_input,
+)
 from gift.errors import InputError
 from gift.merge.methods import METHODS
 
@@ -40,7 +48,9 @@ class MergeOptions(Options):
     drop_rate: float = _setting(
         "Probability with which an entry is dropped", "drop_rate", default=0.9, ge=0, lt=1
     )
-    dare_seed: int = _setting("Seed of the entries that are dropped", "dare_seed", default=0, ge=0)
+    dare_seed: int = _setting(
+        "Seed of the entries that are dropped", "dare_seed", default=0, ge=0, le=LARGEST_SEED
+    )
     energy_share: float = _setting(
         "Share of the squared singular values that the low-rank part holds",
         "energy_share",
@@ -60,6 +70,16 @@ class MergeOptions(Options):
         default=False,
         description="Keep what an exact gift unmerge needs (some 10 to 40 % of the weights).",
     )
+
+    def refuse_unread_settings(self) -> None:
+        """InputError for a setting of another method that is not at its default."""
+        for name in sorted({key for method in METHODS.values() for key in method.settings}):
+            is_default = getattr(self, name) == MergeOptions.model_fields[name].default
+            if not is_default and name not in METHODS[self.method].settings:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: --method {self.method} does not read it; leave "
+                    "it out"
+                )
 
 
 class MergeConfig(MergeOptions, OutputOptions):
@@ -103,6 +123,8 @@ class MergeConfig(MergeOptions, OutputOptions):
             numbers = [float(item) for item in self.scale]
         except ValueError as error:
             raise InputError(f"--scale: {error}; give one number per --adapter") from None
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"--scale: {', '.join(self.scale)}: expected finite numbers")
         if len(numbers) != len(self.adapter):
             raise InputError(
                 f"--scale: {len(numbers)} values for {len(self.adapter)} adapters; give one each"
@@ -129,8 +151,10 @@ class DiffConfig(Options):
         ge=1,
         description="Largest side on which ranks are computed exactly; 0 < sketch.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the sketches.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sketches.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
+
+    _replaces_no_input = model_validator(mode="after")(replaces_no_input)
 
 
 class UnmergeConfig(OutputOptions):

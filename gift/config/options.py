@@ -5,17 +5,45 @@ its YAML recipe and the settings written into its manifest.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gift.errors import InputError
 
+AnyOptions = TypeVar("AnyOptions", bound=BaseModel)
+# Stages make seeds of 64 bits from it, an epoch's or a rank's.
+LARGEST_SEED = 2**32 - 1
+
 
 class Options(BaseModel):
-    """A command's options: immutable, and unknown keys are errors."""
+    """A command's options: immutable; unknown keys, infinity and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def replaces_no_input(options: AnyOptions) -> AnyOptions:
+    """InputError where `output` is no folder's name, or `overwrite` would remove an input."""
+    values: dict[str, Any] = dict(options)
+    output: Path | None = values.pop("output")
+    if output is None:
+        return options
+    if output.name in ("", ".."):
+        raise InputError(f"--output: {output} is no name for a new folder; add one")
+    if not values["overwrite"] or not output.exists():
+        return options
+    place = output.resolve()
+    for key, value in sorted(values.items()):
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str | Path) or not Path(name).exists():
+                continue
+            source = Path(name).resolve()
+            if source == place or place in source.parents:
+                raise InputError(
+                    f"--output: {output} is or holds --{key.replace('_', '-')} {name}, "
+                    "which --overwrite would remove; choose another folder"
+                )
+    return options
 
 
 class OutputOptions(Options):
@@ -24,26 +52,7 @@ class OutputOptions(Options):
     output: Path = Field(description="Folder to write; it appears only when it is complete.")
     overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
 
-    @model_validator(mode="after")
-    def _replaces_no_input(self) -> "OutputOptions":
-        """InputError for no folder's name, and where `overwrite` would remove another option's."""
-        if self.output.name in ("", ".."):
-            raise InputError(f"--output: {self.output} is no name for a new folder; add one")
-        if not self.overwrite or not self.output.exists():
-            return self
-        place = self.output.resolve()
-        for key in sorted(set(type(self).model_fields) - {"output"}):
-            value = getattr(self, key)
-            for name in value if isinstance(value, list) else [value]:
-                if not isinstance(name, str | Path) or not Path(name).exists():
-                    continue
-                source = Path(name).resolve()
-                if source == place or place in source.parents:
-                    raise InputError(
-                        f"--output: {self.output} is or holds --{key.replace('_', '-')} {name}, "
-                        "which --overwrite would remove; choose another folder"
-                    )
-        return self
+    _replaces_no_input = model_validator(mode="after")(replaces_no_input)
 
 
 class DeviceOptions(Options):

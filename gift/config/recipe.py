@@ -1,5 +1,6 @@
 """A command's options from a YAML recipe and flags."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,6 @@ def build_config(
     `flags` holds only what the user gave.
     """
     values = _read_recipe(recipe) if recipe is not None else {}
-    values = {key.replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(values) - set(model.model_fields))
     if unknown:
         known = ", ".join(sorted(model.model_fields))
@@ -32,16 +32,25 @@ def build_config(
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
+    """The recipe's values by their options' names; InputError where one is there twice."""
     try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        text = recipe.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        # A mapping keeps the last of equal keys; the document's nodes have them all.
+        document = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise InputError(f"--config: {recipe}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"--config: {recipe}: is a folder; give the recipe's file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise InputError(f"--config: {recipe}: not valid YAML ({detail})") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"--config: {recipe}: expected a mapping of option names to values")
-    return content
+    names = Counter(key.value.replace("-", "_") for key, _ in document.value)  # pyright: ignore
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"--config: {recipe}: {', '.join(twice)} is there twice; keep one")
+    return {key.replace("-", "_"): value for key, value in content.items()}
 
 
 def _sentence(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:

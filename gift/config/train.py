@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Options, OutputOptions
 
 
 class TrainOptions(Options):
@@ -60,7 +60,12 @@ class TrainOptions(Options):
         "of the blocks.",
     )
     rslora: bool = Field(default=False, description="Scale the update by alpha/sqrt(r) instead.")
-    seed: int = Field(default=0, ge=0, description="Seed of initialisation, row order and dropout.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=LARGEST_SEED,
+        description="Seed of initialisation, row order and dropout.",
+    )
     gradient_checkpointing: bool | None = Field(
         default=None, description="Recompute activations in the backward; default on CUDA only."
     )

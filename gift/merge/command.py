@@ -129,6 +129,7 @@ def _check_options(config: MergeConfig, method: Method) -> None:
         )
     if config.statistics and not method.statistics:
         raise InputError(f"--statistics: --method {method.name} uses none; leave it out")
+    config.refuse_unread_settings()
     if config.save_residual and config.dtype != "keep":
         raise InputError("--save-residual: needs --dtype keep; another dtype loses the bits")
 

@@ -25,10 +25,12 @@ from gift import figures
 from gift.config import DiffConfig
 from gift.console import console, print_table, progress
 from gift.errors import InputError
-from gift.files import write_json
+from gift.files import read_json, write_json
 from gift.merge.adapter import read_adapter
 from gift.merge.command import adapter_folder
 from gift.merge.match import Change, Names, land_adapters
+from gift.merge.output import CONFIG_FILE
+from gift.merge.plan import check_whole, refuse_quantised
 from gift.merge.transforms import BLOCK_BYTES, FactorReader
 from gift.models import pick_device, resolve_model
 from gift.publish import output_folder
@@ -54,7 +56,7 @@ class TensorDiff:
 def diff(config: DiffConfig) -> dict[str, Any]:
     """Compares two models tensor by tensor; returns the report it prints and writes.
 
-    InputError: models whose tensors differ in names or shapes.
+    InputError: models that are quantised or not whole, or whose tensors differ in names or shapes.
     """
     if config.output is None:
         return _report(config)[0]
@@ -70,7 +72,7 @@ def _report(config: DiffConfig) -> tuple[dict[str, Any], list[TensorDiff]]:
     """Compares and prints."""
     model_a = open_checkpoint(resolve_model(config.model_a))
     model_b = open_checkpoint(resolve_model(config.model_b))
-    pairs = _pairs(config, model_a, model_b)
+    pairs, notes = _pairs(config, model_a, model_b)
     changes: dict[str, list[Change]] = {}
     if config.adapter:
         landing = land_adapters(model_a, [read_adapter(adapter_folder(config.adapter))], [1.0])
@@ -92,7 +94,7 @@ def _report(config: DiffConfig) -> tuple[dict[str, Any], list[TensorDiff]]:
         "adapter": config.adapter,
         "tensors": [asdict(tensor) for tensor in tensors],
         "changed_tensors": sum(tensor.relative_change > 0 for tensor in tensors),
-        "notes": _notes(config, pairs, tensors),
+        "notes": [*notes, *_notes(config, pairs, tensors)],
     }
     _print(report, tensors)
     return report, tensors
@@ -100,9 +102,15 @@ def _report(config: DiffConfig) -> tuple[dict[str, Any], list[TensorDiff]]:
 
 def _pairs(
     config: DiffConfig, model_a: Checkpoint, model_b: Checkpoint
-) -> list[tuple[TensorEntry, TensorEntry]]:
+) -> tuple[list[tuple[TensorEntry, TensorEntry]], list[str]]:
+    """The tensors to compare, and notes."""
+    problems, notes, pairs = [], [], []
+    for model in (model_a, model_b):
+        refuse_quantised(model.folder, read_json(model.folder / CONFIG_FILE))
+        lacking, unsure = check_whole(model)
+        problems += lacking
+        notes += unsure
     names = Names(model_b)
-    problems, pairs = [], []
     for name, entry in model_a.tensors.items():
         other = names.find(name)
         if other is None:
@@ -114,7 +122,7 @@ def _pairs(
     if problems or not pairs:
         listed = "\n- ".join(problems or ["no floating-point tensor"])
         raise InputError(f"the models cannot be compared:\n- {listed}")
-    return pairs
+    return pairs, notes
 
 
 def _notes(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from gift.errors import InputError
@@ -67,14 +68,7 @@ def plan_merge(
     with tied embeddings gets a head of its own where an adapter changes one side of the tie.
     `allow_dora` is false for methods that add task vectors.
     """
-    if not isinstance(config, Mapping):
-        raise InputError(f"{checkpoint.folder / 'config.json'}: expected an object of settings")
-    method = quantisation(config)
-    if method is not None:
-        raise InputError(
-            f"{checkpoint.folder}: is quantised with {method}; a quantised weight cannot be merged "
-            "into: use the model's bf16 or float16 version"
-        )
+    refuse_quantised(checkpoint.folder, config)
     adapters = [settle_copies(adapter, checkpoint, base) for adapter in adapters]
     embedding = tied_embedding(config, checkpoint)
     head = None
@@ -90,12 +84,9 @@ def plan_merge(
         untied = head.name
         if not untie:
             landing.problems.append(_tie_problem(embedding, head, touched))
-    names = Names(checkpoint)
-    landing.problems += [
-        f"the model lacks {name}, or has it in another shape than its config.json says"
-        for name in missing_tensors(checkpoint.folder)
-        if names.find(name) is None or name in checkpoint.tensors
-    ]
+    problems, notes = check_whole(checkpoint)
+    landing.problems += problems
+    landing.notes += notes
     if base is not None:
         landing.problems += check_base(checkpoint, base)
     landing.problems += _dora_problems(adapters, coefficients, landing, allow_dora)
@@ -117,6 +108,34 @@ def plan_merge(
         for name, entry in entries.items()
     }
     return MergePlan(checkpoint, tuple(adapters), tensors, tuple(landing.notes), untied)
+
+
+def refuse_quantised(folder: Path, config: Any) -> None:
+    """InputError where a model's config.json names a quantisation, or is no object."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"{folder / 'config.json'}: expected an object of settings")
+    method = quantisation(config)
+    if method is not None:
+        raise InputError(
+            f"{folder}: is quantised with {method}, and only plain weights can be merged, unmerged "
+            "or compared: use the model's bf16 or float16 version"
+        )
+
+
+def check_whole(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """What a model lacks, and notes: whether it is whole cannot always be told."""
+    missing = missing_tensors(checkpoint.folder)
+    if missing is None:
+        return [], [
+            f"whether {checkpoint.folder} is whole was not checked: Transformers cannot make a "
+            "model from its config.json"
+        ]
+    names = Names(checkpoint)
+    return [
+        f"{checkpoint.folder} lacks {name}, or has it in another shape than its config.json says"
+        for name in missing
+        if names.find(name) is None or name in checkpoint.tensors
+    ], []
 
 
 def _stays_tied(landing: Landing, embedding: TensorEntry, head: TensorEntry) -> bool:

@@ -12,13 +12,13 @@ from typing import Any
 from gift.config import MergeOptions, UnmergeConfig
 from gift.console import print_summary
 from gift.errors import InputError
-from gift.files import read_json, write_json
+from gift.files import read_json, read_record, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import Adapter, read_adapter
 from gift.merge.build import Statistics, build_shards
 from gift.merge.command import adapter_folder
 from gift.merge.methods import METHODS
-from gift.merge.plan import plan_merge
+from gift.merge.plan import check_whole, plan_merge, refuse_quantised
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
 from gift.merge.transforms import Recipe
@@ -26,6 +26,7 @@ from gift.models import pick_device, resolve_model, versions
 from gift.publish import Output, check_published, output_folder
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
 
+MANIFEST_KEYS = ("fingerprint", "added_head", "adapters", "method", "settings", "base", "dtype")
 RESULT_FILE = "gift_unmerge.json"
 EXACT = "exact: every changed tensor has its original bits"
 ROUNDED = (
@@ -51,8 +52,12 @@ def _unmerge(config: UnmergeConfig, output: Output) -> dict[str, Any]:
     if not (folder / MANIFEST_FILE).exists():
         raise InputError(f"--model: {folder} has no {MANIFEST_FILE}; gift merge did not write it")
     check_published(folder)
-    manifest = read_json(folder / MANIFEST_FILE)
+    manifest = read_record(folder / MANIFEST_FILE, MANIFEST_KEYS)
     checkpoint = open_checkpoint(folder)
+    refuse_quantised(folder, read_json(folder / merge_output.CONFIG_FILE))
+    problems, _ = check_whole(checkpoint)
+    if problems:
+        raise InputError("--model: " + "; ".join(problems))
     residual = folder / RESIDUAL_FOLDER
     exact = residual.is_dir()
     if exact:

@@ -268,11 +268,14 @@ def test_an_adapter_as_the_model_is_an_error(tmp_path: Path) -> None:
     [
         ({"scale": ["1", "2"]}, "--scale: 2 values for 1 adapters"),
         ({"scale": ["big"]}, "--scale: could not convert"),
+        ({"scale": ["nan"]}, "--scale: nan: expected finite numbers"),
         ({"method": "re-adapt"}, "--base: --method re-adapt needs the base model"),
         ({"method": "fisher"}, "--statistics: --method fisher needs 2 folders"),
         ({"statistics": ["x"]}, "--statistics: --method lora uses none"),
         ({"save_residual": True, "dtype": "float16"}, "--save-residual: needs --dtype keep"),
+        ({"task_weight": 0.5}, "--task-weight: --method lora does not read it"),
         ({"device": "warp"}, "--device: 'warp' is no device"),
+        ({"device": "meta"}, "--device: meta cannot be used here"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -343,3 +346,11 @@ def test_a_disk_that_returns_other_bytes_is_found(
     with pytest.raises(OSError, match="read back otherwise than written"):
         run_merge(tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_note_says_where_it_is_unknown_whether_the_model_is_whole(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of tomorrow"}))
+    notes = json.loads((run_merge(tmp_path) / "gift_merge.json").read_text())["notes"]
+    assert any("is whole was not checked" in note for note in notes), notes

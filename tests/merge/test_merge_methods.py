@@ -20,6 +20,7 @@ from gift.merge.method import Rows
 from gift.merge.methods import METHODS, dare, fisher, lore_adapt, regmean, ties
 from gift.merge.statistics import merge_statistics
 from gift.models import load_causal_lm, load_tokenizer
+from gift.publish import LIST_FILE
 
 FLOAT64 = torch.float64
 
@@ -210,15 +211,14 @@ def test_a_merged_model_is_the_dense_computation(
     method: str, has_base: bool, tmp_path: Path
 ) -> None:
     save_three(tmp_path)
+    settings = {"task_weight": 0.8, "instruct_weight": 0.6, "trim_keep": 30}
     merged = run_merge(
         tmp_path,
         method=method,
         adapter=[str(tmp_path / f"adapter{number}") for number in (1, 2)],
         scale=["1", "0.5"],
         base=str(tmp_path / "base") if has_base else None,
-        task_weight=0.8,
-        instruct_weight=0.6,
-        trim_keep=30,
+        **{name: settings[name] for name in settings if name in METHODS[method].settings},
     )
     base, instruct, found = (tensors(tmp_path / name) for name in ("base", "model", "merged"))
     for name, tensor in instruct.items():
@@ -389,5 +389,6 @@ def test_statistics_of_another_kind_or_another_model_are_refused(task_models: Pa
     stored = load_file(path)
     stored.pop("model.norm.weight")
     save_file(stored, path)
+    (path.parent / LIST_FILE).unlink()  # the change is meant
     with pytest.raises(InputError, match=r"no fitting Fisher diagonal for model.norm.weight"):
         run_merge(task_models, statistics=right, **options)

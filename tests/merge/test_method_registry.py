@@ -7,7 +7,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from benchmarks import readme
 from gift.config import MergeOptions, StatisticsConfig
 from gift.merge import methods
 from gift.merge.method import Rows
@@ -65,9 +64,3 @@ def test_one_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.keys() == METHODS.keys() | {"half-way"}
     rows = Rows(torch.tensor([[3.0]]), torch.tensor([[1.0]]), [torch.tensor([[4.0]])])
     assert found["half-way"].merge(rows, MergeOptions()).item() == (3 + 1 + (3 - 1) + 4) / 2
-
-
-def test_the_methods_of_the_readme_are_the_registrys() -> None:
-    assert readme.merge_methods() in readme.README.read_text(encoding="utf-8"), (
-        "run python -m benchmarks readme"
-    )
