@@ -109,7 +109,8 @@ def _logit_tile(side, first_n, first_c, TILES: tl.constexpr, TMA: tl.constexpr):
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     first_v = side.first_v + first_c
-    D = side.size.D
+    # Read before the loop: inside it Triton 3.6 loses those that are constants.
+    D, stride_v, stride_d = side.size.D, side.size.stride_head_v, side.size.stride_head_d
     if TMA:
         for first_d in range(0, D, BLOCK_D):
             h = side.hidden.load([first_n, first_d])
@@ -120,8 +121,8 @@ def _logit_tile(side, first_n, first_c, TILES: tl.constexpr, TMA: tl.constexpr):
         offs_v = first_v + tl.arange(0, BLOCK_V)
         offs_d = tl.arange(0, BLOCK_D)
         h_ptrs = side.hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-        w_ptrs = side.head + offs_v.to(tl.int64)[None, :] * side.size.stride_head_v
-        w_ptrs += offs_d.to(tl.int64)[:, None] * side.size.stride_head_d
+        w_ptrs = side.head + offs_v.to(tl.int64)[None, :] * stride_v
+        w_ptrs += offs_d.to(tl.int64)[:, None] * stride_d
         mask_v = (offs_v < side.first_v + side.C)[None, :]
         for first_d in range(0, D, BLOCK_D):
             mask_d = offs_d < D - first_d
@@ -129,7 +130,7 @@ def _logit_tile(side, first_n, first_c, TILES: tl.constexpr, TMA: tl.constexpr):
             w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_v, other=0.0)
             acc = tl.dot(h, w, acc, input_precision="ieee")
             h_ptrs += BLOCK_D
-            w_ptrs += tl.cast(BLOCK_D, tl.int64) * side.size.stride_head_d
+            w_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_d
     return acc
 
 

@@ -141,7 +141,7 @@ def _merge_kernel(
     partial_ptr,  # [2 or 3, most_slices, rows]
     state_ptr,  # [4, N] from this chunk's first row on: ref, S, S2, M
     exp_ptr,  # [rows, most_slices * WIDTH]
-    dh_ptr,  # [N, D]
+    dh_ptr,  # [N, D], or None: nothing has been added to it yet
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
     first_row,
@@ -155,7 +155,6 @@ def _merge_kernel(
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
-    HAS_DH: tl.constexpr,
     MARGIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -219,7 +218,7 @@ def _merge_kernel(
                 e = tl.load(exp_ptrs + t * WIDTH, mask=changed[:, None], other=0.0)
                 e = (e.to(tl.float32) * power[:, None]).to(exp_ptr.dtype.element_ty)
                 tl.store(exp_ptrs + t * WIDTH, e, mask=changed[:, None])
-    if HAS_DH:
+    if dh_ptr is not None:
         factor = tl.exp2((ref - new_ref) * bits)
         changed = mask_n & (factor != 1.0)
         stale = tl.max(changed.to(tl.int32), 0)
