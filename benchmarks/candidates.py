@@ -20,14 +20,12 @@ from gift_kernels.linear_ce.triton.tiles import (
     PRODUCT_TILES,
     tiles_for,
 )
-from gift_kernels.linear_ce.types import Head
-
-Change = Callable[[Plan], Plan]
+from gift_kernels.linear_ce.types import LinearInputs
 
 
 def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     """Plans that differ from the default in one thing each, the default first."""
-    head = Head(inputs.hidden, inputs.weight, None, 1.0, case.shape.softcap)
+    head = LinearInputs(inputs.hidden, inputs.weight, None, 1.0, case.shape.softcap)
     default = default_plan(head)
     changes: dict[str, dict[str, Any]] = {"default": {}}
     tables = {"logit_tiles": (LOGIT_TILES, NARROW_LOGIT_TILES), "product_tiles": (PRODUCT_TILES,)}

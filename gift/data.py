@@ -59,7 +59,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostRow:
     """A row that was dropped or truncated, and why."""
 
     row: int
@@ -75,7 +75,7 @@ class EncodedData:
     """
 
     examples: tuple[Example | None, ...]
-    losses: tuple[Loss, ...]
+    lost: tuple[LostRow, ...]
     notes: tuple[str, ...]
     context: int | None = None
 
@@ -84,7 +84,7 @@ class EncodedData:
         return [example for example in self.examples if example is not None]
 
     def manifest(self) -> dict[str, Any]:
-        """Counts, length statistics and every loss, for the stage's manifest."""
+        """Counts, length statistics and every lost row, for the stage's manifest."""
         return {
             "rows": len(self.examples),
             "context": self.context,
@@ -93,7 +93,7 @@ class EncodedData:
             "target_tokens": sum(example.targets for example in self.kept),
             "length": _length_statistics([len(example.input_ids) for example in self.kept]),
             "target_length": _length_statistics([example.targets for example in self.kept]),
-            "lost": [vars(loss) for loss in self.losses],
+            "lost": [vars(lost_row) for lost_row in self.lost],
             "notes": list(self.notes),
             "row_digests": [example.digest if example else "" for example in self.examples],
         }
@@ -125,7 +125,7 @@ def encode(
             is empty, which would teach an empty reply; or see the rules at the top of this file.
     """
     examples: list[Example | None] = []
-    losses: list[Loss] = []
+    lost: list[LostRow] = []
     notes: Counter[str] = Counter()
     special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for row, conversation in enumerate(conversations):
@@ -136,7 +136,7 @@ def encode(
         ]
         if all(is_empty for _, is_empty in replies):
             examples.append(None)
-            losses.append(Loss(row, "dropped", "no assistant text"))
+            lost.append(LostRow(row, "dropped", "no assistant text"))
             continue
         for number, is_empty in replies:
             if is_empty:
@@ -149,12 +149,12 @@ def encode(
         notes.update(set(rendering.notes))
         if int(example.input_ids[np.flatnonzero(example.is_target)[-1]]) not in special_ids:
             notes["no end-of-turn token is rendered: a model may not learn to stop"] += 1
-        example, loss = _fit_length(example, max_length, context, overlong)
+        example, lost_row = _fit_length(example, max_length, context, overlong)
         examples.append(example)
-        losses += [loss] if loss else []
-    _refuse_losses(losses, len(conversations), max_dropped)
+        lost += [lost_row] if lost_row else []
+    _refuse_lost(lost, len(conversations), max_dropped)
     texts = tuple(f"{note} ({rows} rows)" for note, rows in notes.most_common())
-    return EncodedData(tuple(examples), tuple(losses), texts, context)
+    return EncodedData(tuple(examples), tuple(lost), texts, context)
 
 
 def encode_file(
@@ -189,7 +189,7 @@ def encode_file(
 
 def data_summary(data: EncodedData) -> dict[str, Any]:
     """Counts of rows and tokens for the summary table."""
-    actions = [loss.action for loss in data.losses]
+    actions = [lost_row.action for lost_row in data.lost]
     return {
         "rows": len(data.examples),
         "rows_dropped": actions.count("dropped"),
@@ -249,7 +249,7 @@ def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
 
 def _fit_length(
     example: Example, max_length: int, context: int | None, overlong: str
-) -> tuple[Example | None, Loss | None]:
+) -> tuple[Example | None, LostRow | None]:
     """Cuts or drops an example to fit both limits; returns it (None if dropped) and the loss."""
     length = len(example.input_ids)
     limit, name = max_length, "--max-length"
@@ -259,25 +259,27 @@ def _fit_length(
         return example, None
     reason = f"{length} tokens, {name} is {limit}"
     if overlong == "drop":
-        return None, Loss(example.row, "dropped", reason)
+        return None, LostRow(example.row, "dropped", reason)
     cut = Example(example.row, example.input_ids[:limit], example.is_target[:limit])
     if cut.targets == 0:
-        return None, Loss(example.row, "dropped", f"no target in the first {limit} tokens")
-    return cut, Loss(example.row, "truncated", reason)
+        return None, LostRow(example.row, "dropped", f"no target in the first {limit} tokens")
+    return cut, LostRow(example.row, "truncated", reason)
 
 
 def _says_nothing(turn: Message) -> bool:
     return not (turn["content"] or "").strip() and "tool_calls" not in turn
 
 
-def _refuse_losses(losses: Sequence[Loss], rows: int, max_dropped: float) -> None:
-    if len(losses) == rows and all(loss.action == "dropped" for loss in losses):
-        raise InputError(f"--data: every row is dropped; the first: {losses[0].reason}")
-    if len(losses) <= max_dropped * rows:
+def _refuse_lost(lost: Sequence[LostRow], rows: int, max_dropped: float) -> None:
+    if len(lost) == rows and all(lost_row.action == "dropped" for lost_row in lost):
+        raise InputError(f"--data: every row is dropped; the first: {lost[0].reason}")
+    if len(lost) <= max_dropped * rows:
         return
-    shown = "; ".join(f"row {loss.row} {loss.action}: {loss.reason}" for loss in losses[:3])
+    shown = "; ".join(
+        f"row {lost_row.row} {lost_row.action}: {lost_row.reason}" for lost_row in lost[:3]
+    )
     raise InputError(
-        f"--data: {len(losses)} of {rows} rows are lost ({shown}{', …' if len(losses) > 3 else ''})"
+        f"--data: {len(lost)} of {rows} rows are lost ({shown}{', …' if len(lost) > 3 else ''})"
         f", more than --max-dropped {max_dropped:g} allows; raise --max-length (up to the "
         "model's context) or --max-dropped, or fix the rows"
     )

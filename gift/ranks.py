@@ -31,7 +31,7 @@ class Group:
         """Every `size`-th item; empty where there are fewer items than ranks."""
         return items[self.rank :: self.size]
 
-    def sum_(self, values: Tensor) -> None:
+    def all_reduce_(self, values: Tensor) -> None:
         """Sums over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)

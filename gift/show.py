@@ -11,10 +11,10 @@ from gift.data import EncodedData, Example
 
 def show_rows(data: EncodedData, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prints each row's text with its targets in brackets `[[...]]`, bold where there is colour."""
-    losses = {loss.row: loss for loss in data.losses}
+    lost_rows = {lost_row.row: lost_row for lost_row in data.lost}
     for row, example in enumerate(data.examples):
-        loss = losses.get(row)
-        lost = f"{loss.action}: {loss.reason}" if loss else ""
+        lost_row = lost_rows.get(row)
+        lost = f"{lost_row.action}: {lost_row.reason}" if lost_row else ""
         counts = f"{len(example.input_ids)} tokens, {example.targets} targets" if example else ""
         title = f"row {row}: {', '.join(filter(None, (counts, lost)))}; targets in [[ ]]"
         console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)

@@ -173,11 +173,11 @@ def _fit(
             started = time.perf_counter()
             batch = _global_batch(config, rows, step, steps_per_epoch)
             sums = accumulate_gradients(config, model, group.share(batch))
-            group.sum_(sums)
+            group.all_reduce_(sums)
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                group.sum_(parameter.grad)
+                group.all_reduce_(parameter.grad)
             totals = dict(zip(SUMS, sums.tolist(), strict=False))
             counted = totals["counted"] or 1.0
             divisor = totals["tokens" if config.normalization == "tokens" else "weight"]

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from gift_kernels.implementation import Impl, constant_under_compile
 from gift_kernels.linear_ce.types import (
     Guide,
-    Head,
+    LinearInputs,
     Reduction,
     Statistic,
     VocabParallel,
@@ -134,7 +134,7 @@ def linear_inputs(
     logit_softcap: object,
     *,
     sliced: bool,
-) -> Head:
+) -> LinearInputs:
     """One model's side: hidden [*B, D], head [V, D], bias [V], cast as torch.autocast would.
 
     A head without rows is an error here, unless it is a slice of a sharded head: for slices
@@ -162,7 +162,7 @@ def linear_inputs(
     scale = number(f"{prefix}logit_scale", logit_scale, "positive number")
     cap = f"{prefix}logit_softcap"
     softcap = number(cap, logit_softcap, "positive number") if logit_softcap is not None else None
-    return Head(h, w, b, scale, softcap)
+    return LinearInputs(h, w, b, scale, softcap)
 
 
 def target(value: object, hidden: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def target(value: object, hidden: Tensor) -> Tensor:
     return found
 
 
-def guide_inputs(guide: object, hidden: Tensor, *, sliced: bool) -> tuple[Head, float]:
+def guide_inputs(guide: object, hidden: Tensor, *, sliced: bool) -> tuple[LinearInputs, float]:
     """The guide's side, detached, and its temperature."""
     if not isinstance(guide, Guide):
         raise TypeError(f"guide: expected a Guide, got {_kind(guide)}")
@@ -275,7 +275,10 @@ def options(
 
 
 def one_device(
-    head: Head, target: Tensor, guide: Head | None = None, token_weight: Tensor | None = None
+    head: LinearInputs,
+    target: Tensor,
+    guide: LinearInputs | None = None,
+    token_weight: Tensor | None = None,
 ) -> None:
     """Raises ValueError naming the tensor that is on another device than most of the others."""
     named: dict[str, Tensor | None] = {

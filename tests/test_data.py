@@ -136,10 +136,10 @@ def test_lost_rows_are_listed_with_their_reason():
     tokenizer = tiny.make_tokenizer()
     dropped = encode(rows, tokenizer, max_length=100, max_dropped=1.0)
     assert [example is None for example in dropped.examples] == [False, True, True]
-    assert [(loss.row, loss.action) for loss in dropped.losses] == [(1, "dropped"), (2, "dropped")]
-    assert "--max-length is 100" in dropped.losses[0].reason
+    assert [(one.row, one.action) for one in dropped.lost] == [(1, "dropped"), (2, "dropped")]
+    assert "--max-length is 100" in dropped.lost[0].reason
     cut = encode(rows, tokenizer, max_length=100, max_dropped=1.0, overlong="truncate")
-    assert len(cut.kept[1].input_ids) == 100 and cut.losses[0].action == "truncated"
+    assert len(cut.kept[1].input_ids) == 100 and cut.lost[0].action == "truncated"
     with pytest.raises(InputError, match="2 of 3 rows are lost .* --max-dropped 0.5"):
         encode(rows, tokenizer, max_length=100, max_dropped=0.5)
     with pytest.raises(InputError, match="every row is dropped"):

@@ -313,8 +313,8 @@ def test_system_and_tools_of_a_row_reach_the_template(tmp_path):
 def test_rows_longer_than_the_context_are_lost_like_overlong_rows():
     rows = [Conversation(TURNS), Conversation([TURNS[0], {**TURNS[1], "content": "x" * 200}])]
     data = encode(rows, tiny.make_tokenizer(), max_length=512, context=100, max_dropped=0.5)
-    assert [(loss.row, loss.action) for loss in data.losses] == [(1, "dropped")]
-    assert "the model's context is 100" in data.losses[0].reason
+    assert [(one.row, one.action) for one in data.lost] == [(1, "dropped")]
+    assert "the model's context is 100" in data.lost[0].reason
     with pytest.raises(InputError, match="1 of 2 rows are lost .*context is 100"):
         encode(rows, tiny.make_tokenizer(), max_length=512, context=100)
 

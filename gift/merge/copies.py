@@ -35,7 +35,7 @@ def settle_copies(adapter: Adapter, model: Checkpoint, base: Checkpoint | None) 
         own = _stored(model, name)
         original = _stored(trained_on, name) if trained_on is not None else own
         if original is None or original.shape != entry.shape or same_values(entry, original):
-            copies[name] = entry  # `land_adapters` reports differing shapes
+            copies[name] = entry  # `match_adapters` reports differing shapes
         elif trained_on is not None:
             saved[name] = entry
         else:

@@ -28,7 +28,7 @@ from gift.errors import InputError
 from gift.files import read_json, write_json
 from gift.merge.adapter import read_adapter
 from gift.merge.command import adapter_folder
-from gift.merge.match import Change, Names, land_adapters
+from gift.merge.match import LoraDelta, Names, match_adapters
 from gift.merge.output import CONFIG_FILE
 from gift.merge.plan import check_whole, refuse_quantised
 from gift.merge.transforms import BLOCK_BYTES, FactorReader
@@ -73,12 +73,12 @@ def _report(config: DiffConfig) -> tuple[dict[str, Any], list[TensorDiff]]:
     model_a = open_checkpoint(resolve_model(config.model_a))
     model_b = open_checkpoint(resolve_model(config.model_b))
     pairs, notes = _pairs(config, model_a, model_b)
-    changes: dict[str, list[Change]] = {}
+    changes: dict[str, list[LoraDelta]] = {}
     if config.adapter:
-        landing = land_adapters(model_a, [read_adapter(adapter_folder(config.adapter))], [1.0])
-        if landing.problems:
-            raise InputError("--adapter: " + "\n- ".join(landing.problems))
-        changes = landing.changes
+        matched = match_adapters(model_a, [read_adapter(adapter_folder(config.adapter))], [1.0])
+        if matched.problems:
+            raise InputError("--adapter: " + "\n- ".join(matched.problems))
+        changes = matched.changes
     device = pick_device(config.device)
     reader = FactorReader(device)
     tensors = []
@@ -149,7 +149,7 @@ class _Blocks:
         self,
         before: TensorEntry,
         after: TensorEntry,
-        changes: Sequence[Change],
+        changes: Sequence[LoraDelta],
         reader: FactorReader,
         device: torch.device,
     ) -> None:

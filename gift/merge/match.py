@@ -26,7 +26,7 @@ EXPERT_PARTS = {
 
 
 @dataclass(frozen=True)
-class Change:
+class LoraDelta:
     """One adapter's additive change to one tensor: scale * B @ A, or its transpose.
 
     `a` is [E * R, K] and `b` [M, R * E] for a stack of E experts (E = 1 for a matrix). `expert`
@@ -60,10 +60,10 @@ class Saved:
 
 
 @dataclass
-class Landing:
-    """Which weights the adapters' tensors change; `land_adapters` fills it in."""
+class AdapterMatch:
+    """Which weights the adapters' tensors change; `match_adapters` fills it in."""
 
-    changes: dict[str, list[Change]] = field(default_factory=dict)
+    changes: dict[str, list[LoraDelta]] = field(default_factory=dict)
     saved: dict[str, list[Saved]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,34 +97,34 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def land_adapters(
+def match_adapters(
     checkpoint: Checkpoint,
     adapters: Sequence[Adapter],
     coefficients: Sequence[float],
     head: TensorEntry | None = None,
-) -> Landing:
+) -> AdapterMatch:
     """Maps every adapter tensor to the weight it changes; one without a match is a problem.
 
     `head` is the output head of tied embeddings, which has no tensor of its own.
     """
-    landing, names = Landing(), Names(checkpoint, [head] if head is not None else [])
+    matched, names = AdapterMatch(), Names(checkpoint, [head] if head is not None else [])
     for number, (adapter, coefficient) in enumerate(zip(adapters, coefficients, strict=True)):
         label = f"adapter {adapter.folder.name}: "
-        one = Landing(problems=[*adapter.problems])
-        _land_modules(one, names, adapter, number, coefficient)
-        _land_full_tensors(one, names, adapter, number, coefficient)
+        one = AdapterMatch(problems=[*adapter.problems])
+        _match_modules(one, names, adapter, number, coefficient)
+        _match_full_tensors(one, names, adapter, number, coefficient)
         _check_coverage(one, checkpoint, adapter)
-        landing.problems += [label + problem for problem in one.problems]
-        landing.notes += [label + note for note in one.notes]
+        matched.problems += [label + problem for problem in one.problems]
+        matched.notes += [label + note for note in one.notes]
         for name, changes in one.changes.items():
-            landing.changes.setdefault(name, []).extend(changes)
+            matched.changes.setdefault(name, []).extend(changes)
         for name, saved in one.saved.items():
-            landing.saved.setdefault(name, []).extend(saved)
-    return landing
+            matched.saved.setdefault(name, []).extend(saved)
+    return matched
 
 
-def _land_modules(
-    landing: Landing, names: Names, adapter: Adapter, number: int, coefficient: float
+def _match_modules(
+    matched: AdapterMatch, names: Names, adapter: Adapter, number: int, coefficient: float
 ) -> None:
     groups: dict[str, list[LoraModule]] = {}
     for module in adapter.modules:
@@ -135,41 +135,41 @@ def _land_modules(
         target = names.find(f"{path}.weight")
         module = modules[0]
         if target is not None and len(modules) == 1:
-            transposed = _orientation(module, target, adapter.fan_in_fan_out, landing)
+            transposed = _orientation(module, target, adapter.fan_in_fan_out, matched)
             if transposed is None:
                 continue
             if module.kind == "linear" and target.shape[0] != target.shape[1]:
                 evidence.add(transposed)
             elif module.kind == "linear":
                 squares.append(path)
-            if not _rank_agrees(adapter, module, path, 1, landing):
+            if not _rank_agrees(adapter, module, path, 1, matched):
                 continue
             scale = coefficient * adapter.scale(path)
-            change = Change(
+            change = LoraDelta(
                 number, module.a, module.b, scale, transposed=transposed, magnitude=module.magnitude
             )
-            _add(landing, target.name, change)
-            _land_bias(landing, names, module, number, scale)
+            _add(matched, target.name, change)
+            _match_bias(matched, names, module, number, scale)
         else:
-            _land_parameters(landing, names, adapter, path, modules, number, coefficient)
+            _match_parameters(matched, names, adapter, path, modules, number, coefficient)
     if squares and evidence - {adapter.fan_in_fan_out}:
-        landing.problems.append(
+        matched.problems.append(
             f"fan_in_fan_out={adapter.fan_in_fan_out} disagrees with the shapes of some weights, "
             f"so the orientation of these square ones is unknown: {', '.join(squares)}"
         )
 
 
 def _orientation(
-    module: LoraModule, target: TensorEntry, flag: bool, landing: Landing
+    module: LoraModule, target: TensorEntry, flag: bool, matched: AdapterMatch
 ) -> bool | None:
     """Whether the stored weight is [K, M] rather than [M, K]; None (and a problem) if neither."""
     inner, outer = module.a.shape[1], module.b.shape[0]
-    if not _is_plain(target, landing):
+    if not _is_plain(target, matched):
         return None
     if module.magnitude is not None and (
         module.kind == "embedding" or target.shape != (outer, inner)
     ):
-        landing.problems.append(
+        matched.problems.append(
             f"{module.path}: DoRA on an embedding or on a transposed weight is not merged"
         )
         return None
@@ -189,17 +189,17 @@ def _orientation(
         if module.path.endswith((*HEADS, *INPUT_EMBEDDINGS))
         else "; was it trained on a model of another size?"
     )
-    landing.problems.append(
+    matched.problems.append(
         f"{module.path}: the adapter is for a weight {expected}, the model's {target.name} is "
         f"{list(target.shape)}{hint}"
     )
     return None
 
 
-def _is_plain(target: TensorEntry, landing: Landing) -> bool:
+def _is_plain(target: TensorEntry, matched: AdapterMatch) -> bool:
     if target.is_float:
         return True
-    landing.problems.append(
+    matched.problems.append(
         f"{target.name} is stored as {target.dtype}; a quantised weight cannot be merged into: use "
         "the model's bf16 or float16 version"
     )
@@ -207,38 +207,38 @@ def _is_plain(target: TensorEntry, landing: Landing) -> bool:
 
 
 def _rank_agrees(
-    adapter: Adapter, module: LoraModule, key: str, experts: int, landing: Landing
+    adapter: Adapter, module: LoraModule, key: str, experts: int, matched: AdapterMatch
 ) -> bool:
     expected = adapter.rank(key) * experts
     if module.a.shape[0] == expected:
         return True
-    landing.problems.append(
+    matched.problems.append(
         f"{key}: lora_A has {module.a.shape[0]} rows, by the config's r and rank_pattern it should "
         f"have {expected}"
     )
     return False
 
 
-def _add(landing: Landing, name: str, change: Change) -> None:
-    present = landing.changes.setdefault(name, [])
+def _add(matched: AdapterMatch, name: str, change: LoraDelta) -> None:
+    present = matched.changes.setdefault(name, [])
     if present and (present[0].expert, present[0].rows) == (change.expert, change.rows):
-        landing.problems.append(f"{name}: two modules of the adapter change it")
+        matched.problems.append(f"{name}: two modules of the adapter change it")
     present.append(change)
 
 
-def _land_bias(
-    landing: Landing, names: Names, module: LoraModule, number: int, scale: float
+def _match_bias(
+    matched: AdapterMatch, names: Names, module: LoraModule, number: int, scale: float
 ) -> None:
     if module.bias is None:
         return
     target = names.find(f"{module.path}.bias")
     if target is None or target.shape != module.bias.shape:
-        landing.problems.append(
+        matched.problems.append(
             f"{module.bias.name}: the adapter has a bias (lora_bias) but the model's module has "
             f"{'none' if target is None else f'one of shape {list(target.shape)}'}"
         )
-    elif _is_plain(target, landing):
-        _add(landing, target.name, Change(number, module.bias, None, scale))
+    elif _is_plain(target, matched):
+        _add(matched, target.name, LoraDelta(number, module.bias, None, scale))
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ class _Stack:
     pieces: tuple[tuple[TensorEntry, ...], ...] = ()
 
 
-def _land_parameters(
-    landing: Landing,
+def _match_parameters(
+    matched: AdapterMatch,
     names: Names,
     adapter: Adapter,
     path: str,
@@ -276,7 +276,7 @@ def _land_parameters(
         where = (
             f"has no weight {path}.weight" if not leaves else f"lacks some of {leaves} in {path}"
         )
-        landing.problems.append(f"no weight for {tensors}: the model {where}")
+        matched.problems.append(f"no weight for {tensors}: the model {where}")
         return
     fits = []
     for order in itertools.permutations(stacks.items()):
@@ -289,23 +289,23 @@ def _land_parameters(
     if len(fits) != 1:
         shapes = {leaf: list(stack.shape) for leaf, stack in stacks.items()}
         reason = "fits none" if not fits else "fits more than one way (a square expert weight)"
-        landing.problems.append(f"{tensors}: {reason} of the expert weights {shapes} in {path}")
+        matched.problems.append(f"{tensors}: {reason} of the expert weights {shapes} in {path}")
         return
     order, transposed = fits[0]
     for module, (leaf, stack) in zip(modules, order, strict=True):
         scale = coefficient * adapter.scale(f"{path}.{leaf}")
-        change = Change(
+        change = LoraDelta(
             number, module.a, module.b, scale, experts=stack.shape[0], transposed=transposed
         )
-        if stack.whole is not None and _is_plain(stack.whole, landing):
-            _add(landing, stack.whole.name, change)
+        if stack.whole is not None and _is_plain(stack.whole, matched):
+            _add(matched, stack.whole.name, change)
         for expert, pieces in enumerate(stack.pieces):
             begin = 0
             for piece in pieces:
                 rows = (begin, begin + piece.shape[0])
                 begin = rows[1]
-                if _is_plain(piece, landing):
-                    _add(landing, piece.name, replace(change, expert=expert, rows=rows))
+                if _is_plain(piece, matched):
+                    _add(matched, piece.name, replace(change, expert=expert, rows=rows))
 
 
 def _find_stack(names: Names, path: str, leaf: str) -> _Stack | None:
@@ -343,27 +343,27 @@ def _stack_fits(
     )
 
 
-def _land_full_tensors(
-    landing: Landing, names: Names, adapter: Adapter, number: int, coefficient: float
+def _match_full_tensors(
+    matched: AdapterMatch, names: Names, adapter: Adapter, number: int, coefficient: float
 ) -> None:
     for name, entry in (adapter.saved | adapter.copies).items():
         target = names.find(name)
         if target is None:
-            landing.problems.append(f"no weight for {entry.name}: the model has no {name}")
+            matched.problems.append(f"no weight for {entry.name}: the model has no {name}")
         elif target.shape != entry.shape:
-            landing.problems.append(
+            matched.problems.append(
                 f"{entry.name}: {list(entry.shape)} in the adapter, {list(target.shape)} in the "
                 "model; was the vocabulary resized for training?"
             )
-        elif name in adapter.saved and _is_plain(target, landing):
-            landing.saved[target.name] = [Saved(number, entry, coefficient)]
+        elif name in adapter.saved and _is_plain(target, matched):
+            matched.saved[target.name] = [Saved(number, entry, coefficient)]
     if copies := [name for name in adapter.copies if names.find(name)]:
-        landing.notes.append(
+        matched.notes.append(
             f"untrained copies of the training model's weights are not merged: {', '.join(copies)}"
         )
 
 
-def _check_coverage(landing: Landing, checkpoint: Checkpoint, adapter: Adapter) -> None:
+def _check_coverage(matched: AdapterMatch, checkpoint: Checkpoint, adapter: Adapter) -> None:
     """An adapter that lacks some layers of the modules it names was made for another model.
 
     If its config may intend that (it names layers, or is a pattern) this is a note, else a problem.
@@ -373,20 +373,20 @@ def _check_coverage(landing: Landing, checkpoint: Checkpoint, adapter: Adapter) 
         "exclude_modules"
     ):
         return
-    patterns = {_without_numbers(name) for name in landing.changes}
+    patterns = {_without_numbers(name) for name in matched.changes}
     missing = [
         name
         for name in checkpoint.tensors
-        if _without_numbers(name) in patterns and name not in landing.changes
+        if _without_numbers(name) in patterns and name not in matched.changes
     ]
-    if not missing or landing.problems:
+    if not missing or matched.problems:
         return
     listed = f"{', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"
     text = f"nothing for {len(missing)} weights like those it adapts: {listed}"
     if isinstance(targets, list) and not any(re.search(r"\d", name) for name in targets):
-        landing.problems.append(f"made for a model with fewer layers? {text}")
+        matched.problems.append(f"made for a model with fewer layers? {text}")
     else:
-        landing.notes.append(text)
+        matched.notes.append(text)
 
 
 def _without_numbers(name: str) -> str:

@@ -11,12 +11,12 @@ from gift.merge.copies import same_values, settle_copies
 from gift.merge.match import (
     HEADS,
     INPUT_EMBEDDINGS,
-    Change,
-    Landing,
+    AdapterMatch,
+    LoraDelta,
     Names,
     Saved,
     canonical,
-    land_adapters,
+    match_adapters,
 )
 from gift.models import missing_tensors, quantisation
 from gift.shards import Checkpoint, TensorEntry
@@ -28,7 +28,7 @@ class TensorPlan:
 
     name: str
     source: TensorEntry
-    changes: tuple[Change, ...] = ()
+    changes: tuple[LoraDelta, ...] = ()
     saved: tuple[Saved, ...] = ()
     base: TensorEntry | None = None
 
@@ -74,24 +74,24 @@ def plan_merge(
     head = None
     if embedding is not None:
         head = _stored_head(checkpoint) or replace(embedding, name=_head_name(embedding.name))
-    landing = land_adapters(checkpoint, adapters, coefficients, head)
+    matched = match_adapters(checkpoint, adapters, coefficients, head)
     untied = None
-    if embedding is not None and head is not None and _stays_tied(landing, embedding, head):
-        del landing.saved[head.name]
+    if embedding is not None and head is not None and _stays_tied(matched, embedding, head):
+        del matched.saved[head.name]
         head = None
-    touched = set(landing.changes) | set(landing.saved)
+    touched = set(matched.changes) | set(matched.saved)
     if embedding is not None and head is not None and touched & {embedding.name, head.name}:
         untied = head.name
         if not untie:
-            landing.problems.append(_tie_problem(embedding, head, touched))
+            matched.problems.append(_tie_problem(embedding, head, touched))
     problems, notes = check_whole(checkpoint)
-    landing.problems += problems
-    landing.notes += notes
+    matched.problems += problems
+    matched.notes += notes
     if base is not None:
-        landing.problems += check_base(checkpoint, base)
-    landing.problems += _dora_problems(adapters, coefficients, landing, allow_dora)
-    if landing.problems:
-        listed = "\n- ".join(landing.problems)
+        matched.problems += check_base(checkpoint, base)
+    matched.problems += _dora_problems(adapters, coefficients, matched, allow_dora)
+    if matched.problems:
+        listed = "\n- ".join(matched.problems)
         raise InputError(f"the merge is not possible:\n- {listed}")
     entries = dict(checkpoint.tensors)
     if untied is not None and head is not None:
@@ -101,13 +101,13 @@ def plan_merge(
         name: TensorPlan(
             name,
             entry,
-            tuple(landing.changes.get(name, ())),
-            tuple(landing.saved.get(name, ())),
+            tuple(matched.changes.get(name, ())),
+            tuple(matched.saved.get(name, ())),
             base_names.find(name) if base_names is not None else None,
         )
         for name, entry in entries.items()
     }
-    return MergePlan(checkpoint, tuple(adapters), tensors, tuple(landing.notes), untied)
+    return MergePlan(checkpoint, tuple(adapters), tensors, tuple(matched.notes), untied)
 
 
 def refuse_quantised(folder: Path, config: Any) -> None:
@@ -138,10 +138,10 @@ def check_whole(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     ], []
 
 
-def _stays_tied(landing: Landing, embedding: TensorEntry, head: TensorEntry) -> bool:
+def _stays_tied(matched: AdapterMatch, embedding: TensorEntry, head: TensorEntry) -> bool:
     """Whether an adapter holds both sides of the tie in full, with the same values."""
-    sides = [landing.saved.get(entry.name, []) for entry in (embedding, head)]
-    if embedding.name in landing.changes or head.name in landing.changes or not all(sides):
+    sides = [matched.saved.get(entry.name, []) for entry in (embedding, head)]
+    if embedding.name in matched.changes or head.name in matched.changes or not all(sides):
         return False
     return len(sides[0]) == len(sides[1]) and all(
         one.adapter == other.adapter and same_values(one.entry, other.entry)
@@ -161,7 +161,7 @@ def _tie_problem(embedding: TensorEntry, head: TensorEntry, touched: set[str]) -
 def _dora_problems(
     adapters: Sequence[Adapter],
     coefficients: Sequence[float],
-    landing: Landing,
+    matched: AdapterMatch,
     allowed: bool,
 ) -> list[str]:
     """DoRA rescales the whole weight, so its change cannot be added to others."""
@@ -176,7 +176,7 @@ def _dora_problems(
                 f"adapter {adapter.folder.name} is DoRA, which has no meaning at --scale "
                 f"{coefficients[number]}; use 1"
             )
-    for name, changes in landing.changes.items():
+    for name, changes in matched.changes.items():
         if len(changes) > 1 and any(change.magnitude is not None for change in changes):
             problems.append(f"{name}: DoRA cannot be added to another adapter's change")
     return problems

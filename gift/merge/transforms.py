@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gift.config import MergeOptions
-from gift.merge.match import Change
+from gift.merge.match import LoraDelta
 from gift.merge.method import Method, Rows
 from gift.merge.methods import METHODS
 from gift.merge.plan import TensorPlan
@@ -58,7 +58,7 @@ class FactorReader:
         self._device = device
         self._kept: dict[TensorEntry, Tensor] = {}
 
-    def factors(self, change: Change) -> Factors:
+    def factors(self, change: LoraDelta) -> Factors:
         """The factors of one change, oriented like the stored weight."""
         a = self._read(change.a)
         if change.b is None:

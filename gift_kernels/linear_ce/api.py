@@ -18,8 +18,8 @@ from gift_kernels.implementation import Impl, resolve_impl
 from gift_kernels.linear_ce.op import linear_ce
 from gift_kernels.linear_ce.types import (
     Guide,
-    Head,
     LinearCE,
+    LinearInputs,
     Reduction,
     Statistic,
     TokenStats,
@@ -292,7 +292,7 @@ def token_confidence(
 
 
 def _solve(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     *,
     temperature: float,
@@ -303,7 +303,7 @@ def _solve(
     impl: Impl,
     chunk_size: int | None,
     row_weight: Tensor | None = None,
-    guide: Head | None = None,
+    guide: LinearInputs | None = None,
     self_weight: bool = False,
     transform: WeightTransform = _IDENTITY,
     grad: bool = False,

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gift_kernels.linear_ce.types import (
-    Head,
     LinearCE,
+    LinearInputs,
     Problem,
     VocabShard,
     WeightTransform,
@@ -116,7 +116,7 @@ def solve(problem: Problem) -> LinearCE:
 
 
 def solve_head_gradient(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     row_factor: Tensor,
     *,
@@ -181,7 +181,7 @@ def rows_per_chunk(
 
 
 def row_stats(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     *,
     temperature: float = 1.0,
@@ -198,7 +198,7 @@ def row_stats(
 
 
 def stats_and_gradients(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     row_weight: Tensor,
     *,
@@ -259,7 +259,9 @@ def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0, 0, rows * factor)
 
 
-def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Iterator[slice]:
+def _chunks(
+    head: LinearInputs, shard: VocabShard | None, chunk_size: int | None
+) -> Iterator[slice]:
     # Ranks with slices of different sizes need equal chunks, so that their collectives match.
     vocab_size = head.weight.shape[0] if shard is None else shard.most
     step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
@@ -272,7 +274,7 @@ def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
         yield slice(start, start + VOCAB_BLOCK)
 
 
-def _logits(head: Head, rows: slice) -> Tensor:
+def _logits(head: LinearInputs, rows: slice) -> Tensor:
     dtype = accumulation_dtype(head.hidden.dtype)
     hidden = head.hidden[rows].to(dtype)  # [C, D]
     vocab_size = head.weight.shape[0]
@@ -365,7 +367,7 @@ def _local_target(
     return torch.where(found, column, 0), found
 
 
-def _concatenate(parts: list[RowStats], head: Head, target: Tensor) -> RowStats:
+def _concatenate(parts: list[RowStats], head: LinearInputs, target: Tensor) -> RowStats:
     if parts:
         return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
     empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)

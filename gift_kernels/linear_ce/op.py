@@ -22,8 +22,8 @@ from gift_kernels import checks
 from gift_kernels.linear_ce import eager
 from gift_kernels.linear_ce.agreement import agree, most_rows
 from gift_kernels.linear_ce.types import (
-    Head,
     LinearCE,
+    LinearInputs,
     Problem,
     VocabShard,
     WeightTransform,
@@ -66,11 +66,11 @@ def linear_ce(
     guide = None
     if guide_hidden is not None:
         assert guide_lm_head_weight is not None
-        guide = Head(
+        guide = LinearInputs(
             guide_hidden, guide_lm_head_weight, guide_bias, guide_logit_scale, guide_logit_softcap
         )
     problem = Problem(
-        head=Head(hidden, lm_head_weight, bias, logit_scale, logit_softcap),
+        head=LinearInputs(hidden, lm_head_weight, bias, logit_scale, logit_softcap),
         guide=guide,
         target=target,
         row_weight=row_weight,
@@ -178,7 +178,7 @@ def head_gradient(
         shard = _shard(group_name, vocab_start)
         shard = shard._replace(most=most_rows(lm_head_weight.shape[0], shard))
     with _on_device_of(hidden):
-        head = Head(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+        head = LinearInputs(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
         return _backend(impl).solve_head_gradient(
             head,
             torch.where(row_factor == 0, ignore_index, target),

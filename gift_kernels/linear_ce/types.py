@@ -71,7 +71,7 @@ class TokenStats(NamedTuple):
     weight: Tensor | None = None  # the row's weight in the loss
 
 
-class Head(NamedTuple):
+class LinearInputs(NamedTuple):
     """One model's side of the loss: hidden [N, D], head weight [V, D], bias [V] and options."""
 
     hidden: Tensor
@@ -102,8 +102,8 @@ class Problem(NamedTuple):
     of weight 0 may be left out of every product, and their statistics are then 0.
     """
 
-    head: Head
-    guide: Head | None
+    head: LinearInputs
+    guide: LinearInputs | None
     target: Tensor
     row_weight: Tensor | None
     temperature: float
@@ -119,7 +119,7 @@ class Problem(NamedTuple):
     shard: VocabShard | None
     chunk_size: int | None
 
-    def heads(self) -> dict[str, Head]:
+    def heads(self) -> dict[str, LinearInputs]:
         """The heads by argument: the model's, and the guide's if there is one."""
         heads = {"lm_head_weight": self.head}
         return heads if self.guide is None else heads | {"guide.lm_head_weight": self.guide}

@@ -10,7 +10,7 @@ from ce_cases import model_side, norm_error, poisoned_memory
 from torch import Tensor
 
 from gift_kernels import reference
-from gift_kernels.linear_ce.types import Head, Problem, WeightTransform
+from gift_kernels.linear_ce.types import LinearInputs, Problem, WeightTransform
 
 ce: Any = importlib.import_module("gift_kernels.linear_ce.triton.forward")
 plans: Any = importlib.import_module("gift_kernels.linear_ce.triton.chunk_size")
@@ -21,7 +21,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def problem_of(hidden: Tensor, head: Tensor, target: Tensor, **changes: Any) -> Problem:
     """Everything trainable, weights 1, no options."""
     return Problem(
-        head=Head(hidden, head, None, 1.0, None),
+        head=LinearInputs(hidden, head, None, 1.0, None),
         guide=None,
         target=target,
         row_weight=None,

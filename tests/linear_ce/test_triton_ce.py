@@ -33,12 +33,12 @@ from ce_problems import (
 from torch import Tensor
 
 from gift_kernels import TokenStats, reference, weighted_ce
-from gift_kernels.linear_ce.types import Head, Problem, WeightTransform
+from gift_kernels.linear_ce.types import LinearInputs, Problem, WeightTransform
 
 row_state: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_state")
 
 
-def small_plan(problem: Problem, guide: Head | None = None) -> Any:
+def small_plan(problem: Problem, guide: LinearInputs | None = None) -> Any:
     """The plan of this device with chunks of one tile."""
     return one_tile_chunks(plans.default_plan(problem.head, guide))
 
@@ -126,7 +126,9 @@ def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
     problem = random_problem(130, 24, 300, BF16, device, want_dw=want_dw, want_db=want_dw)
     target = problem.target.clamp(max=guide_vocab - 1)
     generator = torch.Generator().manual_seed(5)
-    guide = Head(*model_side(target.cpu(), 40, guide_vocab, False, generator), None, 1.0, 20.0)
+    guide = LinearInputs(
+        *model_side(target.cpu(), 40, guide_vocab, False, generator), None, 1.0, 20.0
+    )
     guide = guide._replace(
         hidden=guide.hidden.to(device, BF16), weight=guide.weight.to(device, BF16)
     )
@@ -171,7 +173,7 @@ def test_sizes_of_chunks_change_results_by_rounding_only(device: str) -> None:
 def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -> None:
     problem = random_problem(40, 24, 130, FP32, device, want_dw=want_dw, want_db=want_dw)
     bias = torch.randn(130, device=device)
-    guide = Head(problem.head.hidden, problem.head.weight, bias, 1.0, None)
+    guide = LinearInputs(problem.head.hidden, problem.head.weight, bias, 1.0, None)
     plain = problem._replace(head=problem.head._replace(bias=bias))
     # What lies between the values would be taken for a row of another target, or of another weight.
     between = torch.stack([plain.target, torch.full_like(plain.target, 3)], 1)

@@ -24,7 +24,7 @@ from gift_kernels.linear_ce.triton.tiles import (
     PRODUCT_TILES,
     Machine,
 )
-from gift_kernels.linear_ce.types import Head, Problem
+from gift_kernels.linear_ce.types import LinearInputs, Problem
 
 H100 = Machine(90, 132)
 TOKENS = 8192
@@ -113,7 +113,9 @@ def problem_on_meta(
 
     hidden, head = empty(count, hidden_size), empty(vocab_size, hidden_size)
     if guided:
-        guide = Head(empty(count, hidden_size), empty(vocab_size, hidden_size), None, 1.0, None)
+        guide = LinearInputs(
+            empty(count, hidden_size), empty(vocab_size, hidden_size), None, 1.0, None
+        )
         changes |= {"guide": guide}
     else:
         changes |= {"row_weight": empty(count, dtype=FP32)}

@@ -15,7 +15,7 @@ from launches import checked_launches
 from torch import Tensor
 
 from gift_kernels import reference
-from gift_kernels.linear_ce.types import Head
+from gift_kernels.linear_ce.types import LinearInputs
 
 chunks: Any = importlib.import_module("gift_kernels.linear_ce.triton.chunk")
 row_state: Any = importlib.import_module("gift_kernels.linear_ce.triton.row_state")
@@ -52,10 +52,10 @@ def test_gradients_whose_rows_lie_beyond_2_to_the_31_elements(device: str, tmp_p
     hidden = torch.randn(20, size, generator=generator).to(device, BF16)
     weight = torch.randn(300, size, generator=generator).to(device, BF16)
     rows = row_state.valid_tokens(torch.zeros(20, dtype=torch.int64, device=device), -100)
-    plan = one_tile_chunks(plans.default_plan(Head(hidden, weight, None, 1.0, None)))
+    plan = one_tile_chunks(plans.default_plan(LinearInputs(hidden, weight, None, 1.0, None)))
 
     def chunk_of(weight: Tensor) -> Any:
-        head = Head(hidden, weight, None, 1.0, None)
+        head = LinearInputs(hidden, weight, None, 1.0, None)
         chunk = chunks.Chunk(head, plan, 20, plan.chunk, final=True)
         chunk.exp.zero_()[:20] = torch.rand(20, chunk.columns, generator=generator).to(device)
         chunk.hidden.zero_()[:20] = hidden

@@ -17,7 +17,7 @@ from compiling import CompiledKernel, KernelRequest, compile_kernels
 from torch import Tensor
 
 from gift_kernels.linear_ce.triton.tiles import Machine
-from gift_kernels.linear_ce.types import Head, Problem
+from gift_kernels.linear_ce.types import LinearInputs, Problem
 
 PACKAGE = "gift_kernels.linear_ce.triton.kernels"
 pytestmark = pytest.mark.xdist_group("cross-entropy kernels compiled")
@@ -102,7 +102,7 @@ def problems() -> list[Problem]:
     """Llama 3's head with no option, and Gemma 2's with all of them."""
     target = empty(8192, dtype=torch.int64)
     plain = problem_of(empty(8192, 4096), empty(128256, 4096), target, with_entropy=False)
-    gemma = Head(empty(8192, 3584), empty(256000, 3584), empty(256000), 0.5, 30.0)
+    gemma = LinearInputs(empty(8192, 3584), empty(256000, 3584), empty(256000), 0.5, 30.0)
     full = plain._replace(head=gemma, with_entropy=True)
     frozen = {"want_dw": False, "want_db": False}
     return [

@@ -18,7 +18,7 @@ from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
 from gift_kernels.linear_ce.triton.row_state import Rows, RowState
 from gift_kernels.linear_ce.triton.tiles import LogitTiles, ProductTiles, can_use_tma, operand
-from gift_kernels.linear_ce.types import Head, VocabShard
+from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -28,7 +28,7 @@ class Chunk:
 
     def __init__(
         self,
-        head: Head,
+        head: LinearInputs,
         plan: Plan,
         count: int,
         most: tuple[int, int],

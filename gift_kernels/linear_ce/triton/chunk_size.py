@@ -20,7 +20,7 @@ from gift_kernels.linear_ce.triton.tiles import (
     machine_of,
     tiles_for,
 )
-from gift_kernels.linear_ce.types import Head
+from gift_kernels.linear_ce.types import LinearInputs
 
 # CHUNK_BYTES: a chunk's hidden states and E; GUIDE_BYTES: what a guide may add. LEAST_BYTES: lower
 # bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
@@ -77,7 +77,9 @@ class Plan(NamedTuple):
         return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.product_tiles.BLOCK_K)
 
 
-def default_plan(head: Head, guide: Head | None = None, *, with_entropy: bool = False) -> Plan:
+def default_plan(
+    head: LinearInputs, guide: LinearInputs | None = None, *, with_entropy: bool = False
+) -> Plan:
     """What `impl="triton"` uses on the device of this head, or of two heads in one launch."""
     machine = machine_of(head.hidden.device)
     dtype = head.hidden.dtype
@@ -186,7 +188,7 @@ class LogitFactors(NamedTuple):
     nats: float
 
 
-def logit_factors(head: Head, temperature: float = 1.0) -> LogitFactors:
+def logit_factors(head: LinearInputs, temperature: float = 1.0) -> LogitFactors:
     """The factors of a head whose logits are divided by `temperature`."""
     scale, cap = head.logit_scale, head.logit_softcap
     inner, cap, nats = (1.0, 1.0, scale) if cap is None else (scale / cap, cap, 1.0)

@@ -59,14 +59,14 @@ from gift_kernels.linear_ce.triton.row_state import (
     new_state,
     valid_tokens,
 )
-from gift_kernels.linear_ce.types import Head, LinearCE, Problem, VocabShard
+from gift_kernels.linear_ce.types import LinearCE, LinearInputs, Problem, VocabShard
 from gift_kernels.reference import transform_weight
 
 
 class Guide(NamedTuple):
     """A second head whose statistics are wanted of the same rows."""
 
-    head: Head
+    head: LinearInputs
     temperature: float
 
 
@@ -129,7 +129,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
 
 
 def head_gradients(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     rows: Rows,
     plan: Plan,
@@ -174,7 +174,7 @@ def head_gradients(
 
 
 def row_pass(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     rows: Rows,
     plan: Plan,
@@ -285,7 +285,7 @@ def shares_launches(problem: Problem) -> bool:
 
 
 def solve_head_gradient(
-    head: Head,
+    head: LinearInputs,
     target: Tensor,
     row_factor: Tensor,
     *,
@@ -339,7 +339,7 @@ def contiguous(problem: Problem) -> Problem:
     )
 
 
-def with_contiguous_bias(head: Head) -> Head:
+def with_contiguous_bias(head: LinearInputs) -> LinearInputs:
     """Hidden states and head weights may have any strides, biases may not."""
     return head._replace(bias=head.bias.contiguous() if head.bias is not None else None)
 

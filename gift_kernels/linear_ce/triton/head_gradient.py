@@ -22,7 +22,7 @@ from torch import Tensor
 from gift_kernels.linear_ce.triton.chunk import Chunk, KeptRows
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
 from gift_kernels.linear_ce.triton.row_state import RowResult, Rows, RowState
-from gift_kernels.linear_ce.types import Head, VocabShard
+from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
 class WeightsInOrder(NamedTuple):
@@ -44,14 +44,16 @@ class Gradients(NamedTuple):
     db: Tensor | None  # [V] so too
 
 
-def with_room_above(found: RowResult, head: Head) -> RowResult:
+def with_room_above(found: RowResult, head: LinearInputs) -> RowResult:
     """References of rows multiplied again are their largest logits; float16 needs room above."""
     bits = logit_factors(head).bits
     ref = found.ref - MARGIN[head.hidden.dtype][1] / bits
     return found._replace(ref=ref, share=found.share * torch.exp2((ref - found.ref) * bits))
 
 
-def weights_in_order(head: Head, rows: Rows, found: RowResult, weight: Tensor) -> WeightsInOrder:
+def weights_in_order(
+    head: LinearInputs, rows: Rows, found: RowResult, weight: Tensor
+) -> WeightsInOrder:
     """The weights [N], from the caller's order to that of valid tokens."""
     scale = torch.ones(1, dtype=torch.float32, device=weight.device)
     if head.hidden.dtype == torch.float16 and weight.numel() > 0:
@@ -72,7 +74,7 @@ def weights_in_order(head: Head, rows: Rows, found: RowResult, weight: Tensor) -
 
 
 def kept_rows(
-    head: Head, plan: Plan, count: int, with_entropy: bool, dw: Tensor
+    head: LinearInputs, plan: Plan, count: int, with_entropy: bool, dw: Tensor
 ) -> KeptRows | None:
     """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())

@@ -15,7 +15,7 @@ from gift_kernels.linear_ce.triton.chunk_size import Plan, logit_factors
 from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
 from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE
-from gift_kernels.linear_ce.types import Head, VocabShard
+from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
 
@@ -80,7 +80,7 @@ def valid_tokens(target: Tensor, ignore_index: int, weight: Tensor | None = None
     return rows
 
 
-def new_state(head: Head) -> RowState:
+def new_state(head: LinearInputs) -> RowState:
     """The state of all rows before the first column."""
     count, device = head.hidden.shape[0], head.hidden.device
     parts = torch.zeros(4, count, dtype=torch.float32, device=device)
@@ -115,7 +115,7 @@ def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
 def finish_rows(
     state: RowState,
     rows: Rows,
-    head: Head,
+    head: LinearInputs,
     with_entropy: bool,
     shard: VocabShard | None,
     temperature: float,
@@ -154,7 +154,7 @@ def finish_rows(
 
 def finish_dh(
     dh: Tensor,
-    head: Head,
+    head: LinearInputs,
     plan: Plan,
     rows: Rows,
     local_target: Tensor,
