@@ -1,4 +1,4 @@
-"""`python -m benchmarks` measures, `compare A B` compares, `readme` fills README and docs."""
+"""`python -m benchmarks` measures, `compare A B` compares, `readme` updates README and docs."""
 
 import argparse
 import time
@@ -16,14 +16,14 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
-    parser.add_argument("--overwrite", action="store_true", help="results that --output holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace results in --output")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few cases; toy sizes on a CPU")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
-    parser.add_argument("--stage-seconds", type=float, default=30.0, help="of whole stages")
-    parser.add_argument("--budget-minutes", type=float, help="begin no case after this")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case")
+    parser.add_argument("--stage-seconds", type=float, default=30.0, help="for all whole stages")
+    parser.add_argument("--budget-minutes", type=float, help="start no new case after this")
     commands = parser.add_subparsers(dest="command")
-    comparison = commands.add_parser("compare", help="what moved between two results")
+    comparison = commands.add_parser("compare", help="what changed between two results")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     section = commands.add_parser("readme", help="make README's and docs' tables from results")

@@ -77,7 +77,7 @@ SIZES: dict[str, tuple[Spec, ...]] = {
 def growth(size: str) -> Iterator[tuple[str, Spec]]:
     """The size's first architecture, cut to four layers, with more tokens, vocabulary and rank.
 
-    All grow from one point, measured once: twice the architecture's micro-batch, in one.
+    All start from one common point, measured once: one batch of twice the usual micro-batch.
     """
     spec = SIZES[size][0]
     rows = 2 * spec.micro_rows

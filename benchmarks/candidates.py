@@ -1,4 +1,4 @@
-"""Other tiles and chunk sizes for the Triton cross-entropy, to choose defaults by.
+"""Alternative tile and chunk sizes of the Triton cross-entropy, measured to choose the defaults.
 
 The default of each table is a candidate too, so that all are compared in one run.
 """

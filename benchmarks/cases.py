@@ -52,8 +52,8 @@ MATRICES = {
 class CECase:
     """`token_confidence` or `weighted_ce` on one head.
 
-    Directions: `forward` without gradients, as in evaluation; `backward` alone, its forward outside
-    the clock (a provider that makes gradients in the forward has little left to do there); `both`,
+    Directions: `forward` without gradients, as in evaluation; `backward` alone, its forward not
+    timed (a provider that makes gradients in the forward has little left to do there); `both`,
     a training step.
     """
 
@@ -85,7 +85,7 @@ class CECase:
 
     @property
     def units(self) -> int:
-        """Products that the operation cannot do without."""
+        """The fewest matrix products with which the operation can be computed."""
         gradients = 1 + self.trainable
         if self.direction == "backward":
             return gradients
@@ -208,7 +208,7 @@ def toy_cases() -> list[Case]:
 
 
 def gpu_cases(quick: bool = False) -> list[Case]:
-    """All cases for a GPU, the most telling first; `quick` only those."""
+    """All cases for a GPU, the most important first; `quick`: only the first few."""
     confidence = {"weighting": "uniform", "direction": "forward", "op": "token_confidence"}
     cases: list[Case] = [
         CECase("llama-3.1-8b", 8192),

@@ -1,4 +1,4 @@
-"""Whole stages on real architectures with random weights, beside the ways people use today.
+"""Whole stages on real architectures with random weights, compared with common alternatives.
 
     python -m benchmarks.end_to_end --size cpu --output results
 
@@ -7,10 +7,9 @@ our batches. Training step, optimizer included: ours; full logits and a weighted
 cross-entropies, as a Trainer subclass computes it; Transformers, PEFT and Liger (its layers, and
 its fused loss with `reduction="none"` times the weights). Merge: `benchmarks/merge_8b.py`.
 
-All ways of a stage share one model, one batch and one process and take turns. Who disagrees with
-full logits by more than rounding explains is shown as wrong, without a time; where full logits fail
-(their memory), the others are timed and shown as unjudged. Tokens are those of the rows, prompts
-included, padding not.
+All ways of a stage share one model, one batch and one process and take turns. A way that differs
+from full logits by more than rounding is reported as wrong and not timed; if full logits run out of
+memory, the others are timed and reported as unjudged. Token counts include prompts but not padding.
 """
 
 import argparse
@@ -56,7 +55,7 @@ from gift.config import TrainConfig
 from gift.data import Example
 from gift.models import last_hidden_state
 from gift.train import accumulate_gradients
-from gift.weighting import WeightedRow, token_weight
+from gift.weighting import GuidedRow, guide_confidence
 
 OURS = "gift"
 FULL = "full logits, in our batches"
@@ -70,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--size", choices=sorted(SIZES), help="default: gpu on CUDA, else cpu")
-    parser.add_argument("--seconds", type=float, default=120.0, help="begin nothing after this")
+    parser.add_argument("--seconds", type=float, default=120.0, help="start no step after this")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = arguments.size or ("gpu" if device.type == "cuda" else "cpu")
@@ -83,7 +82,7 @@ def main() -> None:
 
 
 def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[report.Row]:
-    """Rows of all stages, the most telling first; a step is begun only within `seconds`."""
+    """Rows of all stages, the most important first; no step starts after `seconds`."""
     started = time.monotonic()
     settings = Settings(device, seconds=0.0 if size == "toy" else 5.0, rounds=(1, 3))
     if size != "toy":
@@ -101,7 +100,7 @@ def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[rep
         steps.append(lambda label=label, spec=spec: training(spec, dtype, settings, label))
     for spec in SIZES[size][1:]:
         add(spec)
-    # Last on a GPU, whose time it would mostly spend on writing random weights with the CPU.
+    # On a GPU the merge comes last: most of its time goes into writing random weights on the CPU.
     steps.insert(len(steps) if size == "gpu" else 2, lambda: merging(size))
     for number, step in enumerate(steps):
         if time.monotonic() - started > seconds:
@@ -156,8 +155,7 @@ def training(
     examples = make_examples(spec, spec.rows)
     generator = torch.Generator().manual_seed(1)
     rows = [
-        WeightedRow(example, *[torch.rand(example.targets, generator=generator)] * 2)
-        for example in examples
+        GuidedRow(example, torch.rand(example.targets, generator=generator)) for example in examples
     ]
     config = TrainConfig(
         model="",
@@ -184,7 +182,7 @@ def training(
 
         return run
 
-    def by_micro_batches(loss_of: Callable[[Any, list[WeightedRow]], Tensor], model: Any) -> float:
+    def by_micro_batches(loss_of: Callable[[Any, list[GuidedRow]], Tensor], model: Any) -> float:
         total = 0.0
         ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
         for start in range(0, len(ordered), spec.micro_rows):
@@ -218,7 +216,7 @@ def training(
 LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
 
 
-def _full_logit_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     """Σ w·nll from the logits of all positions."""
     device = adapted.get_input_embeddings().weight.device
     ids, attention, predicts = pad_batch([row.example for row in micro], device)
@@ -226,11 +224,11 @@ def _full_logit_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
-    weight = torch.cat([row.weight for row in micro]).to(device)  # pyright: ignore
+    weight: Any = guide_confidence(micro, device)
     return (weight * nll[predicts[:, :-1].flatten()]).sum()
 
 
-def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
+def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     """Σ w·nll from Liger's fused loss over the target positions."""
     from liger_kernel.transformers.functional import (  # pyright: ignore
         liger_fused_linear_cross_entropy,
@@ -243,14 +241,12 @@ def _liger_loss(adapted: Any, micro: list[WeightedRow]) -> Tensor:
     hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
     target = target_ids(examples, head.device)
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
-    weight = token_weight(
-        TrainConfig(model="", data=Path(), output=Path("adapter")), micro, head.device
-    )
+    weight: Any = guide_confidence(micro, head.device)
     return (weight * nll).sum()
 
 
 def _liger_fails(adapted: Any) -> str:
-    """Gives a model Liger's layers; what went wrong, if anything did."""
+    """Gives a model Liger's layers; returns what failed, empty if nothing did."""
     try:
         _use_liger_layers(adapted.get_base_model())
     except Exception as error:  # as in `_compare`
@@ -259,7 +255,7 @@ def _liger_fails(adapted: Any) -> str:
 
 
 def _use_liger_layers(model: Any) -> None:
-    """Liger's norms and MLPs in this model alone: its patches of the module are taken back."""
+    """Uses Liger's norms and MLPs in this model only: its patches of the module are undone."""
     from liger_kernel.transformers.monkey_patch import (  # pyright: ignore
         _apply_liger_kernel_to_instance,
     )
@@ -311,7 +307,7 @@ def _compare(
     dtype: torch.dtype,
     settings: Settings,
 ) -> Iterator[report.Row]:
-    """One row a way, each judged by the way of full logits, which goes first."""
+    """One row per way, each compared with full logits, which run first."""
     rows: dict[str, report.Row] = {
         name: {"stage": stage, "model": model, "way": name, "status": "ok"} for name in ways
     }
@@ -353,7 +349,7 @@ def _compare(
 
 
 def disagreement(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest relative distance of any of the results: a loss must not hide a gradient."""
+    """The largest relative error of any result, so that a correct loss cannot hide a gradient."""
     pairs = zip(found, truth, strict=True)
     return max(float((one - other).norm() / other.norm()) for one, other in pairs)
 

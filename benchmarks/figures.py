@@ -1,4 +1,4 @@
-"""Figures of a run: who takes how long in each case, and time and memory against tokens."""
+"""Figures of a run: each provider's time in each case, and time and memory against tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def _growing_family(rows: Sequence[Row]) -> list[Row]:
 
 
 def _against_tokens(pyplot: Any, rows: Sequence[Row], column: str, unit: str) -> Any:
-    """A line a provider on logarithmic axes; who was measured once only is in cases.png."""
+    """One line per provider on log axes; cases.png has providers that were measured only once."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     tokens = sorted({row["tokens"] for row in rows})
     for provider in dict.fromkeys(row["provider"] for row in rows):

@@ -1,7 +1,8 @@
 """What the kernels are meant to reach, and what a run says about it.
 
-Ratios are of times in one run: a floor is as many bare products as the operation cannot do without,
-or a copy of the weight; the fastest other is full logits or an exact peer.
+Ratios are of times in one run. The floor, a lower bound, is the time of the fewest matrix products
+with which the operation can be computed, or of a copy of the weight; the fastest other is full
+logits or an exact peer.
 """
 
 from collections.abc import Callable, Sequence

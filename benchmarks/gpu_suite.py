@@ -1,10 +1,10 @@
-"""`python -m benchmarks.gpu_suite`: all that needs a GPU, in one call, the most telling first.
+"""`python -m benchmarks.gpu_suite`: all that needs a GPU, in one call, the most important first.
 
 Our kernels compiled by parallel processes, tests natively, stored results, accuracy against
-float64, benchmarks beside all peers, whole stages on real architectures, candidates for our tile
+float64, benchmarks against all peers, whole stages on real architectures, candidates for our tile
 sizes, compute-sanitizer; then more benchmarks until the budget ends, and torch.compile's ways.
 Results are written after every step, so a run that is cut off loses nothing. The summary comes
-last. Where a provider takes the device with it, the suite continues without it in a new process.
+last. If a provider makes the device unusable, the suite continues without it in a new process.
 `--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
 """
 
@@ -47,9 +47,9 @@ KERNEL_TESTS = (
     "tests/linear_ce/test_ce_costs.py",
     "tests/linear_ce/test_ce_properties.py",
 )
-END_TO_END_SECONDS = 90  # kept for whole stages
-SANITIZER_SECONDS = 20  # a tool's, at least
-CANDIDATES_SECONDS = 60  # a case's, most of them for the compiler
+END_TO_END_SECONDS = 90  # reserved for whole stages
+SANITIZER_SECONDS = 20  # at least, per tool
+CANDIDATES_SECONDS = 60  # per case, mostly spent in the compiler
 OURS = "gift"  # the way of `end_to_end` that is ours
 COMPILED = "torch.compile"  # in the names of providers that it makes
 WARM_SECONDS = 60
@@ -58,7 +58,7 @@ SANITIZED = "bfloat16-triton or float32-triton"
 
 @dataclass
 class Suite:
-    """One run: its parts, where results go and until when steps may begin."""
+    """One run: its parts, where results go, and its time budget."""
 
     results: report.Results
     settings: Settings
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--compile", metavar="I/N", help="only compile each N-th case, from I")
-    parser.add_argument("--resume", action="store_true", help="go on with --output's results")
+    parser.add_argument("--resume", action="store_true", help="continue the results in --output")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -135,21 +135,21 @@ def main() -> None:
 
 
 def run_part(suite: Suite, name: str) -> None:
-    """A part, unless the budget has ended; what breaks in it is a row, and the next part runs."""
+    """Runs a part unless the budget has ended; an exception becomes a row in the results."""
     if suite.left() <= 0:
         suite.add("not run", {"part": name, "reason": "the budget ended"})
         return
     print(f"== {name}, {suite.left():.0f} s left", flush=True)
     try:
         PARTS[name](suite)
-    except Exception as error:  # a GPU's time is short: no part may cost the others theirs
+    except Exception as error:  # GPU time is short: a failing part must not stop the others
         suite.add("not run", {"part": name, "reason": failure(error)})
     if not device_works(suite.settings.device):
         go_on_in_a_new_process(suite, name)
 
 
 def go_on_in_a_new_process(suite: Suite, name: str) -> None:
-    """The parts after `name`, and what is left of it where it measures case after case."""
+    """Continues with the parts after `name`, and the rest of `name` if it runs case by case."""
     parts = suite.parts[suite.parts.index(name) :]
     parts = parts if name in ("benchmarks", "more") else parts[1:]
     suite.results.save()
@@ -162,7 +162,7 @@ def go_on_in_a_new_process(suite: Suite, name: str) -> None:
 
 
 def run_warm(suite: Suite) -> None:
-    """Fills Triton's cache: a process compiles on one core, and the others wait for nothing."""
+    """Fills Triton's cache from several processes, because one process compiles on one core."""
     cases = _first_cases(suite.dry_run)
     count = min(len(cases), 1 if suite.dry_run else 12, os.cpu_count() or 1)
     options = ["--dry-run"] if suite.dry_run else []
@@ -197,7 +197,7 @@ def run_tests(suite: Suite) -> None:
         selected = [GOLDEN_TESTS[0], "-k", "ce_weights and float32 and confidence"]
         suite.add("tests", pytest_row("stored results", selected, 60, suite.results.output))
         return
-    alone = "benchmarks" not in suite.parts  # `make test-gpu`: all time is theirs
+    alone = "benchmarks" not in suite.parts  # `make test-gpu`: the tests get the whole budget
     workers = ["-n", str(min(14, os.cpu_count() or 1))] if _has("xdist") else []
     for name, files, share in (
         ("stored results", GOLDEN_TESTS, 0.1),
@@ -287,7 +287,7 @@ def accuracy_cases(dry_run: bool) -> list[CECase]:
 
 
 def run_benchmarks(suite: Suite) -> None:
-    """The most telling cases, beside all peers and the floors."""
+    """The most important cases, against all peers and the floors."""
     keep = END_TO_END_SECONDS if "end_to_end" in suite.parts and not suite.dry_run else 0
     _run_cases(suite, _toy() if suite.dry_run else gpu_cases(quick=True), keep)
 
@@ -299,7 +299,7 @@ def run_more(suite: Suite) -> None:
 
 
 def _run_cases(suite: Suite, cases: Sequence[Case], keep: float = 0) -> None:
-    """Those not measured before the device was lost, while more than `keep` seconds are left."""
+    """Measures the cases not done before a device was lost, while over `keep` seconds are left."""
     results = suite.results
     lost = {row["provider"] for row in results.rows if LOST in row["status"]}
     done = {row["case"] for row in results.rows if LOST not in row["status"]}
@@ -448,7 +448,7 @@ def summary(suite: Suite) -> str:
 def failures(results: report.Results, measured: bool = True) -> list[report.Row]:
     """Rows that say that something of ours is wrong, or that a part could not run.
 
-    With `measured`, it is a failure too that nothing of ours was.
+    With `measured`, it is also a failure if none of our providers was measured.
     """
     tables = results.tables
     broken = [row for row in tables.get("tests", []) if row["status"] != "ok" or not row["passed"]]
@@ -478,7 +478,7 @@ def _bad(row: report.Row) -> bool:
 
 
 def _ours_bad(row: report.Row) -> bool:
-    """What is not installed cannot be ours."""
+    """A bad row of ours; "not installed" counts too, because our code is always installed."""
     return _bad(row) or row["status"].startswith("not installed")
 
 

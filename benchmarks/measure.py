@@ -3,10 +3,10 @@
 1. Gate. Every provider runs on inputs of the case's shape (at most GATE_TOKENS rows) and is
    compared with the specification in float64 on the same inputs: the loss or confidences, and the
    gradients under a random upstream factor. The budget is twice the error of the full-logits way
-   in the same dtype, and at least what the dtype's rounding allows. Who exceeds it is shown as
-   wrong, untimed.
+   in the same dtype, and at least what the dtype's rounding allows. A provider that
+   exceeds it is reported as wrong and not timed.
 2. Time (`benchmarks/turns.py`). All providers live in one process and take turns in an order that
-   rotates and reverses, so that drift of the machine hits all alike. Inputs rotate, and CUDA's
+   rotates and reverses, so that drift of the machine affects all. Inputs rotate, and CUDA's
    caches are emptied, so that no cache keeps them. Median, 20th and 80th percentile.
 3. Memory. Largest allocation beyond the inputs in one more call: the allocator's on CUDA, resident
    memory that the kernel counted on Linux.
@@ -54,14 +54,14 @@ MOST_INPUT_SETS = 8
 def measure_case(
     case: Case, settings: Settings, providers: Sequence[Provider] | None = None
 ) -> list[dict[str, Any]]:
-    """One result row for each provider, whatever became of it.
+    """One result row for each provider, whether it succeeded or not.
 
-    Where a provider took the device with it, its row alone: the others would fail by no fault of
-    theirs.
+    If a provider made the device unusable, only its row is returned: the others would fail because
+    of it.
     """
     providers = providers if providers is not None else providers_of(case)
     rows = {provider.name: _empty_row(case, provider) for provider in providers}
-    torch.compiler.reset()  # else a process's limit of recompilations ends torch.compile's turns
+    torch.compiler.reset()  # else torch.compile reaches the process's recompilation limit
     try:
         _fill_rows(rows, case, settings, providers)
     except DeviceLost as lost:
@@ -113,7 +113,7 @@ def add_case(
         results.rows += [{"case": case.label, **row} for row in rows]
         if device_works(settings.device):
             results.data[case.label] = describe_data(case, settings)
-    except Exception as error:  # one case may not cost the others theirs
+    except Exception as error:  # a failing case must not stop the others
         reason = {"part": case.label, "reason": failure(error)}
         results.tables.setdefault("not run", []).append(reason)
         print(f"  not run: {reason['reason']}")
@@ -139,7 +139,7 @@ def check(
     """`ok`, `wrong: ...` or `failed: ...`, and the relative errors of what was computed."""
     try:
         found = outputs_of(provider, case, inputs)
-        # The first look at the values: a CUDA error of the provider shows here.
+        # The values are read here first, so an asynchronous CUDA error is raised here.
         errors = {name: relative_error(found.get(name), value) for name, value in truth.items()}
     except Exception as error:  # other people's code may raise anything
         return failure(error), {}
@@ -256,7 +256,7 @@ def gate_truth(case: Case, settings: Settings) -> tuple[Any, dict[str, Tensor], 
 def _contenders(
     case: Case, providers: Sequence[Provider], settings: Settings, rows: dict[str, dict[str, Any]]
 ) -> list[Contender]:
-    """Prepares and warms up; who fails here (out of memory) is noted and left out."""
+    """Prepares and warms up; a provider that fails here (out of memory) is recorded and skipped."""
     first = make_inputs(case, settings.device, settings.seed)
     size = sum(value.numel() * value.element_size() for value in first.tensors())
     count = min(MOST_INPUT_SETS, max(1, math.ceil(CACHE_BYTES / max(size, 1))))
@@ -282,7 +282,7 @@ def _contenders(
 
 
 def make_call(provider: Provider, case: Case, inputs: Any) -> Call:
-    """What one turn of a provider does, split at the clock."""
+    """One call of a provider, split into untimed and timed parts."""
     run = provider.prepare(case, inputs)
 
     def nothing() -> None:
@@ -333,7 +333,7 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _empty_row(case: Case, provider: Provider) -> dict[str, Any]:
-    # An error budget of one's own is for gradients.
+    # A provider's own error budget applies to gradients only.
     approximate = provider.budget is not None and case.describe()["direction"] != "forward"
     notes = ["approximate" if approximate else "", provider.note(case)]
     return {

@@ -15,7 +15,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> float:
-    """Bytes the call held at its peak beyond those held before; NaN where nothing can count them.
+    """Bytes the call held at its peak beyond those held before; NaN if that cannot be measured.
 
     CUDA: PyTorch's allocator. Elsewhere: resident memory, as Linux counts it.
     """
@@ -50,8 +50,8 @@ def resident_bytes(entry: str) -> int:
 def _c_library() -> Any:
     """glibc, told to give large buffers back when they are freed; None where there is none.
 
-    So at import: all timings are made under the same allocator, before and after measurements of
-    memory.
+    Called at import, so that all timings use the same allocator settings, before and after memory
+    is measured.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -65,13 +65,13 @@ _LIBRARY = _c_library()
 
 
 def _return_freed_memory() -> None:
-    """So that a buffer freed earlier is not taken for memory that is still held."""
+    """Returns freed memory to the system, so that it is not counted as still held."""
     if _LIBRARY is not None:
         _LIBRARY.malloc_trim(0)
 
 
 def _sampled_peak(call: Callable[[], Any]) -> int:
-    """Where the high-water mark cannot be set back: the largest of samples every millisecond."""
+    """For systems that cannot reset the high-water mark: samples memory every millisecond."""
     done = threading.Event()
     largest = [resident_bytes("VmRSS")]
 

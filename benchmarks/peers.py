@@ -131,7 +131,7 @@ def _only_self(case: CECase, device: torch.device) -> str:
 def _scaled_skip(case: CECase, device: torch.device) -> str:
     reason = _no_softcap(case, device) or needs_triton(case, device)
     if not reason and _on_sm90(device) and case.dtype != "bfloat16":
-        return "takes bfloat16 alone on this device"
+        return "supports only bfloat16 on this device"
     return reason
 
 
@@ -166,7 +166,7 @@ def _cce(exact: bool) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
 
 
 def _cce_exact_options() -> dict[str, Any]:
-    """An implementation of its own in later versions; 25.1 has only the filter to switch off."""
+    """`cce_exact` where the version has it; in 25.1 the gradient filter is switched off instead."""
     from cut_cross_entropy import LinearCrossEntropyImpl  # pyright: ignore
 
     known = hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
@@ -188,7 +188,7 @@ def _cce_compiled(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) 
 
 def _not_float32(case: CECase, device: torch.device) -> str:
     reason = _gpu(case, device)
-    return reason or ("takes 16-bit inputs alone" if case.dtype == "float32" else "")
+    return reason or ("supports only 16-bit inputs" if case.dtype == "float32" else "")
 
 
 def _quack(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
@@ -216,7 +216,7 @@ def _quack(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
 
 
 def _quack_chunk(case: CECase) -> int:
-    """Rows of a chunk: its default, but where that is D, which its epilogue cannot tell apart."""
+    """Rows per chunk: quack's default, unless that equals D, where its epilogue fails."""
     return 4096 if case.shape.hidden != 4096 else 2048
 
 

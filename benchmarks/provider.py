@@ -1,9 +1,9 @@
-"""What a provider is, and the ways around that several of them share.
+"""What a provider is, and workarounds that several of them share.
 
 A CE provider turns a case and its inputs into the loss Σ w·nll / N (`weighted_ce`) or into
 confidences [N] (`token_confidence`); gradients come from autograd. A merge provider returns the
-merged weight. Where a package lacks the operation, its users' way around is what runs, and the
-note of the row says so. Packages are imported when asked for, never before.
+merged weight. If a package lacks the operation, its users' usual workaround runs, and the
+note of the row says so. Packages are imported only when they are used.
 """
 
 import importlib.util
@@ -26,8 +26,8 @@ CE_OPS = ("weighted_ce", "token_confidence")
 class Provider:
     """One column of the comparison.
 
-    `prepare` makes the function to time from a case and inputs, once, outside the clock; `skip`
-    says why a case is not run (an empty string runs it); `note` says what is not native about it;
+    `prepare` makes the function to time from a case and inputs, once, untimed; `skip` says why a
+    case is not run (an empty string runs it); `note` says what differs from a native call;
     `budget` replaces the error budget where the provider approximates by design.
     """
 
@@ -64,7 +64,7 @@ def eager_nll(case: CECase, hidden: Tensor, weight: Tensor, target: Tensor) -> T
 def weights_from(
     case: CECase, inputs: CEInputs, nll: Tensor | None, guide_nll: Callable[[], Tensor]
 ) -> Tensor | None:
-    """The row weights [N] of a case, None for 1; `guide_nll` is asked for without gradients."""
+    """The row weights [N] of a case, None for 1; `guide_nll` is called without gradients."""
     if case.weighting == "offline":
         return inputs.token_weight
     if case.weighting == "self":
@@ -121,5 +121,5 @@ def compile_skip(case: CECase, device: torch.device) -> str:
     if device.type != "cuda":
         return "needs a GPU"
     if case not in gpu_cases(quick=True):
-        return "compiled for the first cases alone: compiling costs the others their time"
+        return "compiled only for the first cases: compiling takes too much time"
     return ""

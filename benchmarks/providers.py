@@ -1,4 +1,4 @@
-"""The registry: who can be asked for an operation. Ours, full logits and the floors are here."""
+"""The registry of providers by operation. Ours, full logits and the floors are defined here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from benchmarks.provider import CE_OPS, Provider, compile_skip, eager_nll, from_
 
 
 def providers_of(case: Case) -> list[Provider]:
-    """Those that know the operation, ours first and floors last."""
+    """Providers that implement the case's operation, ours first and floors last."""
     registry = [*own_providers(), *peers.PROVIDERS, *merge_providers.PROVIDERS, *floors()]
     order = {"ours": 0, "baseline": 1, "peer": 2, "floor": 3}
     known = [provider for provider in registry if case.op in provider.ops]
@@ -41,7 +41,7 @@ def gift_ce(impl: Any) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
 
 
 def _compiled(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
-    # The gate has fewer tokens than what is timed: one compilation does for both.
+    # The check has fewer tokens than the timed call: a dynamic size compiles once for both.
     for tensor in (inputs.hidden, inputs.guide_hidden, inputs.target):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

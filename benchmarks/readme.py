@@ -1,4 +1,4 @@
-"""`python -m benchmarks readme`: the sections of README.md and docs/ that are made, not written.
+"""`python -m benchmarks readme`: writes the generated sections of README.md and docs/.
 
 Performance comes from folders of results, merge methods from their registry; a test compares all.
 """

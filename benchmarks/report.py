@@ -1,4 +1,4 @@
-"""Results on disk: rows as CSV and JSON, a Markdown table, figures; and what moved between two."""
+"""Results on disk: rows as CSV and JSON, a Markdown table; and what changed between two runs."""
 
 import csv
 import json
@@ -108,7 +108,7 @@ def read_results(folder: Path) -> Results:
 
 
 def markdown(results: Results) -> str:
-    """One table a case, fastest first; who was not run, or was wrong, is listed with the reason."""
+    """One table a case, fastest first; providers not run, or wrong, are listed with the reason."""
     settings, data, rows = results.environment, results.data, results.rows
     lines = [f"# {settings['device']}, {settings['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
@@ -156,7 +156,8 @@ def _markdown_row(row: Row) -> str:
     )
 
 
-# Of a row of any table: what it is about; the rest are figures, but for those that follow others.
+# Columns that identify a row of any table. All others are figures, except FOLLOWING, which say how
+# a case was measured or follow from another figure.
 NAMES = ("case", "provider", "stage", "model", "way", "tests", "of", "goal", "tool", "part")
 FOLLOWING = (
     *KEY, "kind", "note", "approximate", "vocab", "hidden", "p20_ms", "p80_ms", "samples", "tflops",
@@ -166,7 +167,7 @@ NOTABLE = 0.05  # relative change of a figure without a spread
 
 
 def compare(before: Path, after: Path) -> str:
-    """Markdown of all that moved, but times within their spreads; what else differs comes first."""
+    """Markdown of all that changed, except times within their spread; environment changes first."""
     old, new = (read_results(path) for path in (before, after))
     lines = []
     devices = [result.environment["device"] for result in (old, new)]
@@ -185,7 +186,7 @@ def compare(before: Path, after: Path) -> str:
 
 
 def _named_rows(results: Results) -> dict[str, Row]:
-    """All rows of cases and tables, by what they are about."""
+    """All rows of cases and tables, by the columns that identify them."""
     found = {}
     for title, rows in {"": results.rows, **results.tables}.items():
         for row in rows:

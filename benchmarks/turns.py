@@ -1,4 +1,4 @@
-"""Providers take turns at the clock, and what becomes of those that fail there."""
+"""Times providers in turns, and handles those that fail."""
 
 import functools
 import gc
@@ -50,7 +50,7 @@ class Contender:
 
 
 class DeviceLost(Exception):
-    """A provider's failure after which the device does nothing more in this process."""
+    """A provider failed and left the device unusable in this process."""
 
     def __init__(self, provider: str, status: str) -> None:
         super().__init__(f"{provider} {status} {LOST}")
@@ -59,9 +59,9 @@ class DeviceLost(Exception):
 
 
 def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
-    """Rounds of one timed call each, in the order of `turn_order`; who fails is timed no more.
+    """Rounds of one timed call each, in the order of `turn_order`; stops timing one that fails.
 
-    Every turn takes the next set of inputs: none finds its own in a cache.
+    Every turn takes the next set of inputs, so that no call finds its inputs in a cache.
     """
     started = time.monotonic()
     least, most = settings.rounds
@@ -78,7 +78,7 @@ def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
                 contender.samples.append(once(call, settings.device))
             except Exception as error:  # other people's code may raise anything
                 contender.failed = failure(error)
-            if contender.failed:  # out of memory comes and goes
+            if contender.failed:  # out of memory may be temporary
                 recover(contender.provider.name, contender.failed, settings.device)
 
 
@@ -95,7 +95,7 @@ def turn_order(items: Sequence[Any], number: int) -> list[Any]:
 
 
 def rests(contender: Contender, contenders: Sequence[Contender], number: int) -> bool:
-    """Slow ones sit out three rounds of four: their time would cost the others samples."""
+    """Whether a slow provider skips the round: it runs in one of four, to leave time for others."""
     if number % 4 == 0 or not contender.samples:
         return False
     medians = [statistics.median(other.samples) for other in contenders if other.samples]
@@ -108,8 +108,8 @@ def once(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # Empties the caches for everybody, and keeps the device busy while the host launches what
-        # is timed: else the host's time would be, not the kernels'.
+        # Flushes the caches, and keeps the device busy while the host launches the timed call, so
+        # that the kernels are timed and not the host.
         _flushed(device).zero_()
         started.record()
         result = call.timed(state)
@@ -159,7 +159,7 @@ def failure(error: Exception) -> str:
 
 
 def recover(provider: str, status: str, device: torch.device) -> None:
-    """After a provider's failure: drops what it held; DeviceLost where nothing works any more."""
+    """After a provider's failure: frees its memory; DeviceLost if the device is unusable."""
     free(device)
     if not device_works(device):
         raise DeviceLost(provider, status)
@@ -177,7 +177,7 @@ def device_works(device: torch.device) -> bool:
 
 
 def free(device: torch.device) -> None:
-    """Drops what nothing refers to; raises nothing, whatever became of the device."""
+    """Frees unreferenced memory; never raises, even if the device is unusable."""
     gc.collect()
     if device.type == "cuda":
         try:

@@ -46,7 +46,7 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
     """Writes the confidence store of `config.data` under `config.model`; returns its summary.
 
     With `config.show_rows` it prints the first rows, writes nothing and returns nothing. `key` is
-    kept in the folder's list, see `publish.output_folder`.
+    stored in the folder's `gift_files.json`, see `publish.output_folder`.
     """
     if config.show_rows is not None:
         _show_rows(config, config.show_rows)
@@ -117,7 +117,7 @@ def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
 
 
 def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """All that decides the store's content: settings, model, tokenizer and data."""
+    """Everything that determines the store's content: settings, model, tokenizer and data."""
     inputs = {"output", "overwrite", "model", "tokenizer", "data"}
     device = pick_device(config.device)
     return {
@@ -200,8 +200,8 @@ def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
         values |= load_file(path)
     if len(values) != len(data.kept):
         raise OSError(
-            f"{work}: parts were removed, or read back otherwise than written; the disk is failing "
-            "or another program changed them"
+            f"{work}: parts are missing or differ from what was written; the disk is failing or "
+            "another program changed them"
         )
     return [
         values[str(example.row)] if example else np.zeros(0, np.float32)

@@ -1,9 +1,10 @@
-"""Takes the answer out of a reply and checks it against the reference answer.
+"""Extracts the answer from a reply and compares it with the reference answer.
 
-Two checks: `exact` compares text, white space aside; `math` asks math-verify whether two answers
-mean the same. SymPy, on which math-verify stands, can hang or grow without bound on what a model
-writes, and math-verify's own limit needs the main thread (its issues 55 and 65). So `math` runs in
-a worker process that is killed and started anew when an answer takes too long. Linux and macOS.
+Two checks: `exact` compares text, ignoring differences in white space; `math` asks math-verify
+whether two answers are mathematically equal. math-verify uses SymPy, which can hang or use
+unbounded memory on a model's output, and its own timeout works in the main thread only (its issues
+55 and 65). So `math` runs in a worker process that is killed and restarted when an answer takes too
+long. Linux and macOS.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ WORKER_MEMORY = 4 << 30  # bytes of address space
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a reply is right, the answer found in it, and why there was no proper check."""
+    """Whether a reply is right, the answer found in it, and why it could not be checked, if so."""
 
     correct: bool
     extracted: str | None
@@ -37,7 +38,7 @@ class Verdict:
 
 
 class Checker(Protocol):
-    """Compares replies with reference answers; a context manager, for it may hold a process."""
+    """Compares replies with reference answers; a context manager, because it may own a process."""
 
     def check(self, reply: str, answer: str) -> Verdict: ...
 
@@ -167,10 +168,10 @@ class MathChecker:
 
 
 class _Worker:
-    """A process that runs this module; one JSON line to it, one back."""
+    """A worker process that runs this module: one JSON line per question, one per answer."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        # The child must find this package however the parent did, installed or not.
+        # The child must find this package even where it is not installed.
         package_root = str(Path(__file__).resolve().parents[1])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -218,7 +219,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # from an unsent rest of a question
+            with contextlib.suppress(BrokenPipeError):  # part of a question was not sent
                 _pipe(pipe).close()
 
 
@@ -230,8 +231,8 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 def _parse(text: str, is_answer: bool) -> list[Any]:
     """math-verify's reading of a text: [expression, its text], [text], or [] for nothing found.
 
-    An answer such as `6 - 5i` is read as one expression, as if it were boxed: in running text
-    math-verify would take the last number of it. What makes no expression so is read as text.
+    An answer such as `6 - 5i` is parsed as if it were boxed, because in running text math-verify
+    would take only its last number. If that gives no expression, it is parsed as running text.
     """
     from math_verify import parse
 
@@ -266,12 +267,12 @@ def _serve(timeout_seconds: float) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    # Imports and compiled patterns are not to be on the first answer's time.
+    # Warm up: imports and compiled patterns must not count toward the first answer's time limit.
     _judge({"answer": r"\frac{1}{2}", "reply": r"so $\boxed{0.5}$ or 1", "is_answer": False})
     print("ready", file=answers, flush=True)
     os.dup2(nowhere, 2)  # not earlier: the message of a failed start goes there
     for line in sys.stdin:
-        # Should the parent die, the system's own handler ends a hanging process.
+        # If the parent has died, the default action of SIGALRM ends a hanging process.
         signal.alarm(int(timeout_seconds) + 2)
         print(json.dumps(_judge(json.loads(line))), file=answers, flush=True)
         signal.alarm(0)

@@ -9,9 +9,9 @@ from gift.data import Example
 
 
 def plan_batches(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]:
-    """Rows grouped by length so that rows × longest stays within the budget; at least one a batch.
+    """Groups rows by length so that rows × longest row stays within the budget (one row at least).
 
-    Longest first: a budget that is too large for the memory fails at once.
+    The longest rows come first, so that a budget that is too large for the memory fails at once.
     """
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: (-len(example.input_ids), example.row)):

@@ -1,4 +1,4 @@
-"""Training checkpoints: everything that decides the rest of a run, in one sealed file."""
+"""Training checkpoints: the full state that a run resumes from, in one file with its sha256."""
 
 import io
 from pathlib import Path
@@ -36,7 +36,7 @@ class TrainingState:
             "random": random,
             "cuda_random": cuda,
         }
-        # PyTorch's own writing to a file reports no reason where it fails.
+        # When torch.save writes to a path itself, a failure does not say why.
         content = io.BytesIO()
         torch.save(state, content)
         older = list(work.glob("checkpoint-*"))
@@ -46,7 +46,7 @@ class TrainingState:
             path.unlink(missing_ok=True)
 
     def load(self, work: Path) -> tuple[int, list[dict[str, float]], Tensor]:
-        """Restores the last undamaged checkpoint: its step, metrics and signal; step 0 without."""
+        """Restores the last undamaged checkpoint; returns step (0 if none), metrics and signal."""
         checkpoints = [path for name, path in sealed_files(work).items() if name.endswith(".pt")]
         if not checkpoints:
             return 0, [], torch.zeros(0)

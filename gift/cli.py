@@ -1,6 +1,6 @@
 """The `gift` command: one subcommand per stage, its flags made from the stage's options.
 
-Errors a user can mend are printed as one line; exit status 2 is bad input, 1 a failing disk or
+Errors the user can fix are printed as one line; exit status 2 is bad input, 1 a failing disk or
 device, 130 an interruption.
 """
 
@@ -105,7 +105,7 @@ def _add_command(
 
 
 def _flag(key: str, field: FieldInfo) -> tuple[Any, Any]:
-    """Type and typer option of one field; the default is shown, but left to the config."""
+    """Type and typer option of one field; the help shows the default, the config applies it."""
     flag = f"--{key.replace('_', '-')}"
     help_text = field.description or ""
     if field.default is PydanticUndefined:
@@ -138,7 +138,7 @@ _add_command(
     "import-scores",
     ImportScoresConfig,
     "gift.annotate:import_scores",
-    "Turn the authors' scores file into a confidence store. Costs no model.",
+    "Turn the authors' scores file into a confidence store. Loads no model.",
 )
 _add_command(
     "train",
@@ -161,24 +161,24 @@ _add_command(
     "merge-statistics",
     StatisticsConfig,
     "gift.merge.statistics:merge_statistics",
-    "Collect the statistics that some merge methods need. Costs a pass over the data, for the "
-    "Fisher diagonal with gradients, and memory for a float32 copy of the parameters or a Gram "
-    "matrix a layer.",
+    "Collect the statistics that some merge methods need. Costs a pass over the data (with "
+    "gradients for the Fisher diagonal), and memory for a float32 copy of the parameters or one "
+    "Gram matrix per layer.",
 )
 _add_command(
     "diff",
     DiffConfig,
     "gift.merge.diff:diff",
     "Show what changed between two models, layer by layer. Size and rank of the change, and how "
-    "much of it bf16 cannot hold. Reads both models once.",
+    "much of it bf16 cannot represent. Reads both models once.",
     positional=("model_a", "model_b"),
 )
 _add_command(
     "unmerge",
     UnmergeConfig,
     "gift.merge.unmerge:unmerge",
-    "Take a merge back. Bit for bit where it was made with --save-residual, else to within one "
-    "rounding. Costs what the merge did.",
+    "Undo a merge. Bit for bit if it was made with --save-residual, else to within one rounding "
+    "error. Costs as much as the merge.",
 )
 _add_command(
     "evaluate",
@@ -216,7 +216,7 @@ def main() -> None:
     except SafetensorError as error:
         _fail(f"{error}; nothing was published", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", 130)
+        _fail("interrupted; run the same command again to resume", 130)
 
 
 def _fail(message: str, status: int) -> None:

@@ -40,7 +40,7 @@ class ConfidenceStore:
         return self.confidence[self.offsets[row] : self.offsets[row + 1]]
 
     def shorter_context(self, context: int | None) -> int | None:
-        """The shorter of the guide's context and another model's; None is without a limit."""
+        """The smaller of the guide's context length and `context`; None means no limit."""
         return min(filter(None, (self.manifest["data"]["context"], context)), default=None)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -115,7 +115,7 @@ def require_same_rows(
             "annotate this data"
         )
     for row, (expected, got) in enumerate(zip(theirs, digests, strict=True)):
-        # A row may be too long for the model that is trained and not for the guide.
+        # An empty digest: the row was dropped here, as too long for the model that is trained.
         if expected != got and got:
             raise InputError(
                 f"--confidence: row {row} of the data is not the row that was annotated; annotate "

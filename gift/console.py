@@ -22,7 +22,7 @@ error_console = Console(stderr=True)
 
 
 class Bar:
-    """One progress bar; `advance` moves it, `note` changes the text behind it."""
+    """One progress bar; `advance` moves it, `note` sets the text after it."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress = progress
@@ -53,7 +53,7 @@ def progress(description: str, total: int, done: int = 0, shown: bool = True) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Prints nothing inside: for stages that are steps of something larger."""
+    """Suppresses console output in the block, for stages that run as part of another command."""
     before = console.quiet, error_console.quiet
     console.quiet = error_console.quiet = True
     try:
@@ -65,8 +65,8 @@ def quiet() -> Iterator[None]:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; the first column is text, the others are numbers.
 
-    No name is cut and no number is broken: headers fold at words, and columns that do not fit
-    beside the others follow in another table under the same names.
+    Nothing is truncated: headers wrap at words, and columns that do not fit the width go to a
+    further table that repeats the first column.
     """
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     for part in _fitting_parts(columns, rows, console.width):
@@ -82,7 +82,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def _fitting_parts(
     columns: Sequence[str], rows: Sequence[Sequence[str]], available: int
 ) -> list[list[tuple[int, int]]]:
-    """Tables that fit, each a list of columns by place and width; all begin with the first column.
+    """Splits the columns into tables that fit, each a list of (index, width) from the first column.
 
     A column is as wide as its header where all fit so, else as its longest cell or word.
     """

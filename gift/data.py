@@ -1,8 +1,7 @@
 """From rows to token ids and target masks, through the instruct model's own chat template.
 
-What becomes a target, in every stage: the tokens that generation would have to produce after the
-prompt as inference renders it (the turns before, with `add_generation_prompt`), as far as they are
-the data's words:
+Targets, in every stage, are the tokens that the model would have to generate at inference after the
+prompt (the earlier turns rendered with `add_generation_prompt`), as far as they come from the data:
 
 - An assistant turn's reasoning, content and tool calls, with what the template writes between them
   and to open and close them (`<think>`, `</think>`, `<tool_call>`), and white space after the
@@ -14,13 +13,13 @@ the data's words:
   header of a template that ignores `add_generation_prompt`. A note says what was left out.
 - Not the first token of a sequence: nothing before it could predict it.
 
-`{% generation %}` blocks of a template do not change this. It is an error where the prompt's
-rendering is not how the row's rendering begins, because the reply would be learned after another
-prompt than it is asked with (a template whose prompt ends with `<think>` but which renders replies
-without it; reasoning that is left out only once a later turn is there), and where the template
-leaves out or changes what the user or the assistant says. White space at the ends may be stripped;
-reasoning before a later user turn may be left out, which a note says. A system turn or a tool's
-result that is left out is a note. The keys of a row that are read are listed in `gift.rows`.
+`{% generation %}` blocks of a template do not change this. It is an error if the rendered row does
+not begin with the rendered prompt, because the reply would be trained after a different prompt than
+at inference (a template whose prompt ends with `<think>` but which renders replies without it;
+reasoning that is dropped only if a later turn follows). It is also an error if the template drops
+or changes what the user or the assistant says. White space at the ends may be stripped. Dropped
+reasoning before a later user turn gives a note, and so does a dropped system turn or tool result.
+The keys of a row that are read are listed in `gift.rows`.
 """
 
 import itertools
@@ -72,7 +71,7 @@ class Loss:
 class EncodedData:
     """All rows in file order (None where dropped), what was lost, and notes for the user.
 
-    `context` is the model's, in tokens, if it has a limit.
+    `context` is the model's maximum length in tokens, None without a limit.
     """
 
     examples: tuple[Example | None, ...]
@@ -123,7 +122,7 @@ def encode(
 
     Raises:
         InputError: the share of lost rows exceeds `max_dropped`; an assistant turn among others
-            is empty, which would teach an empty reply; or see the rule at the top of this file.
+            is empty, which would teach an empty reply; or see the rules at the top of this file.
     """
     examples: list[Example | None] = []
     losses: list[Loss] = []
@@ -214,8 +213,8 @@ def prompt_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list
 def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Tokens and targets of a rendered row; InputError names the row where they are unstable.
 
-    The text is tokenised as a whole if its tokens break at the borders of every prompt and of its
-    targets as they do at inference, where the prompt stands alone; else piece by piece.
+    The text is tokenised in one piece if every prompt and target boundary is a token boundary, as
+    at inference, where the prompt is tokenised alone; otherwise piece by piece.
     """
     text = rendering.text
     borders = sorted({0, len(text), *(border for target in rendering.targets for border in target)})
@@ -251,7 +250,7 @@ def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
 def _fit_length(
     example: Example, max_length: int, context: int | None, overlong: str
 ) -> tuple[Example | None, Loss | None]:
-    """The example within both limits, None where it is dropped; and what was lost of it."""
+    """Cuts or drops an example to fit both limits; returns it (None if dropped) and the loss."""
     length = len(example.input_ids)
     limit, name = max_length, "--max-length"
     if context is not None and context < max_length:
@@ -280,7 +279,7 @@ def _refuse_losses(losses: Sequence[Loss], rows: int, max_dropped: float) -> Non
     raise InputError(
         f"--data: {len(losses)} of {rows} rows are lost ({shown}{', …' if len(losses) > 3 else ''})"
         f", more than --max-dropped {max_dropped:g} allows; raise --max-length (up to the "
-        "model's context) or --max-dropped, or mend the rows"
+        "model's context) or --max-dropped, or fix the rows"
     )
 
 

@@ -1,9 +1,8 @@
 """Evaluates a model on questions with known answers: generate, check, average.
 
-A reply that never ends counts as wrong unless `unfinished` says otherwise: it has not committed to
-an answer, while math-verify would take whatever expression the cut-off left last. The share of
-replies that match the reference without having ended is reported as `unfinished_correct`: it is
-what the rule takes away.
+A reply that did not end counts as wrong unless `unfinished` says otherwise: it has not committed to
+an answer, and math-verify would take the last expression before the cut. `unfinished_correct`
+reports the share of replies that match the reference but did not end: what this rule costs.
 """
 
 import json
@@ -49,8 +48,8 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """Generates, checks and writes samples.jsonl and metrics.json; returns the metrics.
 
     Finished batches stay in OUTPUT.partial, so that a call with the same settings, model and data
-    resumes where an interrupted one stopped, and ends with the same files. `key` is kept in the
-    folder's list, see `publish.output_folder`.
+    resumes where an interrupted one stopped, and ends with the same files. `key` is stored in the
+    folder's `gift_files.json`, see `publish.output_folder`.
 
     Raises:
         InputError: bad options, data or model, or an existing output.
@@ -124,9 +123,9 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     output: Output,
 ) -> list[list[Reply]]:
-    """All replies [row][sample]: those kept in the work folder, and the rest, kept there too."""
-    # All that decides the replies. The batch size does not, so that after running out of memory
-    # one can resume with a smaller one; neither do answers and checks.
+    """All replies [row][sample]: loads those in the work folder, generates and saves the rest."""
+    # Everything that determines the replies. Not the batch size, so that a run that went out of
+    # memory can resume with a smaller one; nor the reference answers and the check.
     output.begin(
         {
             "model": weights_hash,

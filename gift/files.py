@@ -1,4 +1,4 @@
-"""Single files: written aside, synced and renamed; hashes of content."""
+"""Single files: written to a temporary name, synced and renamed; hashes of content."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _SEALED = re.compile(r"(?P<stem>.+)\.(?P<sha256>[0-9a-f]{64})(?P<suffix>\.\w+)")
 def replacing(path: Path, *, sealed: bool = False) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` when the block ends without an error.
 
-    A sealed file gets its sha256 into its name, before the suffix: see `sealed_files`.
+    A sealed file has its sha256 in its name, before the suffix: see `sealed_files`.
     """
     temporary = temporary_path(path)
     try:
@@ -36,7 +36,7 @@ def replacing(path: Path, *, sealed: bool = False) -> Iterator[Path]:
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:
-    """The sealed files of a folder whose content is what was written, by their first names."""
+    """A folder's sealed files whose content matches their sha256, by name without the sha256."""
     files = {}
     for path in sorted(folder.iterdir()):
         match = _SEALED.fullmatch(path.name)
@@ -46,13 +46,13 @@ def sealed_files(folder: Path) -> dict[str, Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where `path` is written aside."""
+    """The temporary file that is renamed to `path`."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Failures of the operating system in the block become OSErrors that name a file, or `path`."""
+    """Turns operating-system errors in the block into OSErrors that name a file, else `path`."""
     try:
         yield
     except Exception as error:
@@ -63,10 +63,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def system_failure(error: BaseException, path: Path) -> OSError | None:
-    """The operating system's failure behind an error, None where there is none.
+    """The OSError behind an exception, None if there is none.
 
-    It names `path` where it names no file. Libraries written in Rust (safetensors, tokenizers)
-    raise types of their own, with the number in the text.
+    Its filename is `path` if it had none. Libraries written in Rust (safetensors, tokenizers) raise
+    types of their own, with the error number in the text.
     """
     if isinstance(error, OSError):
         if error.errno is not None:
@@ -77,7 +77,7 @@ def system_failure(error: BaseException, path: Path) -> OSError | None:
 
 
 def sync(path: Path) -> None:
-    """Puts a file's content, or a folder's names, on the disk."""
+    """Flushes a file's content, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,7 +131,7 @@ def hash_json(content: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's content; a big file is read once a process while it stays as it is."""
+    """sha256 of a file's content; a large file is read once per process unless it changes."""
     known = _hashes.get(_identity(path))
     if known is not None:
         return known
@@ -144,13 +144,13 @@ def hash_file(path: Path) -> str:
 
 
 def remember_hash(path: Path, sha256: str) -> None:
-    """Saves `hash_file` from reading a big file whose content was just hashed."""
+    """Caches a large file's hash, so that `hash_file` need not read the file again."""
     if path.stat().st_size >= REMEMBERED_BYTES:
         _hashes[_identity(path)] = sha256
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Changes with a file's content, and not when the file is renamed."""
+    """A key that changes when a file's content changes, but not when it is renamed."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 

@@ -30,7 +30,7 @@ DROP_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Reply:
-    """One generated reply; `tokens` holds its end token where it has one."""
+    """One generated reply; `tokens` includes the end token if there is one."""
 
     tokens: tuple[int, ...]
     text: str
@@ -63,9 +63,9 @@ def generate_replies(
             nucleus of Holtzman et al. 2020, arXiv 1904.09751); 1 draws from all.
         max_new_tokens: a reply that has not ended by then, or by the end of the model's context,
             is unfinished.
-        batch_size: sequences at a time; longest prompts first, so that memory shows early.
+        batch_size: sequences at a time; longest prompts first, to run out of memory early.
         on_batch: receives each batch as it is finished.
-        done: replies that an earlier call made, by (row, sample); they are not made again.
+        done: replies of an earlier call by (row, sample), which are not generated again.
 
     Raises:
         InputError: an option out of range, an empty prompt or one that fills the context, no end
@@ -207,11 +207,11 @@ class _Sampler:
         probabilities = (logits.float() / self._temperature).softmax(-1)
         if self._top_p < 1:
             probabilities = _nucleus(probabilities, self._top_p)
-        # In the order of the ids, not of the probabilities: near ties that swap their ranks would
-        # otherwise change the draw.
+        # Cumulated in the order of token ids: in the order of probabilities, near ties could swap
+        # places and change the draw.
         cumulative = probabilities.to(self._dtype).cumsum(-1)
         total = cumulative[:, -1:]
-        # Rounding may lift the product to the total, beyond the last token.
+        # Rounding may raise the product to the total, past the last token.
         target = torch.minimum(
             self._uniforms[sequences, step, None] * total,
             torch.nextafter(total, torch.zeros_like(total)),
@@ -221,9 +221,9 @@ class _Sampler:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zeroes all but the smallest set of likeliest tokens that holds `top_p`, ties at its edge in.
+    """Zeroes all but the smallest set of likeliest tokens that holds `top_p`.
 
-    [n, V] to [n, V], not normalised again.
+    Ties at the threshold are kept. [n, V] to [n, V], not renormalized.
     """
     ranked = probabilities.sort(-1, descending=True).values
     kept = ranked.cumsum(-1) - ranked < top_p

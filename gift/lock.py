@@ -1,9 +1,9 @@
-"""One run owns an output folder: a lock file beside it, with the owner's record in it.
+"""One run at a time writes an output folder: a lock file next to it records the owner.
 
-The kernel holds the lock (`flock`) for the process and drops it however the process ends: the lock
-of a dead process of this host is free, with no guess about process ids that are in use again. A
-record of another host is never taken over: file systems that do not share locks between hosts
-report its lock as free while that run is alive.
+The lock is an `flock`, which the operating system releases however the process ends. So the lock of
+a dead process on this host is free, without guessing whether its process id was reused. A lock
+recorded by another host is never taken over: file systems that do not share locks between hosts
+report it as free while that run is alive.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def _flock(lock: int) -> dict[str, str] | None:
         free_on_this_host = False
     try:
         owner = json.loads(os.pread(lock, 4096, 0))
-    except ValueError:  # none was written, or not to its end
+    except ValueError:  # no record, or an incomplete one
         owner = {}
     if free_on_this_host and owner.get("host", socket.gethostname()) == socket.gethostname():
         return None

@@ -1,8 +1,8 @@
 """Which weights get a LoRA pair: `--lora-targets` looked up in the model, as PEFT would do it.
 
-A target is the end of a module's or a parameter's name, at a dot. The output layer and the
-embedding are refused: the loss reads the output layer's weight itself, so that a LoRA pair on it
-would stay untrained, and on a tied pair a change of one of them cannot be merged into the other.
+A target matches modules and parameters whose dotted name ends with it. The output layer and the
+embedding are not allowed: the loss reads the output layer's weight directly, so a LoRA pair on it
+would stay untrained, and with tied weights a change to one side cannot be merged.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def _named(names: list[str], model: Any) -> LoraTargets:
     for target in names:
         _refuse_ends(target, model)
         found = [module for name, module in all_modules.items() if _ends(name, target)]
-        # A module that holds expert stacks stands for them.
+        # Naming a module that holds expert stacks means all of its stacks.
         stacked = {name for name in stacks if _ends(name, target)}
         stacked |= {name for name in stacks if _ends(name.rpartition(".")[0], target)}
         if found and all(map(_is_linear, found)):

@@ -45,7 +45,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def summarize(
     samples: Sequence[dict[str, Any]], groups: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """Metrics of rows of samples.jsonl, as many for each question; `groups` by question."""
+    """Metrics of rows of samples.jsonl, equally many per question; `groups` by question."""
     by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for sample in samples:
         by_question[sample["row"]].append(sample)

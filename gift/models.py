@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, finding a model's head, and naming what was loaded by its hash."""
+"""Loads models and tokenizers, finds a model's head, and identifies what was loaded by hashes."""
 
 import json
 import math
@@ -117,7 +117,7 @@ def model_structure(folder: Path) -> Any:
 
 def _load(folder: Path, **options: Any) -> tuple[Any, list[str]]:
     """The model, and the names in its checkpoint that its class does not read."""
-    transformers.utils.logging.disable_progress_bar()  # it would run through ours
+    transformers.utils.logging.disable_progress_bar()  # it would interleave with ours
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
     try:
@@ -202,7 +202,8 @@ def require_embeddings(model: Any, largest_id: int, name: str) -> None:
 def context_length(config: Any) -> int | None:
     """Tokens that a model's config allows, RoPE scaling included; None where it names no limit.
 
-    `max_position_embeddings` counts before linear, dynamic and YaRN scaling and after all other.
+    `max_position_embeddings` is the length before linear, dynamic and YaRN scaling, but after
+    scaling of any other type.
     """
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
@@ -314,7 +315,7 @@ def model_hash(folder: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
+    """Versions of the packages that computed a result."""
     return {
         "gift": gift.__version__,
         "torch": torch.__version__,

@@ -1,22 +1,22 @@
-"""Output folders that are whole or absent, whatever kills a run: the only code that commits.
+"""Output folders appear complete or not at all, even if a run is killed; only this file commits.
 
 A run owns its output folder from the first byte to the last (`gift.lock`). Beside an output OUT:
 
     OUT            the published folder; its `gift_files.json` lists every file's size and sha256
     OUT.partial    what is being prepared
-        work/      results that a resumed run takes over (parts, checkpoints); never published
-    OUT.replaced   what has to go: the finished work and the folder that stood under the name
+        work/      results that a resumed run reuses (parts, checkpoints); never published
+    OUT.replaced   what will be removed: the finished work and the previous folder OUT
     .OUT.lock      who owns OUT
 
-One file is committed by a rename: written aside, synced, renamed (`files.replacing`). Results in
-`work` are sealed: the sha256 in its name commits a result together with its name, and a damaged one
-does not count (`files.sealed_files`). `work/made_from.json` says what all of them are made from;
-where that differs now, the record is removed first, then the rest, and the run starts anew.
+A single file is written to a temporary name, synced and renamed (`files.replacing`). Results in
+`work` are sealed: each has its sha256 in its name, and a damaged one is ignored
+(`files.sealed_files`). `work/made_from.json` records the inputs and settings of these results; if a
+new run has others, the record is removed first, then the results, and the run starts over.
 
 A folder is committed in these steps:
 
     1. its files are synced, then `gift_files.json` is written
-    2. mkdir OUT.replaced                            from here on the new folder counts
+    2. mkdir OUT.replaced                            the commit: from here on the new folder counts
     3. OUT.partial/work  ->  OUT.replaced/work       by rename, as the next two
     4. OUT               ->  OUT.replaced/output
     5. OUT.partial       ->  OUT
@@ -67,7 +67,7 @@ def partial_path(output: Path) -> Path:
 
 
 def replaced_path(output: Path) -> Path:
-    """Where a swap puts what has to go."""
+    """The folder for what will be removed."""
     return output.with_name(f"{output.name}.replaced")
 
 
@@ -82,11 +82,12 @@ class Output:
         self._keep: set[str] = set()
 
     def begin(self, made_from: Mapping[str, Any] | None = None, keep: Collection[str] = ()) -> Path:
-        """Makes the partial folder, in which only what an equal run left for this one remains.
+        """Makes the partial folder; keeps results of an interrupted run with equal `made_from`.
 
         Args:
-            made_from: all that decides the results in `work`, as JSON; without it none are kept.
-            keep: names beside `work` that stay too; the caller checks what is in them.
+            made_from: everything that determines the results in `work`, as JSON; without it none
+                are kept.
+            keep: further names in the folder to keep; the caller checks their content.
         """
         record = self.work / MADE_FROM_FILE
         made_from = json.loads(json.dumps(made_from))
@@ -113,7 +114,7 @@ class Output:
         differing = [name for name in made_from if before.get(name) != made_from[name]]
         if differing and self._has_results():
             warn(
-                f"starting anew: the unfinished work in {self.partial} differs in "
+                f"starting over: the unfinished work in {self.partial} differs in "
                 f"{', '.join(differing)}"
             )
         return not differing
@@ -136,7 +137,7 @@ class Output:
         complete(self.path)
 
     def abandon(self) -> None:
-        """Leaves the partial folder to the next run where it holds results, else removes it."""
+        """Keeps the partial folder for the next run if it holds results, else removes it."""
         if self.partial.exists() and not self._has_results():
             shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -148,7 +149,7 @@ def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iter
     The block calls `begin` once and fills the folder that it returns.
 
     Args:
-        key: kept in the folder's list; `gift run` tells by it what a folder was made from.
+        key: stored in the folder's list; `gift run` recognises a folder's inputs by it.
 
     Raises:
         InputError: see `lock.owned`; or `path` exists and `overwrite` is not given.
@@ -178,12 +179,12 @@ def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iter
 
 
 def complete(path: Path) -> None:
-    """Steps 3 to 6, where a killed run had come to them; the caller owns `path`."""
+    """Does steps 3 to 6 if a killed run had passed step 2; the caller owns `path`."""
     partial, replaced = partial_path(path), replaced_path(path)
     if not replaced.exists():
         return
     if any(entry.name not in (WORK_FOLDER, "output") for entry in replaced.iterdir()):
-        raise InputError(f"{replaced}: is in the way and not of a run; move it elsewhere")
+        raise InputError(f"{replaced}: is not from a run and blocks the output; move it elsewhere")
     if partial.exists():
         if (partial / WORK_FOLDER).exists():
             os.rename(partial / WORK_FOLDER, replaced / WORK_FOLDER)

@@ -27,7 +27,7 @@ QUESTION_FIELDS = ("instruction", "problem", "question", "prompt")
 
 @dataclass(frozen=True)
 class Question:
-    """One row: `line` counts from 1, `answer` is text also where the file has a number."""
+    """One row: `line` counts from 1, `answer` is text even if the file has a number."""
 
     line: int
     turns: list[Message]
@@ -145,7 +145,7 @@ def render_prompts(
     """The prompts as the tokenizer's chat template writes them, up to the header of the reply.
 
     They hold every special token the model wants: tokenise them without adding any. InputError
-    names the line of `path` whose prompt the template refuses or leaves something out of.
+    names the line of `path` whose prompt the template rejects or renders incompletely.
     """
     texts = []
     for question in questions:

@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Group:
-    """This process among `size` equal ones; `device` is its own GPU under torchrun, else None."""
+    """This process's rank among `size`; `device` is its own GPU under torchrun, else None."""
 
     rank: int
     size: int

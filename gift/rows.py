@@ -1,4 +1,4 @@
-"""JSONL files as rows, and rows as conversations: nothing of a row is left out in silence.
+"""JSONL files as rows, and rows as conversations; no key of a row is dropped silently.
 
 A row is `{"instruction", "response"}` (with optional `input`), `{"prompt", "completion"}` (texts
 or message lists) or `{"messages"}`; each may have `system`, a text that becomes the first turn,
@@ -8,7 +8,7 @@ A message has a `role` and a `content` (a text, or parts of type text); an assis
 `tool_calls` and reasoning, any message a `name`, a tool's result a `tool_call_id`. All of these
 go to the chat template. Other keys with a value:
 
-- in a message, and those of a row in `UNREAD_KEYS`, which say what a model is to read: an error;
+- in a message, or of a row and in `UNREAD_KEYS` (unsupported input for a model): an error;
 - any other key of a row, such as `id` or `source`: metadata, counted and noted once a file;
 - named in `--ignore-keys`: left out.
 """
@@ -122,12 +122,12 @@ def add_system(turns: list[Message], row: dict[str, Any], place: str) -> list[Me
 
 
 def refuse_unread(row: dict[str, Any], place: str, ignore: Collection[str] = ()) -> None:
-    """InputError where a row has a key that says what a model is to read and nothing reads."""
+    """InputError if a row has a key that holds input for a model and is not supported."""
     keys = [key for key in row if key in UNREAD_KEYS and _has_value(row[key]) and key not in ignore]
     if keys:
         raise InputError(
-            f"{place}: nothing reads {', '.join(keys)}; put what it says into messages, or leave "
-            f"it out with --ignore-keys {','.join(keys)}"
+            f"{place}: unsupported {', '.join(keys)}; put the content into messages, or leave it "
+            f"out with --ignore-keys {','.join(keys)}"
         )
 
 
@@ -151,7 +151,7 @@ def refuse_surrogates(value: Any, place: str) -> None:
     except UnicodeEncodeError as error:
         raise InputError(
             f"{place}: holds {error.object[error.start]!a}, half of a surrogate pair, which is no "
-            "character and no tokenizer takes; mend or remove the text"
+            "character and no tokenizer takes; fix or remove the text"
         ) from None
 
 
@@ -178,7 +178,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!a} is there twice")
+        raise ValueError(f"the key {twice!a} appears twice")
     return values
 
 
@@ -227,7 +227,7 @@ def _message(message: Any, place: str, ignore: Collection[str]) -> Message:
     unread = [key for key in values if key not in MESSAGE_KEYS or key in words]
     if unread:
         raise InputError(
-            f"{place}: nothing reads {', '.join(unread)} in a message of the {message['role']}; "
+            f"{place}: unsupported {', '.join(unread)} in a message of the {message['role']}; "
             f"leave it out with --ignore-keys {','.join(unread)}"
         )
     for key in ("name", "tool_call_id", *REASONING_KEYS):
@@ -239,7 +239,7 @@ def _message(message: Any, place: str, ignore: Collection[str]) -> Message:
             f"{place}: tool_calls: expected a list of objects with a function that has a name"
         )
     content = message.get("content")
-    # Templates tell a call without words by its null content.
+    # Templates recognise a call without text by its null content.
     if content is not None or not calls:
         content = _content(content, place)
     return {**values, "content": content}

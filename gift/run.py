@@ -49,7 +49,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class Stage(NamedTuple):
-    """One stage of a run: what it is called, its options, its function and its inputs' hashes."""
+    """One stage of a run: its name, its options, its function and its inputs' hashes."""
 
     name: str
     config: Any
@@ -101,7 +101,7 @@ def _refuse_other_folder(output: Path, folders: Sequence[Path]) -> None:
 
 
 def _is_finished(stage: Stage, overwrite: bool) -> bool:
-    """Whether the stage's folder is there and right; InputError where only `overwrite` helps."""
+    """Whether the stage's folder is complete; InputError if it must be overwritten but may not."""
     output = stage.config.output
     with owned(output):
         complete(output)
@@ -156,7 +156,7 @@ def _check_model(config: RunOptions, option: str, name: str) -> Any:
 
 
 def _stages(config: RunOptions) -> list[Stage]:
-    """The stages in order; each takes the options that bear its fields' names."""
+    """The stages in order; each takes the run's options of the same names."""
     confidence, adapter, merged = (
         config.output / name for name in ("confidence", "adapter", "merged")
     )
@@ -164,9 +164,8 @@ def _stages(config: RunOptions) -> list[Stage]:
     base = resolve_model(config.base)
     data = hash_json(read_rows(config.data, config))
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
-    guided = config.weighting == "guide"
     stages = []
-    if guided:
+    if config.guided:
         options = _pick(AnnotateConfig, config, model=str(instruct), output=confidence)
         stages.append(
             Stage("annotate", options, annotate, lambda: [model_hash(instruct), tokenizer, data])
@@ -175,7 +174,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         TrainConfig,
         config,
         model=str(base),
-        confidence=confidence if guided else None,
+        confidence=confidence if config.guided else None,
         tokenizer=str(instruct),
         output=adapter,
     )
@@ -197,7 +196,7 @@ def _stages(config: RunOptions) -> list[Stage]:
                 model_hash(base),
                 tokenizer,
                 data,
-                _hash_of(confidence, CONFIDENCE_FILE) if guided else "",
+                _hash_of(confidence, CONFIDENCE_FILE) if config.guided else "",
             ],
         ),
         Stage(

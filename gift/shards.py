@@ -118,7 +118,7 @@ class Checkpoint:
         return sum(entry.size for entry in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """Changes when a shard is replaced: names, sizes, times and headers, not the content."""
+        """Hash of the shards' names, sizes, modification times and headers, without the tensors."""
         return hash_json(
             [
                 (shard.path.name, stat.st_size, stat.st_mtime_ns, shard.header_hash)
@@ -159,7 +159,7 @@ def open_shard(path: Path) -> Shard:
     ends = max((entry.end for entry in entries), default=start)
     if ends != file_size:
         raise InputError(
-            f"{path}: the header speaks of {ends} bytes, the file has {file_size}; fetch it again"
+            f"{path}: the header describes {ends} bytes, the file has {file_size}; fetch it again"
         )
     return Shard(path, entries, metadata, hash_bytes(raw))
 
@@ -184,7 +184,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     weight_map: dict[str, str] = index["weight_map"]
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(
-            f"{index_path}: weight_map holds what is no file name; save the model again"
+            f"{index_path}: weight_map holds a value that is no file name; save the model again"
         )
     shards = tuple(open_shard(folder / name) for name in sorted(set(weight_map.values())))
     entries = {(shard.path.name, entry.name): entry for shard in shards for entry in shard.entries}
@@ -346,7 +346,7 @@ class ShardWriter:
 
 
 def hash_tensors(path: Path) -> dict[str, str]:
-    """sha256 of every tensor in a file, read anew; the whole file's is remembered."""
+    """sha256 of every tensor, re-read from the file; caches the sha256 of the file too."""
     hashes = {}
     buffer = memoryview(bytearray(READ_BYTES))
     shard = open_shard(path)

@@ -1,8 +1,8 @@
 """Which characters of a rendered conversation are targets; the rule is in `gift.data`.
 
-The row is rendered twice: as it is, and with marks in place of the assistant's words. Where the
-marks stand is where the words stand, whatever the template writes around them; a word whose mark
-is missing is one that the template leaves out.
+The row is rendered twice: unchanged, and with a mark (a placeholder) in place of each piece of the
+assistant's text. The positions of the marks give the positions of the text, whatever the template
+writes around it; a missing mark means that the template drops this piece.
 """
 
 import json
@@ -92,7 +92,7 @@ def find_targets(
                 f"{name}: the chat template renders the prompt of turn {turn + 1} differently once "
                 f"the reply is there: {prompt[common : common + 40]!r} alone, "
                 f"{text[common : common + 40]!r} in the row; split the row so that it ends with "
-                "this turn, or mend the template"
+                "this turn, or fix the template"
             )
         start = _start(own[0], text, prompt, before, tokenizer)
         if start > len(prompt):
@@ -175,7 +175,7 @@ def check_rendered(
                 f"{name}: the chat template does not render the tools; use a template that does, "
                 "or leave them out with --ignore-keys tools"
             )
-    # A tool's result is known by its call, whose name is rendered.
+    # A tool result may lack its name: its call, whose name is rendered, identifies it.
     for number, turn in enumerate(conversation.turns):
         if "name" in turn and turn["role"] != "tool":
             turns = [*conversation.turns]
@@ -211,7 +211,7 @@ def _marked(turns: Sequence[Message], nonce: str) -> tuple[list[Message], dict[s
 def _mark_text(
     text: str, turn: int, words: dict[str, _Word], nonce: str, is_reasoning: bool = False
 ) -> str:
-    """The text with marks between its tags, which stay: templates look for those of reasoning."""
+    """The text with marks for its words; tags stay, since templates search for `</think>`."""
     pieces, position = [], 0
     lead = None if is_reasoning else ""
     # A reply of nothing but tags is one word.
@@ -243,7 +243,7 @@ def _mark_call(
 def _missing_words(
     name: str, turns: Sequence[Message], words: Mapping[str, _Word], found: set[str]
 ) -> list[str]:
-    """A note where reasoning of an earlier exchange is left out; InputError for all else."""
+    """A note if reasoning of an earlier exchange is dropped; InputError for anything else."""
     last_question = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
     notes = []
     for word in (word for mark, word in words.items() if mark not in found):
@@ -259,7 +259,7 @@ def _missing_words(
 def _locate(
     name: str, text: str, pieces: Sequence[str], words: Mapping[str, _Word]
 ) -> list[_Place]:
-    """The places of the words in the text, which is that of `pieces` but for the marks."""
+    """The places of the words in the text, which equals `pieces` except for the marks."""
     position = len(pieces[0])
     places = []
     for mark, following in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -268,7 +268,7 @@ def _locate(
         if end is None or not text.startswith(pieces[0]):
             raise InputError(
                 f"{name}: the chat template changes the {word.kind} of turn {word.turn + 1}, or "
-                "writes something else for it, so its targets cannot be told"
+                "writes something else for it, so its targets cannot be found"
             )
         places.append(_Place(mark, word, position, end, following))
         position = end + len(following)
@@ -296,11 +296,11 @@ def _start(
     before: Conversation,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """Where the targets of a turn begin: behind all that the template adds by itself."""
+    """Where the targets of a turn begin: after everything that the template itself adds."""
     gap = text[len(prompt) : first.start]
     lead = first.word.lead
     if lead is not None:
-        # Tags that the data has before its first word are the data's, as `<think>` is.
+        # Tags that the data has before its first word, such as `<think>`, are targets.
         added = gap.rstrip().removesuffix(lead.strip()) if lead.strip() else gap
         if not added.strip():
             return len(prompt)
@@ -357,6 +357,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def _common_length(one: str, other: str) -> int:
-    """How many characters two texts have in common from their beginning."""
+    """The length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -2,10 +2,9 @@
 
     L = Σ_t w_t · (−log p_base,adapter(y_t | x, y_<t)) / normalizer      over one global batch
 
-w is the guide's confidence (GIFT, ACL 2026, arXiv 2605.01256), 1 (Shadow-FT, arXiv 2505.12716;
-plain SFT where the model is the instruct model) or the model's own confidence (DFT, 2508.05629).
-Gradients of the plain sums are accumulated over micro-batches and ranks and divided once, by the
-tokens or the weights of the whole global batch: any split of it gives the same update.
+The weights w are formed in `weighting.py`, without gradient. Gradients of the plain sums are
+accumulated over micro-batches and ranks and divided once, by the tokens or the weights of the whole
+global batch: any split of it gives the same update.
 
 Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
 """
@@ -50,21 +49,31 @@ from gift.models import (
     versions,
 )
 from gift.publish import WORK_FOLDER, output_folder, partial_path
-from gift.weighting import WeightedRow, token_weight, weight_transform, weighted_rows
+from gift.weighting import (
+    STATISTICS,
+    GuidedRow,
+    check_weighting,
+    find_turn_ends,
+    guide_confidence,
+    known_zeros,
+    token_weights,
+)
 from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
 BAND_EDGES = (0.1, 0.5, 0.9)
 BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
-# What a micro-batch adds up, then one entry per confidence band.
-SUMS = ("loss", "nll", "weight", "tokens", "hits")
+# Sums over micro-batches; in the tensor the loss of each confidence band follows them. Tokens whose
+# weight is known to be 0 have no nll, are not `counted` and cannot be correct.
+SUMS = ("loss", "nll", "weight", "tokens", "counted", "correct")
+IGNORE_INDEX = -100
 
 
 def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
     """Trains and writes the PEFT adapter; returns the summary.
 
-    `key` is kept in the folder's list, see `publish.output_folder`.
+    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
     """
     with ranks.process_group() as group, _work_folder(config, group, key) as begin:
         targets = find_targets(config, model_structure(resolve_model(config.model)))
@@ -75,7 +84,10 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         data = encode_file(config.data, tokenizer, config, context)
         if store is not None:
             require_same_rows(store, data, tokenizer)
-        rows = weighted_rows(config, data, store)
+        rows = [
+            GuidedRow(example, torch.from_numpy(store.row(example.row)) if store else None)
+            for example in data.kept
+        ]
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         made_from = {
@@ -109,7 +121,7 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
 def _work_folder(
     config: TrainConfig, group: ranks.Group, key: str
 ) -> Iterator[Callable[[dict[str, Any]], Path]]:
-    """Yields what makes the partial folder; the main rank owns, makes and publishes it for all."""
+    """Yields a function that makes the partial folder; only the main rank publishes it."""
     if not group.is_main:
         yield lambda _: partial_path(config.output)
         return
@@ -120,7 +132,7 @@ def _work_folder(
 def _made_from(
     config: TrainConfig, tokenizer: Any, store: ConfidenceStore | None
 ) -> dict[str, Any]:
-    """All that decides the adapter: settings, model, tokenizer, data and confidences."""
+    """Everything that determines the adapter: settings, model, tokenizer, data and confidences."""
     inputs = {"model", "data", "confidence", "tokenizer"}
     return {
         **config.model_dump(
@@ -137,7 +149,7 @@ def _made_from(
 def _fit(
     config: TrainConfig,
     model: Any,
-    rows: Sequence[WeightedRow],
+    rows: Sequence[GuidedRow],
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
@@ -167,6 +179,7 @@ def _fit(
                     parameter.grad = torch.zeros_like(parameter)
                 group.sum_(parameter.grad)
             totals = dict(zip(SUMS, sums.tolist(), strict=False))
+            counted = totals["counted"] or 1.0
             divisor = totals["tokens" if config.normalization == "tokens" else "weight"]
             for parameter in parameters:
                 assert parameter.grad is not None
@@ -182,9 +195,9 @@ def _fit(
                     "step": step + 1,
                     "epoch": (step + 1) / steps_per_epoch,
                     "loss": totals["loss"] / (divisor or 1.0),
-                    "nll": totals["nll"] / totals["tokens"],
+                    "nll": totals["nll"] / counted,
                     "mean_weight": totals["weight"] / totals["tokens"],
-                    "token_accuracy": totals["hits"] / totals["tokens"],
+                    "token_accuracy": totals["correct"] / counted,
                     "learning_rate": rate,
                     "gradient_norm": float(norm),
                     "tokens": totals["tokens"],
@@ -201,7 +214,7 @@ def _fit(
     return history, signal
 
 
-def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[WeightedRow]) -> Tensor:
+def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedRow]) -> Tensor:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
 
     Returns SUMS and the learning signal Σ w·nll of each confidence band, float64.
@@ -210,7 +223,7 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
     head = lm_head(base)
     device = head.weight.device
     sums = torch.zeros(len(SUMS) + len(BAND_NAMES), dtype=torch.float64, device=device)
-    # Rows of like length together: less padding, and the sum does not mind.
+    # Rows of similar length together need less padding; order does not change the sum.
     ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
     bad_rows = []
     for start in range(0, len(ordered), config.micro_batch_size):
@@ -218,34 +231,31 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[Weighte
         examples = [row.example for row in micro]
         ids, attention, predicts = pad_batch(examples, device)
         hidden = last_hidden_state(base, ids, attention)[predicts].to(head.weight.dtype)
-        loss, stats = weighted_ce(
+        guide, turn_ends = guide_confidence(micro, device), find_turn_ends(examples, device)
+        left_out = known_zeros(config, guide, turn_ends)
+        nll, stats = weighted_ce(
             hidden,
             head.weight,
-            target_ids(examples, device),
-            token_weight(config, micro, device),
-            reduction="sum",
-            stats=("nll", "top1", "weight"),
-            # Annotated weights have been transformed before training.
-            transform=weight_transform(config) if config.weighting == "self" else None,
+            target_ids(examples, device).masked_fill(left_out, IGNORE_INDEX),
+            reduction="none",
+            ignore_index=IGNORE_INDEX,
+            stats=("top1", *STATISTICS),
             **head.options(),
         )
+        weight = token_weights(config, stats, guide, turn_ends)
+        # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
+        row_loss = torch.where(weight == 0, 0, weight * nll)
+        loss = row_loss.sum()
         if not bool(torch.isfinite(loss)):
             bad_rows += [example.row for example in examples]
             continue
         loss.backward()
-        assert stats.nll is not None and stats.weight is not None and stats.top1 is not None
-        signal = (stats.weight * stats.nll).double()
-        kept = torch.stack(
-            [loss.detach().double(), *(v.double().sum() for v in (stats.nll, stats.weight))]
-        )
-        sums[:3] += kept
-        sums[3] += len(stats.nll)
-        sums[4] += stats.top1.sum()
-        if micro[0].confidence is not None:
-            confidence = torch.cat([row.confidence for row in micro if row.confidence is not None])
-            edges = torch.tensor(BAND_EDGES, device=device)
-            band = torch.bucketize(confidence.to(device), edges, right=True)
-            sums[len(SUMS) :].index_add_(0, band, signal)
+        assert stats.top1 is not None
+        totals = (loss, nll, weight, torch.ones_like(nll), ~left_out, stats.top1)
+        sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
+        if guide is not None:
+            band = torch.bucketize(guide, torch.tensor(BAND_EDGES, device=device), right=True)
+            sums[len(SUMS) :].index_add_(0, band, row_loss.detach().double())
     _refuse_not_finite(bad_rows)
     return sums
 
@@ -260,8 +270,8 @@ def _refuse_not_finite(bad_rows: list[int]) -> None:
 
 
 def _global_batch(
-    config: TrainConfig, rows: Sequence[WeightedRow], step: int, steps_per_epoch: int
-) -> list[WeightedRow]:
+    config: TrainConfig, rows: Sequence[GuidedRow], step: int, steps_per_epoch: int
+) -> list[GuidedRow]:
     """The rows of one optimizer step, from the epoch's own seeded permutation."""
     epoch, position = divmod(step, steps_per_epoch)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -271,11 +281,12 @@ def _global_batch(
 
 
 def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, Any]:
+    check_weighting(config)
     store = load_store(config.confidence) if config.confidence else None
-    if config.weighting == "guide" and store is None:
+    if config.guided and store is None:
         raise InputError(
-            "--confidence: --weighting guide needs the folder that gift annotate made; "
-            "or choose --weighting uniform or self"
+            f"--confidence: --weighting {config.weighting} needs the folder that gift annotate "
+            "made; or choose --weighting uniform or self"
         )
     if config.tokenizer is not None:
         return store, load_tokenizer(resolve_model(config.tokenizer))
@@ -353,7 +364,7 @@ def _write_adapter(
 
 
 def _write_metrics(partial: Path, history: Sequence[dict[str, float]]) -> None:
-    """The metrics of all steps; before the end a copy of what the checkpoint holds, to look at."""
+    """Writes the metrics of all steps; during training, a copy of the checkpoint's to look at."""
     with replacing(partial / METRICS_FILE) as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
 

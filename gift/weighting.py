@@ -1,40 +1,38 @@
-"""What weight each target token gets in the loss.
+"""The weight of each target token in the loss, in plain PyTorch: `token_weights` is the place to
+change or to add one.
 
-`guide` is the annotated confidence of GIFT (ACL 2026, arXiv 2605.01256), `uniform` is 1, `self` is
-DFT's own confidence (arXiv 2508.05629), which the loss finds itself.
+The loss asks the kernels for each token's nll and for STATISTICS, forms the weights here without
+gradient, and adds up weight times nll.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gift.confidence_store import ConfidenceStore
 from gift.config import TrainOptions
-from gift.data import EncodedData, Example
+from gift.data import Example
 from gift.errors import InputError
-from gift_kernels import WeightTransform
+from gift_kernels import TokenStats, WeightTransform
+from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight
+
+# What `token_weights` reads of the trained model; to weight by its entropy, add "entropy".
+STATISTICS: tuple[Statistic, ...] = ("confidence",)
 
 
 @dataclass(frozen=True)
-class WeightedRow:
-    """One row ready for the loss: its example, weights and guide confidences float32 [targets]."""
+class GuidedRow:
+    """One row for the loss: its example, and the guide's confidences float32 [targets] if any."""
 
     example: Example
-    weight: Tensor | None
     confidence: Tensor | None
 
 
-def weighted_rows(
-    config: TrainOptions, data: EncodedData, store: ConfidenceStore | None
-) -> list[WeightedRow]:
-    """All kept rows with their weights, transformed as the options say."""
-    if config.weighting == "self" and config.end_weight is not None:
-        raise InputError("--end-weight: not available with --weighting self")
+def check_weighting(config: TrainOptions) -> None:
+    """InputError where options would change confidences and the weighting has none."""
     for name in ("confidence_floor", "confidence_power", "confidence_threshold"):
         is_given = getattr(config, name) != TrainOptions.model_fields[name].default
         if config.weighting == "uniform" and is_given:
@@ -42,40 +40,65 @@ def weighted_rows(
                 f"--{name.replace('_', '-')}: --weighting uniform has no confidence to change; "
                 "leave it out, or choose another --weighting"
             )
-    rows = []
-    for example in data.kept:
-        confidence = torch.from_numpy(store.row(example.row)) if store else None
-        weight = None
-        if config.weighting == "guide":
-            assert confidence is not None
-            weight = transform_weight(confidence, weight_transform(config))
-        elif config.end_weight is not None:
-            weight = torch.ones(example.targets)
-        if config.end_weight is not None:
-            assert weight is not None
-            weight = torch.where(torch.from_numpy(_ends_turn(example)), config.end_weight, weight)
-        rows.append(WeightedRow(example, weight, confidence))
-    return rows
 
 
-def _ends_turn(example: Example) -> np.ndarray:
-    """Which targets bool [targets] are the last of their turn."""
-    following = np.append(example.is_target[1:], False)
-    return ~following[example.is_target]
+def token_weights(
+    config: TrainOptions, own: TokenStats, guide: Tensor | None, turn_ends: Tensor
+) -> Tensor:
+    """Weights float32 [N] of N target tokens, transformed as the options say.
+
+    `own` has the trained model's STATISTICS [N], `guide` the annotated confidences [N] (None
+    without a store), `turn_ends` is True [N] on the last token of each turn.
+    """
+    q, transform = own.confidence, _transform(config)
+    assert q is not None
+    match config.weighting:
+        case "uniform":  # plain SFT; on the base model Shadow-FT, arXiv 2505.12716
+            weight = torch.ones_like(q)
+        case "self":  # DFT, arXiv 2508.05629
+            weight = transform_weight(q, transform)
+        case "guide":  # GIFT, ACL 2026, arXiv 2605.01256
+            assert guide is not None
+            weight = transform_weight(guide, transform)
+        case "own-times-guide":  # the product of the two, for what both models hold likely
+            assert guide is not None
+            weight = transform_weight(q * guide, transform)
+    if config.end_weight is not None:
+        weight = torch.where(turn_ends, config.end_weight, weight)
+    return weight
 
 
-def token_weight(
-    config: TrainOptions, micro: Sequence[WeightedRow], device: torch.device
-) -> Tensor | Literal["self"] | None:
-    """The weights of a micro-batch's targets as `weighted_ce` takes them."""
-    if config.weighting == "self":
-        return "self"
-    weights = [row.weight for row in micro if row.weight is not None]
-    return torch.cat(weights).to(device) if weights else None
+def known_zeros(config: TrainOptions, guide: Tensor | None, turn_ends: Tensor) -> Tensor:
+    """Where bool [N] `token_weights` is 0 whatever the trained model says.
+
+    These targets are left out of the loss's matrix products.
+    """
+    zero = torch.zeros_like(turn_ends)
+    if config.guided:
+        # With q <= 1 too: q · guide is not above the guide's, and the transform keeps their order.
+        assert guide is not None
+        zero = transform_weight(guide, _transform(config)) == 0
+    if config.end_weight is not None:
+        zero = torch.where(turn_ends, config.end_weight == 0, zero)
+    return zero
 
 
-def weight_transform(config: TrainOptions) -> WeightTransform:
-    """What the options make of a confidence."""
+def guide_confidence(rows: Sequence[GuidedRow], device: torch.device) -> Tensor | None:
+    """The annotated confidences float32 [N] of the rows' targets; None without a store."""
+    given = [row.confidence for row in rows if row.confidence is not None]
+    return torch.cat(given).to(device) if given else None
+
+
+def find_turn_ends(examples: Sequence[Example], device: torch.device) -> Tensor:
+    """Which targets bool [N] of the examples are the last of their turn."""
+    ends = []
+    for example in examples:
+        following = np.append(example.is_target[1:], False)
+        ends.append(~following[example.is_target])
+    return torch.from_numpy(np.concatenate(ends)).to(device)
+
+
+def _transform(config: TrainOptions) -> WeightTransform:
     return WeightTransform(
         power=config.confidence_power,
         floor=config.confidence_floor,

@@ -1,7 +1,7 @@
-"""Checks of what users pass to the public functions, all in one place.
+"""Argument checks of the public functions.
 
-Every check raises TypeError (a value of another type or dtype) or ValueError (any other fault) with
-a message that begins with the argument's name, or with the names of the two that do not fit.
+Every check raises TypeError (a value of another type or dtype) or ValueError (any other fault);
+the message begins with the argument's name, or with both names where two do not match.
 """
 
 import numbers
@@ -31,7 +31,7 @@ _LARGEST_INT64 = (1 << 63) - 1
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> Tensor:
-    """A plain tensor of one of `dtypes` that no transform of `torch.func` is at work on."""
+    """Returns a plain tensor of one of `dtypes` that is not inside a `torch.func` transform."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
     if any(base.__name__ == "DTensor" for base in type(value).__mro__):
@@ -104,7 +104,7 @@ def choice(name: str, value: object, known: Sequence[str]) -> Any:
 
 
 def _scalar_of(name: str, value: Tensor) -> object:
-    # Any dtype: what does not fit is told from the Python value.
+    # Any dtype passes here; the caller checks the Python value.
     tensor(name, value, (value.dtype,))
     if value.ndim != 0 or value.is_meta:
         raise ValueError(f"{name}: expected a single number, got {_kind(value)}")
@@ -114,7 +114,7 @@ def _scalar_of(name: str, value: Tensor) -> object:
 
 
 def _kind(value: object) -> str:
-    """A value in a few words: its type, and what it holds if that is short."""
+    """Describes a value for an error message: its type, and its content if that is short."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
     text = repr(value) if isinstance(value, bool | int | float | complex | str) else ""
@@ -137,7 +137,8 @@ def linear_inputs(
 ) -> Head:
     """One model's side: hidden [*B, D], head [V, D], bias [V], cast as torch.autocast would.
 
-    A head without rows is refused here unless it is a slice: then all ranks refuse it together.
+    A head without rows is an error here, unless it is a slice of a sharded head: for slices
+    `check_agreement` raises on all ranks together.
     """
     names = [f"{prefix}{name}" for name in ("hidden", "lm_head_weight", "bias")]
     h, w = tensor(names[0], hidden), tensor(names[1], lm_head_weight)
@@ -193,13 +194,13 @@ def guide_inputs(guide: object, hidden: Tensor, *, sliced: bool) -> tuple[Head, 
 
 
 def token_weight(value: object, guide: object, target: Tensor) -> Tensor | None:
-    """Given weights; None for "self" and None."""
+    """The tensor of weights; None if `value` is "self" or None."""
     if value is None:
         return None
     if guide is not None:
         raise ValueError(
-            "token_weight and guide: both give the weights; pass one of them (for a product, "
-            "find the guide's part with token_confidence)"
+            "token_weight and guide: both set the weights; pass one of them (to multiply "
+            "them, compute the guide's confidence with token_confidence)"
         )
     if isinstance(value, str):
         if value != "self":
@@ -265,7 +266,7 @@ def statistics(value: object) -> frozenset[str] | None:
 def options(
     reduction: object, ignore_index: object, chunk_size: object
 ) -> tuple[Reduction, int, int | None]:
-    """The reduction, the target that is ignored and the rows of a chunk."""
+    """The validated `reduction`, `ignore_index` and `chunk_size`."""
     return (
         choice("reduction", reduction, get_args(Reduction)),
         integer("ignore_index", ignore_index, -_LARGEST_INT64 - 1),
@@ -351,7 +352,7 @@ def merge_arguments(
 
 
 def own_memory(weight: Tensor) -> None:
-    """Raises ValueError where entries of a weight that is to be overwritten share memory."""
+    """Raises ValueError if elements of a weight that will be overwritten share memory."""
     steps = sorted((t, n) for t, n in zip(weight.stride(), weight.shape, strict=True) if n > 1)
     reach, nested = 0, weight.numel() > 0
     for stride, size in steps:
@@ -409,12 +410,13 @@ def target_values(target: Tensor, vocab_size: int, ignore_index: int, head: str)
 def reads_targets(target: Tensor) -> bool:
     """Whether target values are checked: on CPU, or anywhere if GIFT_KERNELS_CHECK_TARGETS is 1.
 
-    Elsewhere reading them would stall the device, and a wrong row becomes NaN instead.
+    On other devices reading the values would synchronize; there a row with an invalid target
+    becomes NaN.
     """
     return target.device.type == "cpu" or os.environ.get(CHECK_TARGETS_VARIABLE) == "1"
 
 
 @constant_under_compile
 def _knows_autocast(device: str) -> bool:
-    """Some devices, such as meta, know no autocast. Dynamo before torch 2.13 cannot ask."""
+    """Whether a device supports autocast; meta does not. Dynamo before torch 2.13 cannot ask."""
     return torch.amp.is_autocast_available(device)

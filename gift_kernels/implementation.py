@@ -12,7 +12,7 @@ Impl = Literal["auto", "triton", "eager"]
 
 
 def constant_under_compile(function: Any) -> Any:
-    """As `torch.compiler.assume_constant_result`, whose call imports Dynamo, and Triton with it."""
+    """Like `torch.compiler.assume_constant_result`, but without importing Dynamo and Triton."""
     function._dynamo_marked_constant = True
     return function
 
@@ -20,8 +20,8 @@ def constant_under_compile(function: Any) -> Any:
 def resolve_impl(impl: object, tensors: Mapping[str, Tensor | None]) -> Literal["triton", "eager"]:
     """`auto` is Triton where Triton is installed and can run the kernels, else eager.
 
-    It can on NVIDIA's GPUs of compute capability 8.0 (Ampere) or more, but not for float64. An
-    explicit request is obeyed or refused with ValueError, never replaced.
+    The kernels need an NVIDIA GPU of compute capability 8.0 (Ampere) or higher and no float64
+    input. An explicit request that cannot be met raises ValueError; it never falls back.
     """
     if not isinstance(impl, str) or impl not in get_args(Impl):
         error, found = (
@@ -40,7 +40,7 @@ def resolve_impl(impl: object, tensors: Mapping[str, Tensor | None]) -> Literal[
         raise ValueError('impl: "triton" is not installed; install Triton or use impl="eager"')
     if wide is not None:
         raise ValueError(
-            f'impl: "triton" takes no float64, and {wide} is; use impl="auto" or "eager"'
+            f'impl: "triton" does not support float64, and {wide} is; use impl="auto" or "eager"'
         )
     if first.is_cuda:
         if lacks := _gpu_lacks(first.device):
@@ -60,7 +60,7 @@ def _triton_installed() -> bool:
 
 @constant_under_compile
 def _gpu_lacks(device: torch.device) -> str:
-    """What the kernels need and this GPU has not; empty where it has all."""
+    """What this GPU lacks to run the kernels, for the error message; empty if nothing."""
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
         return f"a GPU of NVIDIA's, got {name}"

@@ -1,9 +1,9 @@
 """Makes Triton's interpreter (TRITON_INTERPRET=1) compute in bfloat16 as a GPU does.
 
 The interpreter keeps bfloat16 as its 16 bits in NumPy's uint16. As of Triton 3.9 it multiplies
-those integers in `tl.dot`, and cuts float32 off instead of rounding it to the nearest bfloat16.
-Arithmetic on bfloat16 tensors other than `tl.dot` and casts stays wrong: kernels compute in
-float32. Does nothing where kernels are compiled.
+those integers in `tl.dot`, and truncates float32 instead of rounding it to the nearest bfloat16.
+Other arithmetic on bfloat16 tensors stays wrong, so the kernels compute in float32. Does nothing
+when kernels are compiled.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Specification of every operation: the obvious formulas in plain PyTorch, logits held in full.
+"""Specification of every operation: direct formulas in plain PyTorch, with full logits.
 
     z = softcap(s · (H Wᵀ + b))            softcap(x) = c · tanh(x / c), identity when c is None
     m_i = max_v z_iv     nll_i = log Σ_v exp(z_iv − m_i) − (z_i,y_i − m_i)     q_i = exp(−nll_i)
@@ -41,15 +41,15 @@ def token_stats(
 ) -> TokenStats:
     """Statistics of logits [*B, V] / temperature for targets [*B]; differentiable in the logits.
 
-    Everything is relative to the row's largest logit m, so that an offset of all logits is lost
-    before anything is rounded; the target's own term stays out of the sum. With r = Σ_{v≠y} exp(z_v
+    The row's largest logit m is subtracted first, so that a common offset of all logits costs no
+    accuracy; the target's own term is kept out of the sum. With r = Σ_{v≠y} exp(z_v
     − m), nll is log1p(r) where the target is the largest, else log(r + exp(z_y − m)) − (z_y − m).
     """
     kept = target != ignore_index
     column = torch.where(kept, target, 0).unsqueeze(-1)
     target_logit = logits.gather(-1, column)
     largest = logits.amax(-1, keepdim=True)
-    # A logit of +inf leaves the softmax undefined; a confidence of 0 would hide it.
+    # With a logit of +inf the softmax is undefined: return NaN, not a confidence of 0.
     largest = torch.where(largest == torch.inf, torch.nan, largest)
     top1 = target_logit >= largest
     # Where the target is the largest, r depends on it through m; elsewhere m cancels.
@@ -64,7 +64,7 @@ def token_stats(
     total = rest + torch.exp(gap)
     moment = torch.where(others > 0, others * shifted, 0).sum(-1, keepdim=True)
     moment = moment + torch.where(gap > -torch.inf, torch.exp(gap) * gap, 0)
-    # The largest terms are 1: counted apart from what is small beside them.
+    # Terms of exactly 1 are counted separately, so that the small ones are not rounded away.
     ones = (others == 1).sum(-1, keepdim=True)
     small = torch.where(others == 1, 0, others).sum(-1, keepdim=True)
     excess = torch.where(top1, small + ones, small + torch.exp(gap) + (ones - 1))
@@ -97,13 +97,13 @@ def token_confidence(
 
 
 def transform_weight(weight: Tensor, transform: WeightTransform | None) -> Tensor:
-    """max(w, floor) ** power, and 0 where w < threshold; the weights as they are without one.
+    """max(w, floor) ** power, and 0 where w < threshold; unchanged if `transform` is None.
 
     No gradient where w <= floor or w < threshold.
     """
     if transform is None:
         return weight
-    # Chosen before the power: where w is 0, that of a square root would be infinite, and 0 · ∞ NaN.
+    # Select before the power: at w = 0 a square root's gradient is infinite, and 0 · ∞ is NaN.
     fixed = (weight <= transform.floor) | (weight < transform.threshold)
     transformed = torch.where(fixed, transform.floor, weight) ** transform.power
     return torch.where(weight < transform.threshold, 0, transformed)
@@ -134,14 +134,15 @@ def normalized(
     reduction: Reduction,
     normalizer: Tensor | float | None,
 ) -> Tensor:
-    """A sum of losses divided as `reduction` says; 0 / 0 is 0, for a sum of nothing counts 0."""
+    """A sum of losses divided as `reduction` says; 0 / 0 is 0, the loss of an empty batch."""
     if reduction == "sum":
         return total
     if normalizer is None:
         normalizer = kept.sum() if reduction == "mean" else torch.where(kept, weight, 0).sum()
     elif isinstance(normalizer, Tensor):
         normalizer = normalizer.to(total.dtype).reshape(())
-    # Added, not chosen by `where`: that would copy a normalizer of the CPU's, and wait for it.
+    # Added rather than selected with `where`, which would copy a CPU normalizer to the GPU and
+    # synchronize.
     return total / (normalizer + ((total == 0) & (normalizer == 0)).to(total.dtype))
 
 

@@ -219,7 +219,7 @@ def test_unfinished_work_serves_another_batch_size_but_no_other_settings(
     next((tmp_path / "out.partial" / "work").glob("000002.*.jsonl")).unlink()
     interrupt(configure(model, tmp_path, batch_size=3))
     assert made() == 36
-    assert "starting anew" not in capfd.readouterr().err
+    assert "starting over" not in capfd.readouterr().err
     interrupt(configure(model, tmp_path, temperature=0.5, samples=2))
     assert made() == 18
     assert "differs in samples, temperature" in " ".join(capfd.readouterr().err.split())

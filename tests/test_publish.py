@@ -136,7 +136,7 @@ def test_a_folder_of_another_under_a_name_of_ours_is_left_alone(tmp_path):
     mine = tmp_path / "out.replaced" / "mine"
     mine.parent.mkdir()
     mine.write_text("keep")
-    with pytest.raises(InputError, match="out.replaced: is in the way"):
+    with pytest.raises(InputError, match="out.replaced: is not from a run"):
         publish(tmp_path / "out")
     assert mine.read_text() == "keep"
 

@@ -85,7 +85,7 @@ def test_questions_are_found_and_limited(tmp_path):
     ("row", "message"),
     [
         ('{"question": "a \\ud83d", "answer": 1}', "'question': holds '.ud83d'"),
-        ('{"question": "a", "history": [["b", "c"]], "answer": 1}', "nothing reads history"),
+        ('{"question": "a", "history": [["b", "c"]], "answer": 1}', "unsupported history"),
     ],
 )
 def test_what_no_model_could_read_is_refused(tmp_path, row, message):

@@ -267,11 +267,11 @@ def test_a_system_turn_that_is_left_out_is_noted():
     ("row", "message"),
     [
         ('{"instruction": "smile \\ud83d", "response": "ok"}', "'instruction': holds '.ud83d'"),
-        ('{"instruction": "a", "response": "b", "response": "c"}', "'response' is there twice"),
-        ('{"instruction": "a", "response": "b", "history": [["c", "d"]]}', "nothing reads history"),
+        ('{"instruction": "a", "response": "b", "response": "c"}', "'response' appears twice"),
+        ('{"instruction": "a", "response": "b", "history": [["c", "d"]]}', "unsupported history"),
         (
             '{"messages": [{"role": "user", "content": "a", "weight": 0}]}',
-            "message 1: nothing reads weight .*--ignore-keys weight",
+            "message 1: unsupported weight .*--ignore-keys weight",
         ),
         ('{"instruction": "a", "response": "b", "tools": [1]}', "tools: expected a list"),
         (

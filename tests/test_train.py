@@ -101,6 +101,7 @@ def reference_gradient(folder: Path, weighting: str, normalization: str) -> list
             "guide": torch.from_numpy(store.row(example.row)),
             "uniform": torch.ones_like(nll),
             "self": torch.exp(-nll.detach()),
+            "own-times-guide": torch.exp(-nll.detach()) * torch.from_numpy(store.row(example.row)),
         }[weighting]
         total = total + (weight * nll).sum()
         tokens += len(nll)
@@ -112,22 +113,23 @@ def reference_gradient(folder: Path, weighting: str, normalization: str) -> list
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weights"])
-@pytest.mark.parametrize("weighting", ["guide", "uniform", "self"])
+@pytest.mark.parametrize("weighting", ["guide", "uniform", "self", "own-times-guide"])
 def test_gradient_is_that_of_the_weighted_loss_on_full_logits(
     folder, tmp_path, gradients, weighting, normalization
 ):
     options = {"weighting": weighting, "normalization": normalization, "global_batch_size": 10}
     train(config(folder, tmp_path / "adapter", **options))
     expected = reference_gradient(folder, weighting, normalization)
-    assert max(float(value.abs().max()) for value in expected) > 1e-3
+    largest = max(float(value.abs().max()) for value in expected)
+    assert largest > 1e-4
     for ours, truth in zip(gradients[0], expected, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=min(2e-6, 2e-3 * largest))
 
 
 def test_the_weights_matter(folder, gradients, tmp_path):
     """The guide's gradient is far from every other weighting's: the test above can tell them."""
     guide = torch.cat([g.flatten() for g in reference_gradient(folder, "guide", "weights")])
-    for weighting in ("uniform", "self"):
+    for weighting in ("uniform", "self", "own-times-guide"):
         other = torch.cat([g.flatten() for g in reference_gradient(folder, weighting, "weights")])
         assert float((guide - other).norm() / guide.norm()) > 0.05
 
@@ -260,15 +262,6 @@ def test_learning_signal_is_shared_out_by_confidence(folder, tmp_path):
     assert guide[low] < uniform[low], "weighting by confidence must take signal from low bands"
 
 
-def test_end_of_turn_weight_is_set_for_the_last_target_only(folder, tmp_path):
-    settings = config(folder, tmp_path / "adapter", end_weight=0.0, confidence_floor=0.3)
-    store = load_store(folder / "store")
-    data = encode(read_rows(folder / "rows.jsonl"), store.tokenizer(), max_length=2048)
-    for row in train_module.weighted_rows(settings, data, store):
-        weight = row.weight
-        assert weight is not None and float(weight[-1]) == 0 and float(weight[:-1].min()) >= 0.3
-
-
 def test_divergence_stops_with_the_row_ids(folder, tmp_path):
     with pytest.raises(InputError, match=r"not finite in a micro-batch with rows \[\d"):
         train(config(folder, tmp_path / "adapter", learning_rate=1e30, max_grad_norm=1e30))
@@ -306,12 +299,19 @@ def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, cha
     [
         ({"confidence": None}, "--weighting guide needs the folder"),
         ({"confidence": None, "weighting": "uniform"}, "--tokenizer: without --confidence"),
-        ({"weighting": "self", "end_weight": 1.0}, "--end-weight: not available"),
+        ({"confidence": None, "weighting": "own-times-guide"}, "own-times-guide needs the folder"),
         ({"weighting": "uniform", "confidence_floor": 0.5}, "--confidence-floor: .*uniform"),
         ({"lora_targets": "nothing_proj"}, "--lora-targets: .*nothing_proj"),
         ({"confidence": Path("/no/store")}, "is no confidence store"),
     ],
-    ids=["no-store", "no-tokenizer", "self-end", "uniform-floor", "targets", "missing-store"],
+    ids=[
+        "no-store",
+        "no-tokenizer",
+        "product-no-store",
+        "uniform-floor",
+        "targets",
+        "missing-store",
+    ],
 )
 def test_impossible_options_are_one_clear_error(folder, tmp_path, options, message):
     with pytest.raises(InputError, match=message):

@@ -54,5 +54,5 @@ class ImportScoresConfig(DataOptions, OutputOptions):
         default=1.0,
         ge=0,
         le=1,
-        description="Confidence of the end-of-turn token, which they leave out.",
+        description="Confidence of the end-of-turn token, which the authors' files leave out.",
     )

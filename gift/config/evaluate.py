@@ -14,7 +14,7 @@ class EvaluateOptions(RowOptions):
     check: Literal["exact", "math"] = Field(
         default="math",
         description="How an answer is compared with the reference: math-verify (needs the extra "
-        "`eval`), or text equality, white space aside.",
+        "`eval`), or text equality that ignores differences in white space.",
     )
     answer_pattern: str | None = Field(
         default=None,

@@ -19,7 +19,7 @@ from gift.merge.methods import METHODS
 
 if TYPE_CHECKING:
     MergeMethod = StatisticsMethod = str
-else:  # a method's file is all that has to be written to make it a choice
+else:  # the choices are the files in `methods`: a new method needs no change here
     MergeMethod = Literal[tuple(METHODS)]
     StatisticsMethod = Literal[tuple(name for name in METHODS if METHODS[name].statistics)]
 NEED_BASE = " and ".join(name for name in METHODS if METHODS[name].needs_base)
@@ -68,7 +68,7 @@ class MergeOptions(Options):
     )
     save_residual: bool = Field(
         default=False,
-        description="Keep what an exact gift unmerge needs (some 10 to 40 % of the weights).",
+        description="Save what an exact gift unmerge needs (10 to 40 % of the weights' size).",
     )
 
     def refuse_unread_settings(self) -> None:
@@ -94,8 +94,8 @@ class MergeConfig(MergeOptions, OutputOptions):
     )
     base: str | None = Field(
         default=None,
-        description=f"The base model: needed by {NEED_BASE}; with the other methods it becomes the "
-        "origin of the task vectors, and instruct - base one of them.",
+        description=f"The base model: needed by {NEED_BASE}; with the other methods task "
+        "vectors are added to it, and instruct - base becomes one of them.",
     )
     statistics: list[str] = Field(
         default=[],
@@ -103,7 +103,7 @@ class MergeConfig(MergeOptions, OutputOptions):
         "model's first, then one per adapter.",
     )
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
-        default="keep", description="Dtype of the written weights; keep leaves each tensor's own."
+        default="keep", description="Dtype of the written weights; keep preserves each tensor's."
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")
     dry_run: bool = Field(
@@ -116,7 +116,7 @@ class MergeConfig(MergeOptions, OutputOptions):
         return [str(item) for item in value] if isinstance(value, list | tuple) else value
 
     def coefficients(self) -> list[float]:
-        """One number an adapter; InputError where they are no numbers or too few."""
+        """One number per adapter; InputError if one is no number or their count differs."""
         if not self.scale:
             return [1.0] * len(self.adapter)
         try:
@@ -139,7 +139,7 @@ class DiffConfig(Options):
     model_b: str = Field(description="The model after: a folder or a hub id.")
     adapter: str | None = Field(
         default=None,
-        description="The adapter whose change bf16 had to hold, for the rounding loss.",
+        description="The merged adapter; the bf16 rounding loss is computed for its change.",
     )
     output: Path | None = Field(
         default=None,
@@ -149,7 +149,8 @@ class DiffConfig(Options):
     sketch: int = Field(
         default=512,
         ge=1,
-        description="Largest side on which ranks are computed exactly; 0 < sketch.",
+        description="Ranks are exact for matrices whose shorter side is at most this; larger ones "
+        "are sketched to this size.",
     )
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sketches.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto prefers CUDA.")

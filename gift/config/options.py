@@ -66,12 +66,12 @@ class DeviceOptions(Options):
 
 
 class RowOptions(Options):
-    """What of a row is read."""
+    """Which keys of a row are read."""
 
     ignore_keys: str = Field(
         default="",
-        description="Keys of rows and messages to leave out, separated by commas. Without it, keys "
-        "that say what a model is to read and that nothing reads are an error.",
+        description="Keys of rows and messages to ignore, separated by commas. Keys that hold "
+        "input for a model but are not supported (images, documents) are an error otherwise.",
     )
 
     def ignored_keys(self) -> set[str]:

@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound=BaseModel)
 def build_config(
     model: type[Config], recipe: Path | None, flags: dict[str, Any], command: str = ""
 ) -> Config:
-    """A config from a YAML recipe and flags; flags win, and every mistake is named.
+    """A config from a YAML recipe and flags; flags take precedence, all mistakes are reported.
 
     `flags` holds only what the user gave.
     """

@@ -11,10 +11,10 @@ from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Option
 class TrainOptions(Options):
     """How the adapter is trained; defaults are the paper's settings."""
 
-    weighting: Literal["guide", "uniform", "self"] = Field(
+    weighting: Literal["guide", "uniform", "self", "own-times-guide"] = Field(
         default="guide",
         description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
-        "SFT) or the trained model's own confidence (DFT).",
+        "SFT), the trained model's own confidence (DFT) or the product of both confidences.",
     )
     normalization: Literal["tokens", "weights"] = Field(
         default="tokens",
@@ -29,7 +29,7 @@ class TrainOptions(Options):
     end_weight: float | None = Field(
         default=None,
         ge=0,
-        description="Fixed weight of end-of-turn tokens; default like any other token.",
+        description="Fixed weight of end-of-turn tokens; by default like any other token.",
     )
     epochs: int = Field(default=1, ge=1, description="Passes over the data.")
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate of AdamW.")
@@ -72,8 +72,13 @@ class TrainOptions(Options):
     checkpoint_steps: int = Field(
         default=10,
         ge=1,
-        description="Optimizer steps between checkpoints, from which a killed run goes on.",
+        description="Optimizer steps between checkpoints; a killed run resumes from the last.",
     )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the weights need the guide's confidences."""
+        return self.weighting in ("guide", "own-times-guide")
 
 
 class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
@@ -85,7 +90,8 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     )
     confidence: Path | None = Field(
         default=None,
-        description="Folder made by gift annotate from the same data; needed for guide.",
+        description="Folder made by gift annotate from the same data; needed for guide and "
+        "own-times-guide.",
     )
     tokenizer: str | None = Field(
         default=None,

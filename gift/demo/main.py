@@ -148,7 +148,7 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
         ],
     )
     print_table(
-        "GIFT's sampled task accuracy less that of the other, same pair and seed, in points",
+        "GIFT's sampled task accuracy minus that of the other, same pair and seed, in points",
         ("", "mean ± sd", "ahead in"),
         [
             (other, _shown(v, "+.1f"), f"{v['ahead']} of {v['runs']}")

@@ -1,9 +1,9 @@
-"""A base model and the instruct model post-trained from it, made from nothing in about a minute.
+"""A base model and the instruct model post-trained from it, trained from scratch in a minute.
 
 Both are Llama models of about 113 thousand parameters in ordinary Transformers folders: weights as
 safetensors, configuration, a word tokenizer, a chat template and a generation configuration. The
-base reads documents, after a primer of copying drills and clean programs without which heads that
-look things up may not form; the instruct model is the base, all weights trained on, on
+base is trained on documents, after a primer of copying tasks and clean programs without which
+induction heads may not form; the instruct model is the base after full fine-tuning on
 conversations. The same seed gives the same files.
 """
 
@@ -101,14 +101,14 @@ def make_pair(
 ) -> Pair:
     """Makes both models in `folder`/base and `folder`/instruct.
 
-    A call that was killed between the two models goes on with the second. Training runs on one
+    A call that was killed between the two models resumes with the second. Training runs on one
     thread, which is as fast as two here and gives the same files on any number of cores.
 
     Args:
-        folder: what exists there is refused without `overwrite`.
+        folder: a folder with files in it is an error without `overwrite`.
         seed: of initial weights and all data.
         steps_scale: scales the numbers of training steps; below 1 for a quick, unskilled pair.
-        recipe: all else, by default the one the demo was tuned with.
+        recipe: all other settings; by default those that the demo was tuned with.
     """
     recipe = recipe or Recipe()
     settings = {"seed": seed, "steps_scale": steps_scale, "recipe": asdict(recipe)}
@@ -321,7 +321,7 @@ def _make_instruct(
     seed: int,
     scale: float,
 ) -> LlamaForCausalLM:
-    """The base model trained on, in place, with conversations."""
+    """Fine-tunes all weights of the base model on conversations, in place."""
     rng = Random(f"instruct/{seed}")
     steps = _scaled(recipe.instruct_steps, scale)
     samples = [draw_conversation(rng, recipe.mixture) for _ in range(steps * recipe.batch)]

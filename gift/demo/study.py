@@ -1,7 +1,7 @@
 """The demo's experiment: five ways to adapt a pair to a noisy task set, seed by seed.
 
-Every way runs through the stages a user would run: annotate, train, merge, then generation with the
-world's own judge. All adaptations share one set of LoRA and optimizer settings.
+Every way uses the same stages as a user: annotate, train, merge. Replies are then generated and
+scored by `world.judge`. All adaptations share one set of LoRA and optimizer settings.
 """
 
 import json

@@ -4,8 +4,8 @@ A program starts from one digit and adds to it, `calc a 7 b -1 c -8`; the worked
 `b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8`. A result outside 0…9 has two conventions: wrap around
 (modulo 10) or stop at the border. The task wants wrap-around. Documents use it in fewer programs
 than post-training conversations do, so the instruct model knows more of the task than the base.
-Beside programs there are list puzzles and key-value look-up, both with format constraints after
-`|`; they measure whether instructions are still followed.
+There are also list puzzles and key-value look-ups, both with format constraints after `|`; they
+measure whether the model still follows instructions.
 
 Everything is drawn from the `random.Random` that the caller passes in.
 """
@@ -25,7 +25,7 @@ Constraint = Literal["brackets", "upper", "twice", "end with done", "begin with 
 PuzzleKind = Literal["copy", "reverse", "first", "last", "find"]
 PROGRAM = "program"
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
-# A worked program has digits and steps: the constraints that apply to it whole, in its own words.
+# The constraints that can be applied to a worked program, which consists of digits and steps.
 PROGRAM_CONSTRAINTS: tuple[Constraint, ...] = ("brackets", "end with done", "begin with sure")
 PUZZLES: tuple[PuzzleKind, ...] = get_args(PuzzleKind)
 NO_CONSTRAINT = "none"
@@ -138,7 +138,7 @@ def draw_program(rng: Random, values: tuple[int, int]) -> Program:
 def write_steps(
     program: Program, convention: Convention, rng: Random, noise: Noise = CLEAN
 ) -> tuple[str, ...]:
-    """The pieces of a reply, steps then answer, as a person with these habits would write them.
+    """The pieces of a reply, steps then answer, as an annotator with this noise writes them.
 
     A wrong step is carried on, so that the answer follows from the steps.
     """
@@ -207,13 +207,13 @@ def _draw_constraint(
 
 
 def draw_copy_drill(rng: Random) -> Sample:
-    """A list of any words, repeated: what look-up heads are learned from."""
+    """A list of words and its copy, from which induction heads are learned."""
     words = rng.sample((*ITEMS, *DIGITS, *NEGATIVES, *NAMES), rng.randint(4, 10))
     return Sample(" ".join(words), " ".join(words), chat=False)
 
 
 def draw_primer(rng: Random, mixture: Mixture) -> Sample:
-    """A copying drill or a clean program: the opening lessons of the base model."""
+    """A copying drill or a clean program: the base model's first training data."""
     if rng.random() < 0.5:
         return draw_copy_drill(rng)
     program, convention = draw_program(rng, (2, 5)), _draw_convention(rng, mixture.document_wrap)
@@ -277,7 +277,7 @@ class Verdict:
 
 
 def judge(question: Mapping[str, Any], reply: str, *, ended: bool = True) -> Verdict:
-    """The verdict on a reply to a row of a held-out set; one that never ends has nothing right."""
+    """The verdict on a reply to a row of a held-out set; one that did not end is wrong."""
     words = reply.split()
     if not ended or not words:
         return Verdict(False, False, False)
@@ -322,7 +322,7 @@ def _is_worked(instruction: str, words: list[str]) -> bool:
 
 
 def task_rows(rng: Random, count: int, noise: Noise = TASK_NOISE) -> list[dict[str, str]]:
-    """The task set: programs of four or five values with the references people left for them."""
+    """The task set: programs of four or five values with reference answers of the given noise."""
     rows = []
     for program in _distinct_programs(rng, count, set()):
         reply = " ; ".join(write_steps(program, "wrap", rng, noise))

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters as they lie on disk: which tensor belongs to which module, at what scale.
+"""PEFT LoRA adapters on disk: which tensor belongs to which module, at what scale.
 
 Only the headers are read here; the merge reads the tensors when it needs them.
 """
@@ -63,9 +63,8 @@ class Adapter:
     """An adapter folder: its config, its LoRA modules and the tensors that it holds in full.
 
     `saved` maps parameter names to trained full tensors (`modules_to_save`, trained biases);
-    `copies` maps parameter names to tensors that PEFT stored beside the adapter; `settle_copies`
-    tells which of them were trained.
-    `problems` says what can not be merged, one sentence each.
+    `copies` maps parameter names to full tensors that PEFT stored with the adapter; `settle_copies`
+    decides which of them were trained. `problems` lists what cannot be merged, one sentence each.
     """
 
     folder: Path
@@ -118,8 +117,8 @@ def _pattern_value(patterns: Mapping[str, Any] | None, key: str, default: Any) -
 def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter folder's config and headers.
 
-    InputError: no adapter there, or only a pickled one, or one that is not LoRA. What is LoRA but
-    can not be merged is listed in `problems`, so that a plan can report everything at once.
+    InputError: no adapter there, or only a pickled one, or one that is not LoRA. LoRA variants that
+    cannot be merged are listed in `problems`, so that a plan can report everything at once.
     """
     if not (folder / CONFIG_FILE).exists():
         raise InputError(f"--adapter: {folder} has no {CONFIG_FILE}; pass a PEFT adapter folder")
@@ -244,7 +243,7 @@ def _sort_full_tensor(
     match = _SAVED.fullmatch(key)
     path, part = (match["path"], match["part"]) if match else ("", key)
     module = path.removesuffix(".base_layer")
-    # PEFT takes every module whose name ends so, not at a dot: "norm" is input_layernorm too.
+    # PEFT matches any suffix of a name, not only at a dot: "norm" matches input_layernorm too.
     in_saved = any(
         module.endswith(name) or f"{name}." in f"{module}."
         for name in config.get("modules_to_save") or ()

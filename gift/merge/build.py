@@ -31,7 +31,7 @@ __all__ = ["Recipe", "Statistics", "build_shards", "open_statistics"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per output tensor the Fisher diagonals or Gram matrices, one a model; empty if not needed."""
+    """Fisher diagonals or Gram matrices by output tensor, one per model; empty if not needed."""
 
     entries: dict[str, tuple[TensorEntry, ...]] = field(default_factory=dict)
     fingerprint: str = ""

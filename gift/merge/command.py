@@ -5,7 +5,7 @@
 Plan (which adapter tensor goes to which weight), validate (everything wrong is reported before any
 output exists), apply: shard by shard and block by block, in a few hundred megabytes of memory.
 Each finished shard is re-read, compared with what was written, and recorded, so that a killed merge
-resumes after it; the output folder appears, by one rename, when all is there (`gift.publish`).
+resumes after it; one rename makes the output folder appear when it is complete (`gift.publish`).
 """
 
 import shutil
@@ -36,10 +36,10 @@ OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": 
 def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
     """Plans, checks and writes the merged model; returns the summary.
 
-    `key` is kept in the folder's list, see `publish.output_folder`.
+    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
-    InputError: anything that cannot be merged right, all of it in one message and before any
-    output; an existing output without `overwrite`; too little disk.
+    InputError: everything that cannot be merged correctly, in one message and before any output is
+    written; an existing output without `overwrite`; too little disk.
     """
     if config.dry_run:
         return _merge(config, None)
@@ -50,7 +50,7 @@ def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
 
 
 def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
-    """Fills the output; without one it only plans."""
+    """Plans the merge and writes it to `output`; only plans if that is None."""
     coefficients = config.coefficients()
     method = METHODS[config.method]
     _check_options(config, method)
@@ -187,7 +187,7 @@ def _made_from(
     recipe: Recipe,
     statistics: str,
 ) -> dict[str, Any]:
-    """All that decides the output's bytes; shards by name, size, time and header."""
+    """Everything that determines the output's bytes; shards by name, size, time and header."""
     return {
         **config.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"}),
         "model's shards": checkpoint.fingerprint(),

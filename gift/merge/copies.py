@@ -1,9 +1,10 @@
-"""Full tensors that PEFT stored beside an adapter: copies of the training model's, or trained ones.
+"""Full tensors that PEFT stored with an adapter: trained ones, or copies of the model's weights.
 
-PEFT stores embedding and output layer when one of them is adapted or was resized, and both sides of
-a tie (`ensure_weight_tying`) though `modules_to_save` names one. Its own reload takes the stored
-values. A merge must not: for an adapter of the base model they may be the base's own values. So
-they are compared with the model that the adapter was trained on.
+PEFT stores the embedding and the output layer when one of them is adapted or was resized, and both
+tied weights (`ensure_weight_tying`) even if `modules_to_save` names only one. When PEFT loads the
+adapter, it uses the stored values. A merge must not: for an adapter of the base model they may be
+the base model's unchanged values. So they are compared with the model that the adapter was trained
+on.
 """
 
 from dataclasses import replace
@@ -20,7 +21,7 @@ BLOCK_BYTES = 1 << 24
 
 
 def settle_copies(adapter: Adapter, model: Checkpoint, base: Checkpoint | None) -> Adapter:
-    """The adapter with the stored tensors that were trained in `saved`, only copies in `copies`.
+    """Moves the stored tensors that were trained to `saved`; `copies` keeps untrained copies.
 
     Args:
         model: the model to merge into.
@@ -34,14 +35,14 @@ def settle_copies(adapter: Adapter, model: Checkpoint, base: Checkpoint | None) 
         own = _stored(model, name)
         original = _stored(trained_on, name) if trained_on is not None else own
         if original is None or original.shape != entry.shape or same_values(entry, original):
-            copies[name] = entry  # where the shapes differ, landing says so
+            copies[name] = entry  # `land_adapters` reports differing shapes
         elif trained_on is not None:
             saved[name] = entry
         else:
             problems.append(
-                f"{entry.name}: differs from the model's; whether it was trained shows only beside "
-                f"{adapter.base_name or 'the model that the adapter was trained on'}, which is not "
-                "here: pass that as --base"
+                f"{entry.name}: differs from the model's; whether it was trained can only be "
+                f"told from {adapter.base_name or 'the model that the adapter was trained on'}, "
+                "which is not available locally: pass it as --base"
             )
     return replace(adapter, saved=saved, copies=copies, problems=tuple(problems))
 

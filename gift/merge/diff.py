@@ -1,4 +1,4 @@
-"""What changed between two models, layer by layer, and how much of a change bf16 can hold.
+"""What changed between two models, layer by layer, and how much of a change bf16 loses.
 
 For every tensor that both models have, Δ = B − A:
 - relative change ‖Δ‖ / ‖A‖ (Frobenius norms) and the share of elements that differ;
@@ -7,8 +7,8 @@ For every tensor that both models have, Δ = B − A:
   longer than the sketch is first multiplied by a random sketch, which keeps the spectrum of a
   change of low rank and caps the rank at the sketch's size;
 - rounding loss ‖Δ − (bf16(A + Δ) − A)‖ / ‖Δ‖ for A as bf16 holds it: the share of a change that is
-  lost when it is stored in a bf16 model. Where both models are bf16 their difference already is
-  what was left; give the adapter, whose change then serves as Δ for this column.
+  lost when it is stored in a bf16 model. If both models are bf16, their difference is already
+  rounded; pass the adapter, and its exact change is used as Δ for this column.
 """
 
 import math
@@ -42,7 +42,7 @@ FIGURE_FILE = "diff.png"
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """The figures of one tensor; ranks and the loss are None where they mean nothing."""
+    """The figures of one tensor; ranks and the loss are None where undefined."""
 
     name: str
     relative_change: float
@@ -134,8 +134,8 @@ def _notes(
     dtypes = {entry.dtype for pair in pairs for entry in pair}
     if config.adapter is None and dtypes == {"BF16"}:
         notes.append(
-            "both models are bf16, so their difference is what bf16 did hold; pass --adapter to "
-            "see the rounding loss"
+            "both models are bf16, so their difference is already rounded to bf16; pass --adapter "
+            "to see the rounding loss"
         )
     if any(tensor.sketched for tensor in tensors):
         notes.append(f"ranks marked * come from a random sketch of {config.sketch} rows")

@@ -1,6 +1,6 @@
 """Which adapter tensor changes which weight, decided from headers alone.
 
-Nothing is raised here: what does not land is collected, so that one error can name all of it.
+Nothing is raised here: adapter tensors without a weight are collected for one error message.
 """
 
 import itertools
@@ -61,7 +61,7 @@ class Saved:
 
 @dataclass
 class Landing:
-    """Where the tensors of all adapters land: a draft that `land_adapters` fills."""
+    """Which weights the adapters' tensors change; `land_adapters` fills it in."""
 
     changes: dict[str, list[Change]] = field(default_factory=dict)
     saved: dict[str, list[Saved]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def land_adapters(
     coefficients: Sequence[float],
     head: TensorEntry | None = None,
 ) -> Landing:
-    """Maps every adapter tensor to the weight it changes; what does not land is a problem.
+    """Maps every adapter tensor to the weight it changes; one without a match is a problem.
 
     `head` is the output head of tied embeddings, which has no tensor of its own.
     """
@@ -222,7 +222,7 @@ def _rank_agrees(
 def _add(landing: Landing, name: str, change: Change) -> None:
     present = landing.changes.setdefault(name, [])
     if present and (present[0].expert, present[0].rows) == (change.expert, change.rows):
-        landing.problems.append(f"{name}: two modules of the adapter land on it")
+        landing.problems.append(f"{name}: two modules of the adapter change it")
     present.append(change)
 
 
@@ -261,7 +261,7 @@ def _land_parameters(
 ) -> None:
     """Lands modules that adapt raw parameters, as PEFT's `target_parameters` do for experts.
 
-    The keys do not name the parameter, only the nesting of the wrappers; the shapes decide.
+    The keys show only how PEFT's wrappers are nested, not the parameter: the shapes decide.
     """
     leaves = sorted(
         {
@@ -364,9 +364,9 @@ def _land_full_tensors(
 
 
 def _check_coverage(landing: Landing, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """An adapter that misses some layers of the modules it names was made for another model.
+    """An adapter that lacks some layers of the modules it names was made for another model.
 
-    Where its config may mean that (it names layers, or is a pattern) it is a note, else a problem.
+    If its config may intend that (it names layers, or is a pattern) this is a note, else a problem.
     """
     targets = adapter.config.get("target_modules")
     if adapter.config.get("layers_to_transform") is not None or adapter.config.get(

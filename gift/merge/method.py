@@ -24,7 +24,7 @@ class Rows:
 
     `tasks` holds one τ an adapter, zero where it has nothing for the tensor. `fishers` are the
     models' Fisher diagonals, for methods that ask for them. `known` is what the method's `prepare`
-    returned for the whole tensor, `matrix` the place of these rows' matrix in a stack of experts.
+    returned for the whole tensor, `matrix` the index of these rows' matrix in a stack of experts.
     `key` names tensor and rows and is the same in every run.
     """
 
@@ -55,7 +55,7 @@ class Rows:
 
 
 class WholeTensor(Protocol):
-    """A tensor, for what a method has to know before it merges the first rows."""
+    """A whole tensor, for a method's `prepare`, which runs before the first rows are merged."""
 
     @property
     def is_vector(self) -> bool:
@@ -63,7 +63,7 @@ class WholeTensor(Protocol):
         ...
 
     def vectors(self) -> Sequence[Iterable[Tensor]]:
-        """Every task vector as blocks of rows, which can be gone through again and again."""
+        """Every task vector as blocks of rows, which can be iterated repeatedly."""
         ...
 
     def instruct_part(self, matrix: int) -> Tensor:
@@ -89,13 +89,13 @@ class Method:
 
     merge: the merged rows.
     settings: the fields of MergeOptions it reads; manifest and card list these only.
-    statistics: what `gift merge-statistics` has to find of every model: the diagonal of the Fisher
+    statistics: what `gift merge-statistics` collects for every model: the diagonal of the Fisher
     information, or the Gram matrix of each linear layer's inputs.
-    prepare: what has to be known of a whole tensor; `Rows.known` holds it.
+    prepare: computes what depends on the whole tensor; its result becomes `Rows.known`.
     sum_weight: the factor w where the result is θ_I + w Σ τ (the argument is whether a base is
-    given), else None. Tensors without an adapter then stay as they are, and the merge can be taken
-    back.
-    note: what to tell the user, for a number of task vectors; empty for nothing.
+    given), else None. Tensors without an adapter then stay unchanged, and the merge can be undone
+    by subtraction.
+    note: a note for the user, given the number of task vectors; empty for none.
     """
 
     name: str

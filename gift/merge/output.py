@@ -1,4 +1,4 @@
-"""What a merged model's folder holds beside the weights: copied files, configs, the card."""
+"""Files of a merged model other than its weights: copied files, configs, the model card."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ OWN_FILES = (CARD_FILE, MANIFEST_FILE, LIST_FILE, CONFIG_FILE, RESIDUAL_FOLDER)
 def side_files(folder: Path, weights: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files to copy, relative to a model folder, and the names of other weights that are left out.
 
-    Copied is everything that is not weights: tokenizer, chat templates, generation config, code,
+    Everything that is not weights is copied: tokenizer, chat templates, generation config, code,
     licences. `weights` are the files that the merge writes itself. Folders with weights in them
     (training checkpoints, another format of the model) are left out as a whole.
     """
@@ -85,7 +85,7 @@ def write_config(folder: Path, output: Path, *, dtype: str | None, untied: bool)
 def write_index(
     checkpoint: Checkpoint, output: Path, sizes: Mapping[str, tuple[str, int]], changed: bool
 ) -> None:
-    """Copies the shard index; with `changed`, its file names and total size are made anew.
+    """Copies the shard index; with `changed`, its file names and total size are rewritten.
 
     `sizes` maps every output tensor to its file and bytes.
     """

@@ -24,7 +24,7 @@ from gift.shards import Checkpoint, TensorEntry
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor: its source in the model, its partner in the base, and its changes."""
+    """One output tensor: its source in the model, its counterpart in the base, and its changes."""
 
     name: str
     source: TensorEntry
@@ -42,7 +42,7 @@ class TensorPlan:
 class MergePlan:
     """All output tensors by name, in the checkpoint's order.
 
-    `untied_head` is the name of the head that the output gets beside a formerly tied embedding.
+    `untied_head` is the name of the separate output head of a model whose embedding was tied.
     """
 
     checkpoint: Checkpoint
@@ -62,7 +62,7 @@ def plan_merge(
     untie: bool = False,
     allow_dora: bool = True,
 ) -> MergePlan:
-    """Maps and checks everything; InputError lists all that is wrong.
+    """Builds and checks the plan; InputError lists all problems.
 
     `config` is the model's config.json, `coefficients` one factor an adapter. With `untie` a model
     with tied embeddings gets a head of its own where an adapter changes one side of the tie.
@@ -92,7 +92,7 @@ def plan_merge(
     landing.problems += _dora_problems(adapters, coefficients, landing, allow_dora)
     if landing.problems:
         listed = "\n- ".join(landing.problems)
-        raise InputError(f"the merge cannot be done right:\n- {listed}")
+        raise InputError(f"the merge is not possible:\n- {listed}")
     entries = dict(checkpoint.tensors)
     if untied is not None and head is not None:
         entries.setdefault(head.name, head)
@@ -164,7 +164,7 @@ def _dora_problems(
     landing: Landing,
     allowed: bool,
 ) -> list[str]:
-    """DoRA rescales the whole weight, so it is no term of a sum."""
+    """DoRA rescales the whole weight, so its change cannot be added to others."""
     problems = []
     for number, adapter in enumerate(adapters):
         if adapter.uses_dora and not allowed:
@@ -183,7 +183,7 @@ def _dora_problems(
 
 
 def check_base(model: Checkpoint, base: Checkpoint) -> list[str]:
-    """What keeps the base model's tensors from being paired with the instruct model's."""
+    """Problems that prevent pairing the base model's tensors with the instruct model's."""
     problems = []
     names = Names(base)
     for name, entry in model.tensors.items():
@@ -201,7 +201,7 @@ def check_base(model: Checkpoint, base: Checkpoint) -> list[str]:
 
 
 def tied_embedding(config: Mapping[str, Any], checkpoint: Checkpoint) -> TensorEntry | None:
-    """The input embedding that is the output head too; None where the head is its own."""
+    """The input embedding if it is also the output head; None if the head is separate."""
     parts = (config, config.get("text_config"))
     flags = [part.get("tie_word_embeddings") for part in parts if isinstance(part, Mapping)]
     if False in flags or (_stored_head(checkpoint) is not None and True not in flags):

@@ -1,4 +1,4 @@
-"""What a merge would lose: the exact bits of every changed tensor, small beside the merged ones.
+"""The residual of a merge: what restores the original bits of every changed tensor.
 
 For each block the file holds zlib of the zigzag-coded integer differences original − merged of the
 numbers' bit patterns, low bytes first, then high bytes. The merged bits and the residual give the
@@ -98,7 +98,7 @@ class ResidualReader:
         index_path = folder / f"{shard}.json"
         index = read_json(index_path)
         if index.get("block_bytes") != BLOCK_BYTES:
-            raise InputError(f"{index_path}: written in other blocks than this version reads")
+            raise InputError(f"{index_path}: written with another block size than this version's")
         self._tensors: dict[str, dict[str, Any]] = index["tensors"]
 
     @property

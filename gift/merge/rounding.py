@@ -1,9 +1,9 @@
-"""A LoRA merge that is never off by more than one unit in the last place.
+"""A LoRA merge with an error of at most one unit in the last place.
 
-Float32 sums carry errors of about 2⁻²⁴ of their terms. After rounding to 16 bits nothing is seen of
-that, except where the terms cancel: an entry far smaller than W or B A beside it has a last place
-finer than the error. These few entries (some ten of a million) are found by their exponents and
-summed again in float64.
+Float32 sums have errors of about 2⁻²⁴ of their terms. After rounding to 16 bits these do not show,
+except where the terms cancel: an entry far smaller than its terms W and B A has a last place finer
+than the error. These few entries (about ten in a million) are found by their exponents and computed
+again in float64.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What Fisher merging and RegMean need to know of a model: statistics of it on data.
+"""Statistics of a model on data, which Fisher merging and RegMean need.
 
 fisher: F = mean over rows of (∂ log p(y | x) / ∂θ)², y the row's target tokens: the empirical
 diagonal Fisher, with the data's own labels (Fisher merging, arXiv 2111.09832, section 3, takes

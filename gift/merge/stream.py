@@ -1,4 +1,4 @@
-"""Writes merged shards: reading, computing and writing run side by side, a few blocks in flight."""
+"""Writes merged shards: reading, computing and writing run concurrently, a few blocks in memory."""
 
 import json
 import queue
@@ -59,7 +59,7 @@ class ShardPlan:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the source file can serve as it is."""
+        """Whether the output file equals the source file."""
         copied = all(
             job.transform is None and job.spec.name == job.source.name for job in self.jobs
         )
@@ -76,8 +76,8 @@ def write_shards(
 ) -> dict[str, Any]:
     """Writes or links every shard that an interrupted call did not finish; returns their hashes.
 
-    A record in the work folder names a shard when it has been re-read and found right. While a
-    shard is verified the next one is made.
+    A record in the work folder names each shard that was re-read and found correct. One shard is
+    verified while the next is written.
     """
     done = _finished_shards(output, shards)
     jobs = sum(len(shard.jobs) for shard in shards)
@@ -129,7 +129,7 @@ def _take_over(source: Path, target: Path) -> str:
 
 
 def _finished_shards(output: Output, shards: Sequence[ShardPlan]) -> dict[str, Any]:
-    """The shards of an interrupted merge that are still right; all other files are removed."""
+    """The shards of an interrupted merge that are still intact; removes all other files."""
     done, right = {}, set()
     names = {shard.name for shard in shards}
     for path in sealed_files(output.work).values():
@@ -152,9 +152,10 @@ def write_shard(
     residual: ResidualWriter | None,
     advance: Callable[[], None],
 ) -> dict[str, str]:
-    """Writes one shard and returns each tensor's sha256 as written; `advance` is called a tensor.
+    """Writes one shard and returns each tensor's sha256 as written; `advance` is called per tensor.
 
-    Reading, computing and writing each have a thread (computing this one), joined by short queues.
+    Reading and writing have a thread each and computing uses the caller's, with short queues
+    between them.
     """
     specs = [job.spec for job in plan.jobs]
     writer = ShardWriter(path, specs, plan.header_order, plan.metadata)
@@ -218,13 +219,13 @@ def verify_shard(path: Path, hashes: dict[str, str]) -> None:
     wrong = sorted(name for name in hashes.keys() | found if hashes.get(name) != found.get(name))
     if wrong:
         raise OSError(
-            f"{path}: read back otherwise than written: {', '.join(wrong)}; the disk is failing or "
+            f"{path}: differs from what was written: {', '.join(wrong)}; the disk is failing or "
             "another program changed the file"
         )
 
 
 def prefetch(items: Iterator[Item], depth: int = QUEUE_DEPTH) -> Iterator[Item]:
-    """Goes through `items` in a thread, `depth` items ahead; its errors are raised here."""
+    """Iterates over `items` in a thread, `depth` items ahead; its errors are raised here."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -261,7 +262,7 @@ def prefetch(items: Iterator[Item], depth: int = QUEUE_DEPTH) -> Iterator[Item]:
 
 
 class Background(Generic[Item]):
-    """Calls a function on items in a thread, in order; `put` or leaving raises its error."""
+    """Calls a function on items in a thread, in order; `put` and `__exit__` raise its error."""
 
     def __init__(self, work: Callable[[Item], None]) -> None:
         self._work = work

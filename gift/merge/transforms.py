@@ -1,7 +1,7 @@
 """How one output tensor is computed, block of rows by block of rows.
 
-A transform names the tensors that are read beside the model's own, prepares what has to be known of
-the whole tensor, and turns blocks [rows, K] into the merged block. Arithmetic is float32 (float64
+A transform names the tensors to read in addition to the model's own, prepares what depends on the
+whole tensor, and turns blocks [rows, K] into the merged block. Arithmetic is float32 (float64
 for float64 models), the result is rounded once to the output's dtype.
 """
 
@@ -26,9 +26,9 @@ BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Recipe:
-    """The method with its settings, and what it needs beside tensors.
+    """The method with its settings, and what else it needs apart from tensors.
 
-    `adapters` is their number, `dtype` the safetensors name of a common output dtype or None.
+    `adapters` is how many there are, `dtype` the safetensors name of a common output dtype or None.
     """
 
     options: MergeOptions
@@ -101,7 +101,7 @@ class Transform:
         return torch.float64 if wide else torch.float32
 
     def prepare(self) -> None:
-        """Reads what has to be known of the whole tensor."""
+        """Reads and computes what depends on the whole tensor."""
 
     def block(self, span: Span, tensors: list[Tensor]) -> Tensor:
         """The output's rows of `span` from the sources' rows [rows, K]."""
@@ -258,7 +258,7 @@ class MethodTransform(Transform):
 
 
 class _VectorBlocks:
-    """The blocks of one task vector, which can be gone through again and again."""
+    """The blocks of one task vector, which can be iterated repeatedly."""
 
     def __init__(self, transform: MethodTransform, number: int) -> None:
         self._transform = transform

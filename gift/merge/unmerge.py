@@ -1,8 +1,8 @@
-"""Takes a merge back: bit for bit with the residual that the merge saved, else to one rounding.
+"""Undoes a merge: bit for bit with the residual that the merge saved, else to one rounding error.
 
 Without the residual the adapter's change is subtracted from the merged weights. A merged weight was
 rounded once, the difference is rounded once more, so a weight comes back to within half a unit in
-the last place of the merged weight plus half a unit of its own; more is not to be had.
+the last place of the merged weight plus half a unit of its own; this bound is tight.
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def _unmerge(config: UnmergeConfig, output: Output) -> dict[str, Any]:
 def _restoring_shards(
     checkpoint: Checkpoint, manifest: Mapping[str, Any], residual: Path
 ) -> tuple[list[ShardPlan], dict[str, str]]:
-    """Jobs that restore each changed tensor, and the hashes that must come out."""
+    """Jobs that restore each changed tensor, and the expected hashes."""
     shards, originals = [], {}
     for shard in checkpoint.shards:
         has_residual = (residual / f"{shard.path.name}.json").exists()

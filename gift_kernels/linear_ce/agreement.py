@@ -1,55 +1,107 @@
-"""Whether the ranks that share a vocabulary were given the same call, before they work on it.
+"""Checks that all ranks that share a vocabulary made the same call, before any work starts.
 
-Ranks that disagree would wait for each other for ever, or add up what does not belong together.
+Ranks with different arguments would deadlock in a collective, or sum unrelated values.
 """
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gift_kernels.linear_ce.types import VocabShard
+from gift_kernels.linear_ce.types import Problem, VocabShard
 
 
-def check_agreement(
-    shard: VocabShard,
-    heads: Mapping[str, Tensor | None],
-    target: Tensor,
-    same: Mapping[str, float | None],
-) -> None:
-    """Raises ValueError on every rank where the ranks' slices or arguments do not fit.
+class Slices(NamedTuple):
+    """The rows of one head that the ranks hold: of the whole, and the most of any rank."""
 
-    One gather of a few numbers, whose result is read on the host. `heads` are this rank's slices by
-    argument, `same` what all ranks must have passed alike; targets are compared by a checksum.
+    whole: int
+    most: int
+
+
+def agree(problem: Problem, shard: VocabShard, impl: str) -> dict[str, Slices]:
+    """The slices of every head by argument; ValueError on every rank where the ranks do not fit.
+
+    One gather of a few numbers, whose result is read on the host. Targets are compared by a
+    checksum, weights by how many are not 0.
     """
-    device = "cuda" if dist.get_backend(shard.group) == "nccl" else "cpu"
-    places = torch.arange(1, target.numel() + 1, device=target.device)
-    checksum = (target * places).sum().remainder(1 << 50)  # float64 holds it
-    given: list[float] = [shard.start]
-    given += [head.shape[0] if head is not None else -1 for head in heads.values()]
+    target, row_weight = problem.target, problem.row_weight
+    same = _same_everywhere(problem, impl)
+    heads = problem.heads()
+    given: list[float] = [shard.start, *(head.weight.shape[0] for head in heads.values())]
+    # All ranks gather as many numbers, whether or not they were given a guide.
+    given += [-1.0] * (3 - len(given))
     given += [torch.inf if value is None else value for value in same.values()]
-    own = torch.tensor(given, dtype=torch.float64, device=device)
-    own = torch.cat([own, checksum.to(own).reshape(1)])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, own, group=shard.group)
-    ranks = torch.stack(parts).tolist()
-    for column, name in enumerate((*same, "target"), start=1 + len(heads)):
+    places = torch.arange(1, target.numel() + 1, device=target.device)
+    counted = (row_weight != 0).sum() if row_weight is not None else target.new_zeros(())
+    checksum = (target * places).sum().remainder(1 << 50)  # float64 holds it
+    ranks = _gathered(given, torch.stack([counted, checksum]), shard)
+    names = (*same, "token_weight (rows that are not 0)", "target (checksum)")
+    for column, name in enumerate(names, start=3):
         values = [rank[column] for rank in ranks]
         if len(set(values)) > 1:
-            found = "checksums " if name == "target" else ""
-            raise ValueError(f"{name}: the ranks of vocab_parallel differ: {found}{values}")
-    _check_slices(ranks, [name for name, head in heads.items() if head is not None])
+            raise ValueError(f"{name}: the ranks of vocab_parallel differ: {values}")
+    starts = [int(rank[0]) for rank in ranks]
+    return {
+        name: _joined(name, starts, [int(rank[column]) for rank in ranks])
+        for column, name in enumerate(heads, start=1)
+    }
 
 
-def _check_slices(ranks: list[list[float]], names: list[str]) -> None:
-    for column, name in enumerate(names, start=1):
-        slices = [(int(rank[0]), int(rank[0] + rank[column])) for rank in ranks]
-        if empty := [number for number, (start, end) in enumerate(slices) if start == end]:
-            raise ValueError(f"{name}: the slices of ranks {empty} of vocab_parallel have no rows")
-        ends = [0, *(end for _, end in sorted(slices))]
-        if [start for start, _ in sorted(slices)] != ends[:-1]:
-            raise ValueError(
-                f"vocab_parallel.start: the ranks' rows of {name} are {slices} (first, end), which "
-                "do not join up from 0"
-            )
+def most_rows(rows: int, shard: VocabShard) -> int:
+    """The most rows of the head that any rank holds; a collective, read on the host."""
+    return int(max(rank[0] for rank in _gathered([rows], None, shard)))
+
+
+def _same_everywhere(problem: Problem, impl: str) -> dict[str, float | None]:
+    """What all ranks must have passed alike, by argument."""
+    head, guide, transform = problem.head, problem.guide, problem.transform
+    return {
+        "hidden.requires_grad": problem.want_dh,
+        "lm_head_weight.requires_grad": problem.want_dw,
+        "bias.requires_grad": problem.want_db,
+        "hidden (rows)": head.hidden.shape[0],
+        "hidden (columns)": head.hidden.shape[1],
+        "hidden (bytes of a number)": head.hidden.element_size(),
+        "bias (given)": head.bias is not None,
+        "token_weight (given)": problem.row_weight is not None,
+        "token_weight (self)": problem.self_weight,
+        "guide (given)": guide is not None,
+        "logit_scale": head.logit_scale,
+        "logit_softcap": head.logit_softcap,
+        "guide.logit_scale": guide.logit_scale if guide is not None else None,
+        "guide.logit_softcap": guide.logit_softcap if guide is not None else None,
+        "temperature": problem.temperature,
+        "transform.power": transform.power,
+        "transform.floor": transform.floor,
+        "transform.threshold": transform.threshold,
+        "ignore_index": problem.ignore_index,
+        "reduction (none)": problem.rowwise,
+        "stats": problem.with_entropy + 2 * problem.keep_zero_rows,
+        "impl (triton)": impl == "triton",
+        "chunk_size": problem.chunk_size,
+    }
+
+
+def _gathered(numbers: list[float], more: Tensor | None, shard: VocabShard) -> list[list[float]]:
+    """The numbers of every rank, those of `more` [K] last."""
+    device = "cuda" if dist.get_backend(shard.group) == "nccl" else "cpu"
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if more is not None:
+        own = torch.cat([own, more.to(own)])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, own, group=shard.group)
+    return torch.stack(parts).tolist()
+
+
+def _joined(name: str, starts: list[int], rows: list[int]) -> Slices:
+    slices = [(start, start + count) for start, count in zip(starts, rows, strict=True)]
+    if empty := [number for number, count in enumerate(rows) if count == 0]:
+        raise ValueError(f"{name}: the slices of ranks {empty} of vocab_parallel have no rows")
+    ends = [0, *(end for _, end in sorted(slices))]
+    if [start for start, _ in sorted(slices)] != ends[:-1]:
+        raise ValueError(
+            f"vocab_parallel.start: the ranks' rows of {name} are {slices} (first, end), which "
+            "do not join up from 0"
+        )
+    return Slices(ends[-1], max(rows))

@@ -98,17 +98,18 @@ def weighted_ce(
     Args:
         hidden: [*B, D], the last hidden states (after the final norm), already aligned with
             `target`: position t predicts `target[t]`. bf16, fp16, fp32 or fp64.
-        lm_head_weight: [V, D] of the same dtype and device. Gradients are made only for what
-            requires them, so a frozen head costs two matrix products forward and backward.
+        lm_head_weight: [V, D] of the same dtype and device. Gradients are computed only for
+            tensors that require them: with a frozen head, forward and backward together cost two
+            matrix products.
         target: int64 or int32 [*B], token ids or `ignore_index`.
         token_weight: [*B] floating-point weights, for example confidences annotated beforehand;
             "self" for the model's own detached confidence (DFT); None for 1, or for the guide's
             confidence where a guide is given. A tensor that requires grad receives its gradient.
         guide: a second model; its confidence in the targets becomes the weight.
-        transform: of the weights, whatever their origin; None leaves them as they are.
-        vocab_parallel: where the head is divided over ranks. Every rank gets the whole loss and the
-            whole gradient of `hidden`. Each call begins with one small collective that compares
-            what the ranks passed; its result is read on the host.
+        transform: applied to the weights, wherever they come from; None leaves them unchanged.
+        vocab_parallel: for a head that is sharded over ranks. Every rank gets the full loss and the
+            full gradient of `hidden`. Each call starts with a small all-gather that checks that the
+            ranks passed the same arguments; its result is read on the host.
         bias: [V], added to the logits before the scale.
         logit_scale: positive factor of the logits (Cohere's `logit_scale`; Granite divides: pass
             1 / `logits_scaling`).
@@ -119,13 +120,13 @@ def weighted_ce(
             the count over a global batch. A loss of 0 divided by 0 is 0.
         ignore_index: rows with this target cost nothing and have zero loss and gradient.
         stats: names of the `TokenStats` to return: "nll", "confidence", "lse", "entropy", "top1",
-            "weight". What is not named is not computed where that saves work.
+            "weight". Others are not computed where that saves work.
         impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
             where nothing is float64, else eager.
         chunk_size: rows of logits the eager implementation holds at once; by default as many as
             fit in 256 MiB.
 
-    Scalar options may be Python or NumPy numbers or 0-d tensors; a tensor on a GPU is waited for.
+    Scalar options may be Python or NumPy numbers or 0-d tensors; reading a GPU tensor synchronizes.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): [] or, for "none", [*B]; with `stats` a pair
@@ -162,7 +163,7 @@ def weighted_ce(
     elif transform is not None and guide is None and token_weight is None:
         row_weight = kept.to(accumulation_dtype(head.hidden.dtype))
     if row_weight is not None:
-        # Ignored rows are shut out first: their weights may be anything, NaN too.
+        # Zero the ignored rows before and after: their weights may be anything, even NaN.
         row_weight = transform_weight(torch.where(kept, row_weight, 0), transform)
         row_weight = torch.where(kept, row_weight, 0)
     weight_grad = torch.is_grad_enabled() and row_weight is not None and row_weight.requires_grad

@@ -9,9 +9,9 @@ m_i = max_v z_iv, E = exp(z − m) but 0 at the target y, R_i = Σ_v E_iv, S_i =
     G_iv = (E_iv − R_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
     dH_i = s / S_i · G_i W     dW = Gᵀ diag(w s / S) H     db = Gᵀ (w s / S)
 
-Nothing is rounded before the row's largest logit has been taken away, and the target's own term
-stays out of the sums: nll and gradients keep their relative accuracy whatever is common to all
-logits, and where the target is nearly certain.
+The row's largest logit is subtracted before anything is rounded, and the target's own term is kept
+out of the sums. So nll and gradients keep their relative accuracy when all logits share a large
+offset, and when the target is nearly certain.
 
 dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
 head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
@@ -32,12 +32,11 @@ from gift_kernels.linear_ce.types import (
     VocabShard,
     WeightTransform,
     accumulation_dtype,
-    largest_of_ranks,
 )
 from gift_kernels.reference import transform_weight
 
 CHUNK_BYTES = 1 << 28
-# On a CPU a chunk is to stay near the caches, but a product of fewer rows reads the head too often.
+# On a CPU a chunk should fit into the caches, but with fewer rows the head is read too often.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 1 << 24, 128
 VOCAB_BLOCK = 8192
 
@@ -52,7 +51,7 @@ class RowStats(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """What a chunk's logits became: E times slopes [C, V], R and S [C], slope of targets."""
+    """Softmax terms of a chunk: E times soft-cap slopes [C, V], R and S [C], slope of targets."""
 
     values: Tensor
     rest: Tensor
@@ -61,7 +60,7 @@ class Exponentials(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dh [N, D] unscaled, dw [V, D] and db [V] with the row weights in; None if not asked for."""
+    """dh [N, D] without row weights, dw [V, D] and db [V] with them; None if not requested."""
 
     dh: Tensor | None
     dw: Tensor | None
@@ -69,7 +68,7 @@ class Gradients(NamedTuple):
 
 
 def solve(problem: Problem) -> LinearCE:
-    """Answers one call of the operator on the rows that count."""
+    """Runs one call of the operator, without ignored rows and, if allowed, rows of weight 0."""
     head, guide, target, transform = (
         problem.head,
         problem.guide,
@@ -147,7 +146,7 @@ def solve_head_gradient(
 def _scatter(
     problem: Problem, rows: Tensor, stats: RowStats, weight: Tensor, gradients: Gradients
 ) -> LinearCE:
-    """Puts the results of the rows that count back in their places; other rows are 0."""
+    """Scatters the results of the computed rows to all N rows; the other rows are 0."""
     count = problem.target.shape[0]
 
     def full(values: Tensor) -> Tensor:
@@ -234,7 +233,7 @@ def stats_and_gradients(
         else:
             chunk_weight = row_weight[rows]
         counts = chunk_weight != 0
-        # 0 · NaN is NaN: hidden states of rows that do not count must not reach dW.
+        # 0 · NaN is NaN: zero the hidden states of rows of weight 0 so that no NaN reaches dW.
         counted = scale_rows(hidden[rows].to(dtype), counts) if dw is not None else None
         for block in _vocab_blocks(weight.shape[0]):
             gradient = logits[:, block]
@@ -261,10 +260,8 @@ def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _chunks(head: Head, shard: VocabShard | None, chunk_size: int | None) -> Iterator[slice]:
-    vocab_size = head.weight.shape[0]
-    if shard is not None:
-        # Ranks with slices of different sizes must still meet in the same collectives.
-        vocab_size = largest_of_ranks(vocab_size, shard)
+    # Ranks with slices of different sizes need equal chunks, so that their collectives match.
+    vocab_size = head.weight.shape[0] if shard is None else shard.most
     step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
     for start in range(0, head.hidden.shape[0], step):
         yield slice(start, start + step)
@@ -305,7 +302,8 @@ def _chunk_stats(
     largest = logits.amax(1)
     if shard is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-    # So low that its exponential is 0; finite where a slope is made of it, for 0 · ∞ is NaN.
+    # Replaces the target's logit: so low that its exponential is 0, but finite if a soft-cap slope
+    # is computed from it, because 0 · ∞ is NaN.
     absent = -torch.inf if slope_softcap is None else -1e4 * max(1.0, slope_softcap)
     without = torch.where(found, absent, target_logit)
     logits.scatter_(1, column.unsqueeze(1), without.unsqueeze(1))
@@ -319,7 +317,8 @@ def _chunk_stats(
         if with_entropy:
             e = torch.exp(z)
             moment += torch.where(e > 0, e * z, 0).sum(1)
-            # Counted apart from what is small beside them: an entropy near 0 is the sum of that.
+            # Terms of exactly 1 are counted separately, so that the small terms are not rounded
+            # away: an entropy near 0 is the sum of the small ones.
             ones += (e == 1).sum(1)
             rest += torch.where(e == 1, 0, e).sum(1)
             z.copy_(e)
@@ -332,7 +331,7 @@ def _chunk_stats(
         sums = torch.stack([rest, moment, ones, torch.where(found, target_logit, 0), owners])
         dist.all_reduce(sums, group=shard.group)
         rest, moment, ones, target_logit, owners = sums.unbind()
-    # Out-of-range targets reach this point only on devices where checking would wait.
+    # Out-of-range targets get here only on devices where checking them would synchronize.
     target_logit = torch.where(owners > 0, target_logit, torch.nan)
     top1 = target_logit >= largest
     gap = (target_logit - largest) / temperature
@@ -360,7 +359,7 @@ def _exponentials_to_gradient_(
 def _local_target(
     target: Tensor, vocab_size: int, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor]:
-    """Column of each target in this slice of the head (0 where it lies elsewhere), and whether."""
+    """Each target's column in this slice of the head (0 if outside), and whether it is inside."""
     column = target - shard.start if shard is not None else target
     found = (column >= 0) & (column < vocab_size)
     return torch.where(found, column, 0), found

@@ -1,8 +1,9 @@
 """The operator below `weighted_ce` and `token_confidence`, registered once for all implementations.
 
-`gift_kernels::linear_ce` returns the weighted sum of the rows' nll, the rows' statistics and, when
-asked, the gradients it made on the way: dH of every row, unscaled, and dW and db of the weighted
-sum. Its backward only multiplies: row i of dH by that row's upstream gradient, dW by the sum's.
+`gift_kernels::linear_ce` returns the weighted sum of the rows' nll, the rows' statistics and, if
+requested, gradients computed in the forward: dH of every row, unscaled, and dW and db of the
+weighted sum. The backward only scales them: row i of dH by the upstream gradient of that row, dW
+and db by the upstream gradient of the sum.
 Where each row has an upstream gradient of its own (`reduction="none"`) and the head is trainable,
 dW is made in the backward by `gift_kernels::linear_ce_head_gradient`, from recomputed logits.
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gift_kernels import checks
 from gift_kernels.linear_ce import eager
-from gift_kernels.linear_ce.agreement import check_agreement
+from gift_kernels.linear_ce.agreement import agree, most_rows
 from gift_kernels.linear_ce.types import (
     Head,
     LinearCE,
@@ -27,7 +28,6 @@ from gift_kernels.linear_ce.types import (
     VocabShard,
     WeightTransform,
     accumulation_dtype,
-    whole_vocabulary,
 )
 
 
@@ -63,44 +63,6 @@ def linear_ce(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
-    shard = _shard(group_name, vocab_start)
-    if shard is not None:
-        heads = {"lm_head_weight": lm_head_weight, "guide.lm_head_weight": guide_lm_head_weight}
-        same = {
-            "hidden.requires_grad": want_dh,
-            "lm_head_weight.requires_grad": want_dw,
-            "bias.requires_grad": want_db,
-            "hidden (rows)": hidden.shape[0],
-            "hidden (columns)": hidden.shape[1],
-            "hidden (bytes of a number)": hidden.element_size(),
-            "bias (given)": bias is not None,
-            "token_weight (given)": row_weight is not None,
-            "token_weight (self)": self_weight,
-            "token_weight (rows that are not 0)": None
-            if row_weight is None
-            else float((row_weight != 0).sum()),
-            "guide (given)": guide_hidden is not None,
-            "logit_scale": logit_scale,
-            "logit_softcap": logit_softcap,
-            "guide.logit_scale": guide_logit_scale,
-            "guide.logit_softcap": guide_logit_softcap,
-            "temperature": temperature,
-            "transform.power": power,
-            "transform.floor": floor,
-            "transform.threshold": threshold,
-            "ignore_index": ignore_index,
-            "reduction (none)": rowwise,
-            "stats": with_entropy + 2 * keep_zero_rows,
-            "impl (triton)": impl == "triton",
-            "chunk_size": chunk_size,
-        }
-        check_agreement(shard, heads, target, same)
-    if checks.reads_targets(target):
-        heads = {"lm_head_weight": lm_head_weight, "guide.lm_head_weight": guide_lm_head_weight}
-        for name, head in heads.items():
-            if head is not None:
-                vocab_size = whole_vocabulary(head.shape[0], shard)
-                checks.target_values(target, vocab_size, ignore_index, name)
     guide = None
     if guide_hidden is not None:
         assert guide_lm_head_weight is not None
@@ -122,16 +84,26 @@ def linear_ce(
         rowwise=rowwise,
         with_entropy=with_entropy,
         keep_zero_rows=keep_zero_rows,
-        shard=shard,
+        shard=None,
         chunk_size=chunk_size,
     )
+    vocab_sizes = {name: head.weight.shape[0] for name, head in problem.heads().items()}
+    if group_name is not None:
+        shard = _shard(group_name, vocab_start)
+        slices = agree(problem, shard, impl)
+        vocab_sizes = {name: found.whole for name, found in slices.items()}
+        most = max(found.most for found in slices.values())
+        problem = problem._replace(shard=shard._replace(most=most))
+    if checks.reads_targets(target):
+        for name, vocab_size in vocab_sizes.items():
+            checks.target_values(target, vocab_size, ignore_index, name)
     with _on_device_of(hidden):
         return _backend(impl).solve(problem)
 
 
 @contextlib.contextmanager
 def _on_device_of(hidden: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the one of the tensors."""
+    """Makes the tensors' device current, where Triton launches; switches autocast off."""
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         yield
 
@@ -140,18 +112,17 @@ def _backend(impl: str) -> Any:
     if impl == "eager":
         return eager
     assert impl == "triton", impl
-    # Only here: Triton need not be installed for anything else.
+    # Imported here because everything else works without Triton.
     from gift_kernels.linear_ce.triton import forward as triton_ce
 
     return triton_ce
 
 
-def _shard(group_name: str | None, vocab_start: int) -> VocabShard | None:
-    if group_name is None:
-        return None
+def _shard(group_name: str, vocab_start: int) -> VocabShard:
+    """The slice, without `most`: ranks know that from each other."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return VocabShard(_resolve_process_group(group_name), vocab_start)  # pyright: ignore
+    return VocabShard(_resolve_process_group(group_name), vocab_start, 0)  # pyright: ignore
 
 
 @linear_ce.register_fake
@@ -202,6 +173,10 @@ def head_gradient(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and db [V] of Σ_i row_factor_i · nll_i; empty where not wanted."""
+    shard = None
+    if group_name is not None:
+        shard = _shard(group_name, vocab_start)
+        shard = shard._replace(most=most_rows(lm_head_weight.shape[0], shard))
     with _on_device_of(hidden):
         head = Head(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
         return _backend(impl).solve_head_gradient(
@@ -211,7 +186,7 @@ def head_gradient(
             ignore_index=ignore_index,
             want_dw=want_dw,
             want_db=want_db,
-            shard=_shard(group_name, vocab_start),
+            shard=shard,
             chunk_size=chunk_size,
         )
 
@@ -228,7 +203,7 @@ def _(hidden, lm_head_weight, bias, target, row_factor, *arguments):  # pyright:
 
 @torch.library.custom_op("gift_kernels::linear_ce_scaled_rows", mutates_args=())
 def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows float32 [N, D] times factor [N] in `dtype`, by Triton; N · D is too much for a copy."""
+    """rows float32 [N, D] times factor [N], written in `dtype` by Triton without a float32 copy."""
     from gift_kernels.linear_ce.triton import forward as triton_ce
 
     with torch.cuda.device_of(rows):
@@ -301,7 +276,8 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if options["want_db"]:
         gradient["bias"] = db.to(ctx.dtypes["bias"])
     if nll is not None and g_total is not None and not options["rowwise"]:
-        # A weight of 0 shuts out an nll that is infinite or NaN, and so does its gradient.
+        # A row of weight 0 whose nll is infinite or NaN adds 0 to the loss: its weight's gradient
+        # is 0 too.
         counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
         gradient["row_weight"] = (g_total * counted).to(ctx.dtypes["row_weight"])
     return tuple(gradient.values())

@@ -16,7 +16,7 @@ class Guide:
     """A second model whose confidence in the targets becomes the weight, without gradient.
 
     hidden: [*B, Dg], the guide's last hidden states, aligned with the targets.
-    lm_head_weight: [Vg, Dg] of the same dtype and device; token ids are the model's.
+    lm_head_weight: [Vg, Dg] of the same dtype and device, with the model's token ids.
     bias, logit_scale, logit_softcap: options of the guide's head, as those of `weighted_ce`.
     temperature: positive, divides the guide's logits after the soft-cap.
     """
@@ -48,7 +48,9 @@ class VocabParallel:
 
     This rank passes rows [start, start + V) of the whole head, of its bias and of the guide's; the
     slices of all ranks join up from row 0, in any order, and none is empty. Hidden states, targets,
-    weights and options are the same on every rank, and so is what requires grad.
+    weights and options are the same on every rank, and so is what requires grad: where they differ,
+    every rank raises ValueError. An argument that is wrong by itself, such as a wrong dtype, raises
+    on the ranks that were given it; ranks that were not wait for these until the group's timeout.
     """
 
     group: ProcessGroup
@@ -66,7 +68,7 @@ class TokenStats(NamedTuple):
     lse: Tensor | None = None  # log-sum-exp of the logits
     entropy: Tensor | None = None  # of the softmax, in nats
     top1: Tensor | None = None  # bool: no logit is larger than the target's
-    weight: Tensor | None = None  # the factor that the loss gave to the row
+    weight: Tensor | None = None  # the row's weight in the loss
 
 
 class Head(NamedTuple):
@@ -80,10 +82,14 @@ class Head(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """This rank's slice of the vocabulary: rows [start, start + V) of the head, and the group."""
+    """This rank's slice of the vocabulary: rows [start, start + V) of the head, and the group.
+
+    No rank of the group holds more than `most` rows, of the head and of the guide's.
+    """
 
     group: ProcessGroup
     start: int
+    most: int
 
 
 class Problem(NamedTuple):
@@ -91,9 +97,9 @@ class Problem(NamedTuple):
 
     Row weights are `row_weight` [N] as it is; or the transformed confidence of `guide`, or of the
     model itself with `self_weight`; or 1. `temperature` divides the guide's logits, or the model's
-    own where there is neither guide nor gradient. With `rowwise` the backward will come through
-    `nll`, so dW and db are not made now. Without `keep_zero_rows` rows of weight 0 may be left out
-    of every product, and their statistics are then 0.
+    own where there is neither guide nor gradient. With `rowwise` each row has its
+    own upstream gradient, so dW and db are computed in the backward. Without `keep_zero_rows` rows
+    of weight 0 may be left out of every product, and their statistics are then 0.
     """
 
     head: Head
@@ -112,6 +118,11 @@ class Problem(NamedTuple):
     keep_zero_rows: bool
     shard: VocabShard | None
     chunk_size: int | None
+
+    def heads(self) -> dict[str, Head]:
+        """The heads by argument: the model's, and the guide's if there is one."""
+        heads = {"lm_head_weight": self.head}
+        return heads if self.guide is None else heads | {"guide.lm_head_weight": self.guide}
 
 
 class LinearCE(NamedTuple):
@@ -135,16 +146,3 @@ class LinearCE(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def whole_vocabulary(vocab_size: int, shard: VocabShard | None) -> int:
-    """Size of the vocabulary: V, or the largest end of any rank's slice."""
-    return vocab_size if shard is None else largest_of_ranks(shard.start + vocab_size, shard)
-
-
-def largest_of_ranks(value: int, shard: VocabShard) -> int:
-    """The maximum of an integer over the ranks that share the vocabulary."""
-    device = "cuda" if torch.distributed.get_backend(shard.group) == "nccl" else "cpu"
-    largest = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=shard.group)
-    return int(largest)

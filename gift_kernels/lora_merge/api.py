@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = 1 << 19  # of W, upcast at a time
 
 @contextlib.contextmanager
 def _exact_float32_products() -> Iterator[None]:
-    """Float32 products in float32, whatever the user allows elsewhere (TF32, bfloat16)."""
+    """Full float32 matrix products, even if the user has enabled TF32 or bfloat16 for them."""
     mkldnn: Any = torch.backends.mkldnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
@@ -61,14 +61,14 @@ def merge_in_blocks(
     rows_at_once = max(1, BLOCK_ELEMENTS // max(1, weight.shape[-1]))
     with _exact_float32_products():
         for expert in range(weight.shape[0]):
-            # Contiguous: a product must not depend on how its factors are stored.
+            # Contiguous, so that the result does not depend on the factors' memory layout.
             a_of = [a[expert].to(dtype).contiguous() for a in lora_a]
             for first in range(0, weight.shape[1], rows_at_once):
                 rows = slice(first, first + rows_at_once)
                 block = torch.empty_like(weight[expert, rows], dtype=dtype)
                 block.copy_(weight[expert, rows])
                 for a, b, factor in zip(a_of, lora_b, scale, strict=True):
-                    # addmm would add small products to W one by one, rounding at W's size.
+                    # addmm may add the small products to W one by one, with W's rounding error.
                     block.add_(b[expert, rows].to(dtype).contiguous() @ a, alpha=factor)
                 if generator is not None:
                     block = _round_stochastically(block.float(), generator)
@@ -195,7 +195,7 @@ def lora_merge(
         NaN and infinities in W, A or B reach the entries they belong to as NaN or infinity.
 
     Raises:
-        TypeError, ValueError: naming the argument; `impl` that cannot be had is never replaced.
+        TypeError, ValueError: naming the argument; an `impl` that cannot run never falls back.
     """
     arguments = checks.merge_arguments(
         weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl

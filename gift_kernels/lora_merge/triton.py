@@ -1,9 +1,9 @@
 """Triton kernel of the LoRA merge: out = round(W + scale · B A), one pass over W.
 
 Letters: E experts, M out, K in, R rank. A program makes TILES_M tiles [BLOCK_M, BLOCK_K] of the
-result below one another. Its columns of A stay on the multiprocessor as long as R ≤ BLOCK_R, so the
-traffic from L2 for a tile is W's own bytes and a few rows of B. W is read and the result written
-once, marked to leave the cache first: the floor is 4 bytes an element for 16-bit weights.
+result below one another. Its columns of A stay on the multiprocessor if R ≤ BLOCK_R, so a
+tile reads only W and a few rows of B from L2. W is read once and the result written once, both with
+the evict-first hint: the lower bound is 4 bytes per element for 16-bit weights.
 
 Products are accumulated in float32, the scale multiplies the accumulator (a scaled 16-bit factor
 would be rounded once more), and the sum is rounded once. 16-bit factors go to the tensor cores as
@@ -13,13 +13,13 @@ they are. A float32 factor x is the sum of three bfloat16 numbers of 8 bits each
 
 so its product needs the pairs x_i y_j with i + j ≤ 2 only: three products if the other factor is
 bfloat16 (nothing is dropped), six if it is float32 (at most 2⁻²³ |x y| is dropped, 2⁻²⁸ as a rule).
-That is float32 accuracy at tensor core speed, which TF32 (11 bits) is not. Where W is float32 too
-the products are plain float32 instead: there the tensor cores' way of adding could show.
+This gives float32 accuracy at tensor core speed; TF32 has only 11 bits. If W is float32 too, the
+products are plain float32 instead, because the tensor cores' less exact sums could be visible.
 
-Several adapters become one: factors are laid side by side along R, and unless all scales are equal
-each scale is multiplied into its own B in float32.
+Several adapters become one: factors are concatenated along R, and unless all scales are equal each
+scale is multiplied into its own B in float32.
 
-Stochastic rounding adds 16 random bits below the last bit of the bfloat16 and cuts the sum off.
+Stochastic rounding adds 16 random bits below the last bit of the bfloat16 and truncates the sum.
 The bits are Philox4x32-10 of (row, column // 8, expert) under the seed, whatever the tile sizes and
 the strides: for a weight whose columns are contiguous, which is merged as its transpose, the tile's
 bits are transposed.
@@ -48,9 +48,9 @@ def _config(block_m: int, block_k: int, tiles_m: int, stages: int, num_warps: in
     return triton.Config(tiles, num_warps=num_warps, num_stages=2)
 
 
-# What the autotuner may choose, by the way the factors are multiplied: eight in all. Those with
-# several tiles and stages load the next tile of W while they compute; the others count on the
-# other blocks of the same multiprocessor.
+# Candidates of the autotuner for each way to multiply the factors, eight in all. Those with several
+# tiles and stages load the next tile of W while they compute; the others rely on the other blocks
+# of the same multiprocessor to hide the latency.
 _CONFIGS: dict[Path, list[triton.Config]] = {
     "native": [
         _config(64, 128, 1, 1, 4),
@@ -229,7 +229,7 @@ def _autotuned(path: Path, stochastic: bool, in_place: bool) -> Any:
 def _one_adapter(
     lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float]
 ) -> tuple[Tensor, Tensor, float]:
-    """Adapters laid side by side: A [E, ΣR, K], B [E, M, ΣR] and the scale they share."""
+    """Concatenates adapters along R: A [E, ΣR, K], B [E, M, ΣR] and their common scale."""
     if len(lora_a) == 1:
         return lora_a[0], lora_b[0], scale[0]
     if len(set(scale)) == 1:
@@ -255,7 +255,7 @@ def merge(
         lora_a: [E, R, K] of each adapter, bf16, fp16 or fp32; ranks may differ.
         lora_b: [E, M, R] of each adapter.
         scale: of each adapter.
-        seed: of the stochastic rounding to bfloat16, or None: to nearest.
+        seed: of the stochastic rounding to bfloat16; None rounds to nearest.
         config: one of `configs`; None: the autotuner's choice, or the first where there is no
             autotuning (interpreted, or GIFT_KERNELS_AUTOTUNE=0).
     """
@@ -267,7 +267,7 @@ def merge(
         return
     transposed = weight.stride(-1) != 1 and weight.stride(-2) == 1
     if transposed:
-        # (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ: rows of what is contiguous.
+        # Merge the transpose, whose rows are contiguous: (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ.
         weight, out, a, b = weight.mT, out.mT, b.mT, a.mT
     if a.dtype != b.dtype and torch.float16 in (a.dtype, b.dtype):
         a, b = a.float(), b.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "empty slice": ({"rows": (10, 10)}, "lm_head_weight: the slices of ranks [1]"),
     "overlap": ({"start": 0}, "vocab_parallel.start: the ranks' rows of lm_head_weight are"),
     "gap": ({"start": 6}, "vocab_parallel.start: the ranks' rows of lm_head_weight are"),
-    "targets": ({"target": [1, 2, 4]}, "target: the ranks"),
+    "targets": ({"target": [1, 2, 4]}, "target (checksum): the ranks"),
     "rows": ({"target": [1, 2]}, "hidden (rows): the ranks"),
     "scale": ({"logit_scale": 2.0}, "logit_scale: the ranks"),
     "statistics": ({"stats": ("entropy",)}, "stats: the ranks"),
@@ -53,6 +54,15 @@ def work(rank: int, folder: str) -> None:
     wait = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
     errors = {name: call(rank, changes) for name, (changes, _) in CASES.items()}
+    short = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    hidden = torch.ones(3, 3, dtype=torch.float32 if rank == 0 else torch.int64)
+    shard = VocabParallel(short, 5 * rank)
+    try:
+        weighted_ce(hidden, torch.ones(5, 3), torch.tensor([1, 2, 3]), vocab_parallel=shard)
+    except (TypeError, RuntimeError) as error:
+        errors["wrong on rank 1"] = f"{type(error).__name__}: {error}"
+    if rank == 1:
+        time.sleep(4)  # at work elsewhere: its end alone would free the other
     torch.save(errors, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -70,3 +80,11 @@ def test_ranks_that_disagree_all_raise(case: str, errors: list[dict[str, str]]) 
     assert first == second
     begins = CASES[case][1]
     assert first.startswith(begins) and bool(first) == bool(begins), first
+
+
+def test_an_argument_wrong_on_one_rank_holds_the_others_until_the_timeout(
+    errors: list[dict[str, str]],
+) -> None:
+    waited, wrong = (found["wrong on rank 1"] for found in errors)
+    assert wrong.startswith("TypeError: hidden: expected one of")
+    assert waited.startswith(("RuntimeError", "DistBackendError")) and "imed out" in waited, waited

@@ -120,7 +120,7 @@ BY_WEIGHTED_CE: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         guide() | {"token_weight": zeros(COUNT)},
         ValueError,
-        "token_weight and guide: both give the weights; pass one of them",
+        "token_weight and guide: both set the weights; pass one of them",
     ),
     (
         {"guide": (zeros(COUNT, 4), zeros(VOCAB, 4))},

@@ -5,14 +5,24 @@ Logits are exact in float32 here, so that the truth is float64 on the same logit
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from ce_cases import norm_error
+import torch.distributed as dist
+from ce_cases import IMPLS, norm_error
 from torch import Tensor
 
-from gift_kernels import Guide, TokenStats, reference, token_confidence, weighted_ce
+from gift_kernels import (
+    Guide,
+    TokenStats,
+    VocabParallel,
+    reference,
+    token_confidence,
+    weighted_ce,
+)
 
-every_impl = pytest.mark.parametrize("impl", ["eager"])
+every_impl = pytest.mark.parametrize("impl", IMPLS)
 OFFSETS = [0.0, 1e2, 1e4, 1e6]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TARGET = torch.tensor([6, 3, 0, 10])
@@ -120,6 +130,51 @@ def test_confidences_and_guide_weights_know_no_offset(
     for options, expected in (({"guide": guide}, soft), ({"token_weight": "self"}, own)):
         _, stats = weighted_ce(hidden, head, target, stats=("weight",), impl=impl, **options)
         assert stats.weight is not None and relative(stats.weight, expected) <= 2e-6
+
+
+def offset_on_ranks(rank: int, folder: str, impl: str, device: str) -> None:
+    """One process of two: statistics and dH from its slice of the vocabulary at every offset."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    assert dist.group.WORLD is not None
+    start, end = ((0, 5), (5, 64))[rank]
+    shard, found = VocabParallel(dist.group.WORLD, start), {}
+    for offset in OFFSETS:
+        hidden, head = (value.to(device) for value in offset_problem(offset, torch.float32))
+        hidden.requires_grad_()
+        loss, stats = weighted_ce(
+            hidden,
+            head[start:end],
+            TARGET.to(device),
+            reduction="sum",
+            stats=("nll", "entropy"),
+            vocab_parallel=shard,
+            impl=impl,
+        )
+        loss.backward()
+        found[offset] = (stats.nll, stats.entropy, hidden.grad)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@every_impl
+def test_ranks_that_share_a_vocabulary_know_no_offset(
+    impl: str, device: str, tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(offset_on_ranks, (str(tmp_path), impl, device), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", map_location="cpu")
+        for offset, (nll, entropy, gradient) in found.items():
+            hidden, head = (value.double() for value in offset_problem(offset, torch.float32))
+            exact = (hidden @ head.T).requires_grad_()
+            true = torch.nn.functional.cross_entropy(exact, TARGET, reduction="none")
+            probability = exact.softmax(-1).detach()
+            assert relative(nll, true.detach()) <= 1e-6
+            assert relative(entropy, -(probability * probability.log()).sum(-1)) <= 2e-6
+            (dlogits,) = torch.autograd.grad(true.sum(), exact)
+            size = dlogits.abs() @ head.abs()
+            assert ((gradient.double() - dlogits @ head).abs() <= 2e-6 * size).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

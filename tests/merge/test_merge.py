@@ -232,7 +232,7 @@ def lose_tensor(path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda first: first.unlink(), "no such file; download"),
-        (cut, r"the header speaks of \d+ bytes"),
+        (cut, r"the header describes \d+ bytes"),
         (lose_tensor, "not in their shards: "),
         (lambda first: first.write_bytes(struct.pack("<Q", 3) + b"{{{"), "broken safetensors"),
         (lambda first: first.write_bytes(b"version https://git-lfs"), "not a safetensors file"),
@@ -343,7 +343,7 @@ def test_a_disk_that_returns_other_bytes_is_found(
         write(self, data)
 
     monkeypatch.setattr(ShardWriter, "_write_raw", flip)
-    with pytest.raises(OSError, match="read back otherwise than written"):
+    with pytest.raises(OSError, match="differs from what was written"):
         run_merge(tmp_path)
     assert not (tmp_path / "merged").exists()
 

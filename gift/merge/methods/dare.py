@@ -19,7 +19,7 @@ def merge(rows: Rows, options: MergeOptions) -> Tensor:
 
 
 def dropped_vectors(rows: Rows, options: MergeOptions) -> list[Tensor]:
-    """The task vectors without the entries that were drawn."""
+    """The task vectors after dropping and rescaling."""
     return [
         drop(vector, options.drop_rate, options.dare_seed, f"{rows.key}\n{number}")
         for number, vector in enumerate(rows.vectors)

@@ -1,7 +1,8 @@
 """θ_B + α Σ τ + β · the low-rank part of θ_I − θ_B (LoRE-Adapt).
 
 The part is the truncated SVD of the smallest rank that holds a share of the squared singular
-values. The default share of 0.5 is quoted from memory. Vectors keep the whole difference.
+values. The default share of 0.5 was not checked against the paper. For tensors that are single
+rows or columns the whole difference is used.
 """
 
 from __future__ import annotations

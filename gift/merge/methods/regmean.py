@@ -33,7 +33,7 @@ def make_system(grams: Sequence[Tensor], off_diagonal: float) -> System:
     """Scales the off-diagonal entries of each G_i and factors their sum.
 
     The paper's scale is 0.9 (section 3.2). A millionth of the mean diagonal is added to every G_i,
-    so that inputs that never occurred get the plain mean.
+    so that weights of inputs that never occurred get the plain mean.
     """
     import torch
 
@@ -48,7 +48,7 @@ def make_system(grams: Sequence[Tensor], off_diagonal: float) -> System:
 
 
 def merge(rows: Rows, options: MergeOptions) -> Tensor:
-    """Weights are stored [M, K], the transpose of the paper's W; rows do not depend on others."""
+    """Weights are stored [M, K], the transpose of the paper's W; each row is solved alone."""
     import torch
 
     models, system = rows.models, rows.known

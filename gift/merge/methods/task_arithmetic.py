@@ -25,7 +25,7 @@ def weighted_sum(origin: Tensor, vectors: Sequence[Tensor], weight: float) -> Te
 
 
 def sum_weight(options: MergeOptions, has_base: bool) -> float | None:
-    """From the base, θ_B cancels only where λ is 1."""
+    """With a base, the result is θ_I + w Σ τ only if λ is 1: else θ_B does not cancel."""
     return options.task_weight if not has_base or options.task_weight == 1 else None
 
 

@@ -48,9 +48,9 @@ def elected_mean(
 def magnitude_threshold(blocks: Iterable[Tensor], keep: float) -> float:
     """The k-th largest magnitude over all blocks, k = ⌊keep · n⌋ and at least 1.
 
-    Exact in one number's memory: float32 magnitudes sort like their bit patterns, so two
-    histograms, of the upper and of the lower 16 bits, find the k-th one. `blocks` is gone through
-    twice, so it must be a sequence or another re-iterable. float64 is compared in float32.
+    Exact in constant memory: float32 magnitudes sort like their bit patterns, so two histograms, of
+    the upper and of the lower 16 bits, find the k-th one. `blocks` is iterated twice, so it must be
+    a sequence or another re-iterable. float64 is compared in float32.
     """
     import torch
 
