@@ -96,11 +96,10 @@ def two_heads(
     """`logits` and a guide with the same options in one launch."""
     single = logits(arch, tiles, options, tma=tma)
     signature = dict(single.signature)
-    del signature["first_v"]
     # As many specialisations of the same values under the guide's name.
     signature |= {f"guide_{n}": signature[n] for n in ("hidden", "head", "ptr", "C", "size")}
     signature["guide_factor"] = signature["factor"]
-    divisible = [name for name in single.divisible if name != "first_v"]
+    divisible = list(single.divisible)
     divisible += [f"guide_{n}" for n in divisible if n == "C" or n.startswith("size.")]
     flags = single.constexprs["FLAGS"]
     guide_flags = flags._replace(ENTROPY=False, EXPONENTIALS=False, MARGIN=0.0)

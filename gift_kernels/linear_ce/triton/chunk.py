@@ -145,7 +145,7 @@ class Chunk:
             )
             return
         other = guide.chunk
-        assert first_v == 0 and other.rows == self.rows and other.columns >= other.vocab_size
+        assert other.rows == self.rows and other.columns >= other.vocab_size
         triton_logits._two_heads_kernel[self._programs(tiles)](
             hidden,
             head,
@@ -155,6 +155,7 @@ class Chunk:
             other._pointers(guide.state, first_row),
             rows.count,
             first_row,
+            first_v,
             columns,
             self.slices,
             other.vocab_size,

@@ -274,7 +274,7 @@ def _logits_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["first_row", "C", "slices", "guide_C"])
+@triton.jit(do_not_specialize=["first_row", "first_v", "C", "slices", "guide_C"])
 def _two_heads_kernel(
     hidden,
     head,
@@ -285,6 +285,7 @@ def _two_heads_kernel(
     guide_ptr,
     count_ptr,
     first_row,
+    first_v,  # 0; if constant, the compiler merges both branches and serializes products
     C,
     slices,
     guide_C,
@@ -296,7 +297,7 @@ def _two_heads_kernel(
     FLAGS: tl.constexpr,
     GUIDE_FLAGS: tl.constexpr,
 ):
-    """`_logits_kernel` from column 0 on, after the statistics of a guide over all of its columns.
+    """`_logits_kernel`, after the statistics of a guide over all of its columns.
 
     One queue of tiles for both: SMs for which no tile of the guide is left start on the model's.
     """
@@ -322,7 +323,7 @@ def _two_heads_kernel(
         else:
             _whole_tile(
                 tile - guide_tiles,
-                Side(hidden, head, exp, ptr, 0, C, slices, size, factor),
+                Side(hidden, head, exp, ptr, first_v, C, slices, size, factor),
                 n,
                 TILES,
                 FLAGS,
