@@ -40,7 +40,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOAT_NAMES = frozenset({"F64", "F32", "F16", "BF16"})
 
 

@@ -229,13 +229,16 @@ def test_weights_of_rows_that_do_not_count_get_no_gradient(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_guide_may_have_another_dtype(dtype: torch.dtype) -> None:
     given = with_guide() | {"vocab_parallel": None}
-    guide = given["guide"]
-    other = replace(
-        guide,
-        **{name: getattr(guide, name).to(dtype) for name in ("hidden", "lm_head_weight", "bias")},
-    )
+
+    def in_dtype(guide: Guide, dtype: torch.dtype) -> Guide:
+        tensors = ("hidden", "lm_head_weight", "bias")
+        return replace(guide, **{name: getattr(guide, name).to(dtype) for name in tensors})
+
+    other = in_dtype(given["guide"], dtype)
     loss = weighted_ce(**given | {"guide": other, "impl": "auto"})
-    torch.testing.assert_close(loss, weighted_ce(**given), rtol=2e-2, atol=0)
+    expected = weighted_ce(**given | {"guide": in_dtype(other, torch.float32)})
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert not torch.isclose(loss, weighted_ce(**given | {"guide": None}), rtol=1e-2)
     if dtype == torch.float64:
         with pytest.raises(ValueError, match=r"impl: .*float64, and guide.hidden is"):
             weighted_ce(**given | {"guide": other, "impl": "triton"})
