@@ -79,9 +79,13 @@ class StudyConfig(OutputOptions):
     tuning: TuningOptions | None = Field(
         default=None, description="Learning rates to choose from, by held-out questions."
     )
-    reference: str = Field(
-        default="",
+    reference: str | None = Field(
+        default=None,
         description="The method that the others are compared with; default the first.",
+    )
+    output: Path = Field(description="The study's folder; stages that are finished there are kept.")
+    overwrite: bool = Field(
+        default=False, description="Make stages anew whose folders are not what was written."
     )
     seeds: list[int] = Field(
         default=[0], min_length=1, description="Seeds of training; one run per seed."
@@ -120,7 +124,7 @@ class StudyConfig(OutputOptions):
             raise InputError(
                 f"methods: {INSTRUCT} is the name of the model as it is; choose another"
             )
-        if self.reference not in ("", *self.methods):
+        if self.reference not in (None, *self.methods):
             raise InputError(
                 f"reference: no method {self.reference!r}; there are {', '.join(self.methods)}"
             )

@@ -1,7 +1,6 @@
 """`gift study`: runs the table of runs, as many stages at a time as there are workers."""
 
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,7 @@ import torch
 
 from gift.annotate import annotate
 from gift.config import StudyConfig
-from gift.config.study import INSTRUCT
-from gift.console import console, error_console, print_table, progress
+from gift.console import console, printing_to, progress
 from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import read_json, write_json
@@ -28,7 +26,6 @@ from gift.models import versions
 from gift.publish import remove_published
 from gift.run import is_finished
 from gift.study.plan import STAGES_FOLDER, TUNING, Rates, Run, Stage, plan, plan_tuning
-from gift.study.report import write_report
 from gift.study.results import STUDY_FILE, print_results, read_study
 from gift.train import train
 
@@ -50,17 +47,17 @@ def study(config: StudyConfig) -> dict[str, Any]:
         _refuse_other_folder(config.output)
         tried = plan_tuning(config)
         runs = plan(config, {})
-        seconds = execute(config, tried)
-        tuning = _tuning(tried)
-        if tried:
-            runs = plan(config, _best_rates(tuning))
-        seconds |= execute(config, runs)
+        with worker_pool(config.workers) as pool:
+            seconds = execute(config, tried, pool)
+            tuning = _tuning(tried)
+            if tried:
+                runs = plan(config, _best_rates(tuning))
+            seconds |= execute(config, runs, pool)
         write_json(config.output / STUDY_FILE, _record(config, runs, tuning))
         results = read_study(config.output).results()
         print_results(results)
-        report = write_report(config.output)
     took = f"{sum(seconds.values()):.0f} s of stages" if seconds else "all was finished before"
-    console.print(f"The report is {report} ({took}).", highlight=False, soft_wrap=True)
+    console.print(f"Everything is in {config.output} ({took}).", highlight=False, soft_wrap=True)
     return results
 
 
@@ -122,7 +119,9 @@ def _record(
     }
 
 
-def execute(config: StudyConfig, runs: Sequence[Run]) -> dict[str, float]:
+def execute(
+    config: StudyConfig, runs: Sequence[Run], pool: ProcessPoolExecutor
+) -> dict[str, float]:
     """Runs the stages that are not finished; returns the seconds that each took, by its key.
 
     What is finished stays where a stage fails, and the same call resumes.
@@ -130,12 +129,10 @@ def execute(config: StudyConfig, runs: Sequence[Run]) -> dict[str, float]:
     stages = _in_order(runs)
     waiting = _unfinished(stages, config.overwrite)
     seconds: dict[str, float] = {}
-    if not waiting:
-        return seconds
     done = {stage.key for stage in stages} - {stage.key for stage in waiting}
     running: dict[Future[float], Stage] = {}
-    workers = min(config.workers or max(1, torch.cuda.device_count()), len(waiting))
-    with worker_pool(workers) as pool, progress("study", len(waiting)) as bar:
+    workers = default_workers(config.workers)
+    with progress("study", len(waiting)) as bar:
         while waiting or running:
             ready = [s for s in waiting if all(need.key in done for need in s.needs)]
             for stage in ready[: workers - len(running)]:
@@ -165,17 +162,21 @@ def _unfinished(stages: Sequence[Stage], overwrite: bool) -> list[Stage]:
     """The stages to run: a merged model only where something that is not finished reads it."""
     needed: list[Stage] = []
     for stage in reversed(stages):
-        is_read = any(stage in other.needs for other in needed)
+        is_read = any(_reads(other, stage) for other in needed)
         wanted = is_read or stage.kind != "merge"
         if wanted and not is_finished(stage.folder, stage.key, overwrite):
             needed.append(stage)
     return needed[::-1]
 
 
+def _reads(stage: Stage, other: Stage) -> bool:
+    return other.key in {need.key for need in stage.needs}
+
+
 def _remove_used(stages: Sequence[Stage], done: set[str]) -> None:
     """Removes the merged models that nothing reads any more."""
     for stage in stages:
-        readers = [other for other in stages if stage in other.needs]
+        readers = [other for other in stages if _reads(other, stage)]
         if stage.kind == "merge" and all(other.key in done for other in readers):
             remove_published(stage.folder)
 
@@ -193,11 +194,13 @@ def _seconds(future: "Future[float]", stage: Stage) -> float:
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
     """Processes that each see one GPU, where there are any, or else share the cores.
 
-    Spawned, not forked: PyTorch's threads and CUDA do not survive a fork.
+    Spawned, not forked: PyTorch's threads and CUDA do not survive a fork. They start with the first
+    stage.
     """
+    workers = default_workers(workers)
     context = get_context("spawn")
     places = context.Queue()
     for place in worker_places(workers, visible_gpus()):
@@ -209,6 +212,11 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def default_workers(workers: int | None) -> int:
+    """The number given, or one per GPU, or one."""
+    return workers or max(1, torch.cuda.device_count())
 
 
 def visible_gpus() -> list[str]:
@@ -239,11 +247,8 @@ def _begin_worker(places: Any) -> None:
 def _run_stage(stage: Stage, overwrite: bool) -> float:
     """Runs one stage; what it prints goes to a file beside its folder. Returns its seconds."""
     started = time.perf_counter()
-    if is_finished(stage.folder, stage.key, overwrite):
-        return 0.0
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    with stage.folder.with_suffix(".log").open("w", encoding="utf-8") as log:
-        console.file = error_console.file = log
+    with stage.folder.with_suffix(".log").open("w", encoding="utf-8") as log, printing_to(log):
         config = stage.config.model_copy(update={"overwrite": overwrite})
         FUNCTIONS[stage.kind](config, stage.key)
     return time.perf_counter() - started

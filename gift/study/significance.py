@@ -27,7 +27,7 @@ RESAMPLES = 2000
 class Estimate:
     """A mean, its 95 % interval and the p-value of the hypothesis that it is 0 (two-sided).
 
-    The interval is of no width where nothing varies, and None where nothing can be resampled.
+    Interval and p-value are None where nothing varies, so that nothing can be said of others.
     """
 
     mean: float
@@ -44,15 +44,14 @@ def estimate(pairs: Sequence[np.ndarray], seed: int = 0) -> Estimate:
     rng = np.random.default_rng(seed)
     mean = float(np.mean([values.mean() for values in pairs]))
     parts = [_variance(values, rng) for values in pairs]
-    if not all(part.terms for part in parts):
-        return Estimate(mean, None, None, None)
     total = sum(part.total for part in parts)
-    if total == 0:
-        return Estimate(mean, mean, mean, float(mean == 0))
+    if total == 0 or not all(part.terms for part in parts):
+        return Estimate(mean, None, None, None)
     degrees = total**2 / sum(term**2 / df for part in parts for term, df in part.terms)
     error = total**0.5 / len(pairs)
     low, high = stats.t.interval(LEVEL, degrees, mean, error)
-    return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, degrees)))
+    p = 2 * stats.t.sf(abs(mean) / error, degrees)
+    return Estimate(mean, float(low), float(high), float(p))
 
 
 class _Variance(NamedTuple):
@@ -67,7 +66,8 @@ def _variance(values: np.ndarray, rng: np.random.Generator) -> _Variance:
     terms = [_bootstrap(ones, rng) for ones in means]
     cells = _bootstrap(values.ravel(), rng) if len(terms) == 2 else 0.0
     total = max([sum(terms) - cells, *terms])
-    return _Variance(total, [(term, len(ones) - 1) for term, ones in zip(terms, means, strict=True)])
+    degrees = [len(ones) - 1 for ones in means]
+    return _Variance(total, list(zip(terms, degrees, strict=True)))
 
 
 def _bootstrap(values: np.ndarray, rng: np.random.Generator) -> float:
