@@ -99,12 +99,12 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         model = _adapted_model(config, data, dtype, device)
         partial = begin(made_from)
         group.barrier()
-        history, signal = _fit(config, model, rows, group, partial)
+        history, loss_by_band = _fit(config, model, rows, group, partial)
         summary = {**data_summary(data), **_run_summary(history)}
         if store is not None:
             summary |= {
-                f"signal from {name}": share
-                for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
+                f"loss share at {name}": share
+                for name, share in zip(BAND_NAMES, _shares(loss_by_band), strict=True)
             }
         if group.is_main:
             manifest = _manifest(config, tokenizer, summary, hash_json(made_from), store)
@@ -153,7 +153,7 @@ def _fit(
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """The training loop; returns the metrics of every step and the learning signal per band."""
+    """The training loop; returns the metrics of every step and the weighted loss per band."""
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -162,11 +162,11 @@ def _fit(
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
     state = TrainingState(model, optimizer, scheduler, group)
-    first_step, history, signal = state.load(partial / WORK_FOLDER)
+    first_step, history, loss_by_band = state.load(partial / WORK_FOLDER)
     if first_step == 0:
         # Every rank draws its own dropout masks.
         torch.manual_seed(config.seed + 1 + group.rank)
-        signal = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
+        loss_by_band = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
     model.train()
     with progress("train", steps, first_step, shown=group.is_main) as bar:
         for step in range(first_step, steps):
@@ -189,7 +189,7 @@ def _fit(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            signal += sums[len(SUMS) :].cpu()
+            loss_by_band += sums[len(SUMS) :].cpu()
             history.append(
                 {
                     "step": step + 1,
@@ -208,16 +208,16 @@ def _fit(
             bar.advance()
             bar.note(f"loss {history[-1]['loss']:.4f}")
             if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
-                state.save(partial / WORK_FOLDER, step + 1, history, signal)
+                state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
                 if group.is_main:
                     _write_metrics(partial, history)
-    return history, signal
+    return history, loss_by_band
 
 
 def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedRow]) -> Tensor:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
 
-    Returns SUMS and the learning signal Σ w·nll of each confidence band, float64.
+    Returns SUMS and the weighted loss Σ w·nll of each confidence band, float64.
     """
     base = model.get_base_model()
     head = lm_head(base)
@@ -383,5 +383,5 @@ def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _shares(signal: Tensor) -> list[float]:
-    return (signal / signal.sum().clamp(min=1e-300)).tolist()
+def _shares(loss_by_band: Tensor) -> list[float]:
+    return (loss_by_band / loss_by_band.sum().clamp(min=1e-300)).tolist()

@@ -251,15 +251,15 @@ def test_adapter_loads_in_peft_and_changes_the_model(folder, tmp_path):
     }
 
 
-def test_learning_signal_is_shared_out_by_confidence(folder, tmp_path):
+def test_loss_shares_by_confidence(folder, tmp_path):
     options = {"epochs": 1, "global_batch_size": 10}
     guide = train(config(folder, tmp_path / "guide", **options))
     uniform = train(config(folder, tmp_path / "uniform", weighting="uniform", **options))
     for summary in (guide, uniform):
-        shares = [value for key, value in summary.items() if key.startswith("signal from")]
+        shares = [value for key, value in summary.items() if key.startswith("loss share at")]
         assert len(shares) == 4 and abs(sum(shares) - 1) < 1e-9
-    low = "signal from q < 0.1"
-    assert guide[low] < uniform[low], "weighting by confidence must take signal from low bands"
+    low = "loss share at q < 0.1"
+    assert guide[low] < uniform[low], "weighting by confidence must take loss from low bands"
 
 
 def test_divergence_stops_with_the_row_ids(folder, tmp_path):
