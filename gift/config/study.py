@@ -41,8 +41,9 @@ class MethodOptions(RunStages):
 class EvaluationOptions(EvaluateOptions, DeviceOptions):
     """Questions for all models of a pair."""
 
-    data: str = Field(
-        description="JSONL questions with answers; {pair} in it stands for that of the run."
+    data: str | None = Field(
+        default=None,
+        description="JSONL questions with answers; {pair} in it stands for that of the run.",
     )
     retention: bool = Field(
         default=False,
@@ -56,8 +57,9 @@ class TuningOptions(EvaluateOptions, DeviceOptions):
     learning_rates: list[float] = Field(
         min_length=1, description="The rate with the best accuracy is taken, per pair and method."
     )
-    data: str = Field(
-        description="JSONL questions that no evaluation asks; {pair} stands for that of the run."
+    data: str | None = Field(
+        default=None,
+        description="JSONL questions that no evaluation asks; {pair} stands for that of the run.",
     )
 
 

@@ -23,10 +23,10 @@ from gift.config.study import (
 )
 from gift.data import read_rows
 from gift.errors import InputError
+from gift.evaluate import asked_questions
 from gift.files import hash_file, hash_folder, hash_json
 from gift.merge.methods import METHODS
 from gift.models import model_hash, resolve_model
-from gift.questions import read_questions
 from gift.run import PATH_FIELDS, TOKENIZER_FILES, check_pair, pick
 
 STAGES_FOLDER = "stages"
@@ -122,14 +122,14 @@ def _refuse_shared_questions(config: StudyConfig, tuning: TuningOptions) -> None
 
 
 def _prompts(options: TuningOptions | EvaluationOptions, pair: str) -> set[str]:
-    path = _path(options.data, pair)
-    questions = read_questions(
-        path,
-        limit=options.limit,
-        question_field=options.question_field,
-        ignore=options.ignored_keys(),
-    )
-    return {hash_json(question.turns) for question in questions}
+    config = _asked(options, pair, "")
+    questions, _ = asked_questions(config, config.check_by())
+    return {hash_json(question.turns[-1]) for question in questions}
+
+
+def _asked(options: TuningOptions | EvaluationOptions, pair: str, model: str) -> EvaluateConfig:
+    data = None if options.data is None else _path(options.data, pair)
+    return pick(EvaluateConfig, options, model=model, data=data, output=Path("evaluate"))
 
 
 def _path(text: str, pair: str, seed: int | None = None) -> Path:
@@ -208,13 +208,13 @@ class _Planner:
         self, name: str, options: EvaluationOptions | TuningOptions, merged: Stage | None
     ) -> Stage:
         """The answers of a merged model, or of the instruct model as it is."""
-        data = _path(options.data, self._name)
         model = merged.folder if merged else self._models["instruct"]
-        asked = pick(EvaluateConfig, options, model=str(model), data=data, output=Path("evaluate"))
+        asked = _asked(options, self._name, str(model))
         inputs = [merged.key] if merged else [model_hash(model), self._tokenizer]
         label = f"{name}, {merged.label if merged else f'{INSTRUCT}, {self._name}'}"
         needs = (merged,) if merged else ()
-        return self._stage("evaluate", asked, [hash_file(data), *inputs], label, *needs)
+        questions = hash_file(asked.data) if asked.data else ""
+        return self._stage("evaluate", asked, [questions, *inputs], label, *needs)
 
     def _annotate(self, options: MethodOptions, data: Path, rows: str) -> Stage:
         guide = self._models.get(options.guide) or resolve_model(options.guide)

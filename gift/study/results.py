@@ -11,7 +11,7 @@ import numpy as np
 from gift.config.study import INSTRUCT
 from gift.console import console, print_table
 from gift.errors import InputError
-from gift.files import read_record, write_json
+from gift.files import read_json, read_record, write_json
 from gift.rows import json_lines
 from gift.study.plan import STAGES_FOLDER
 from gift.study.significance import Estimate, estimate, holm, permute_runs
@@ -153,13 +153,16 @@ class Study:
         return read_record(self.stage(run["stages"]["train"]) / "gift_train.json", ("summary",))
 
     def pass_curve(self, method: str, evaluation: str) -> list[float]:
-        """pass@N for N = 1 … samples, the mean over runs."""
+        """pass@N for N = 1 … samples, the mean over runs; empty for a multiple choice."""
         curves = []
         for run in self.runs(method):
-            path = self.stage(run["evaluations"][evaluation]) / "metrics.json"
-            found = read_record(path, ("pass",))["pass"]
+            found = self.metrics(run, evaluation).get("pass", {})
             curves.append([found[str(n)]["estimate"] for n in range(1, len(found) + 1)])
         return np.mean(curves, axis=0).tolist()
+
+    def metrics(self, run: dict[str, Any], evaluation: str) -> dict[str, Any]:
+        """The metrics.json of a run's evaluation."""
+        return read_json(self.stage(run["evaluations"][evaluation]) / "metrics.json")
 
     def results(self) -> dict[str, Any]:
         """All figures; written to results.json too."""
