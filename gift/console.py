@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -60,17 +60,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         console.quiet, error_console.quiet = before
-
-
-@contextmanager
-def printing_to(file: IO[str]) -> Iterator[None]:
-    """Writes what the block prints, errors and warnings too, to a file."""
-    before = console.file, error_console.file
-    console.file = error_console.file = file
-    try:
-        yield
-    finally:
-        console.file, error_console.file = before
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

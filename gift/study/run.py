@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from gift.annotate import annotate
 from gift.config import StudyConfig
-from gift.console import console, printing_to, progress
+from gift.console import console, progress
 from gift.errors import InputError
 from gift.evaluate import evaluate
 from gift.files import read_json, write_json
@@ -248,7 +248,11 @@ def _run_stage(stage: Stage, overwrite: bool) -> float:
     """Runs one stage; what it prints goes to a file beside its folder. Returns its seconds."""
     started = time.perf_counter()
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    with stage.folder.with_suffix(".log").open("w", encoding="utf-8") as log, printing_to(log):
-        config = stage.config.model_copy(update={"overwrite": overwrite})
+    config = stage.config.model_copy(update={"overwrite": overwrite})
+    with (
+        stage.folder.with_suffix(".log").open("w", encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
         FUNCTIONS[stage.kind](config, stage.key)
     return time.perf_counter() - started
