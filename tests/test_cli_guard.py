@@ -22,7 +22,7 @@ from gift.merge.command import merge
 from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
-FOLDERS = {*MODELS, "adapter", "confidence", "statistics"}
+FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "study"}
 FILES = {"data", "eval_data", "scores", "config"}
 NOBODY = 65534
 
@@ -77,6 +77,7 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
         "evaluate": {"model": model, "data": questions, "output": output, "check": "exact"},
         "run": {"base": model, "instruct": model, "data": rows, "eval_data": questions}
         | {"output": output, "eval_check": "exact"},
+        "report": {"study": model},
         "study": {"config": str(folder / "study.yaml"), "output": output},
         "demo": {"output": output},
     }[command]
