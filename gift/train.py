@@ -31,6 +31,7 @@ from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
 from gift.models import (
     check_head,
@@ -53,8 +54,8 @@ from gift.weighting import (
     STATISTICS,
     GuidedRow,
     check_weighting,
-    find_turn_ends,
-    guide_confidence,
+    gather_targets,
+    guided_rows,
     known_zeros,
     token_weights,
 )
@@ -84,10 +85,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         data = encode_file(config.data, tokenizer, config, context)
         if store is not None:
             require_same_rows(store, data, tokenizer)
-        rows = [
-            GuidedRow(example, torch.from_numpy(store.row(example.row)) if store else None)
-            for example in data.kept
-        ]
+        annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
+        lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
+        rows = guided_rows(config, data.kept, annotated, lines)
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         made_from = {
@@ -99,12 +99,12 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         model = _adapted_model(config, data, dtype, device)
         partial = begin(made_from)
         group.barrier()
-        history, signal = _fit(config, model, rows, group, partial)
+        history, loss_by_band = _fit(config, model, rows, group, partial)
         summary = {**data_summary(data), **_run_summary(history)}
         if store is not None:
             summary |= {
-                f"signal from {name}": share
-                for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
+                f"loss share at {name}": share
+                for name, share in zip(BAND_NAMES, _shares(loss_by_band), strict=True)
             }
         if group.is_main:
             manifest = _manifest(config, tokenizer, summary, hash_json(made_from), store)
@@ -153,7 +153,7 @@ def _fit(
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """The training loop; returns the metrics of every step and the learning signal per band."""
+    """The training loop; returns the metrics of every step and the weighted loss per band."""
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -162,11 +162,11 @@ def _fit(
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
     state = TrainingState(model, optimizer, scheduler, group)
-    first_step, history, signal = state.load(partial / WORK_FOLDER)
+    first_step, history, loss_by_band = state.load(partial / WORK_FOLDER)
     if first_step == 0:
         # Every rank draws its own dropout masks.
         torch.manual_seed(config.seed + 1 + group.rank)
-        signal = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
+        loss_by_band = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
     model.train()
     with progress("train", steps, first_step, shown=group.is_main) as bar:
         for step in range(first_step, steps):
@@ -189,7 +189,7 @@ def _fit(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            signal += sums[len(SUMS) :].cpu()
+            loss_by_band += sums[len(SUMS) :].cpu()
             history.append(
                 {
                     "step": step + 1,
@@ -208,16 +208,16 @@ def _fit(
             bar.advance()
             bar.note(f"loss {history[-1]['loss']:.4f}")
             if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
-                state.save(partial / WORK_FOLDER, step + 1, history, signal)
+                state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
                 if group.is_main:
                     _write_metrics(partial, history)
-    return history, signal
+    return history, loss_by_band
 
 
 def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedRow]) -> Tensor:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
 
-    Returns SUMS and the learning signal Σ w·nll of each confidence band, float64.
+    Returns SUMS and the weighted loss Σ w·nll of each confidence band, float64.
     """
     base = model.get_base_model()
     head = lm_head(base)
@@ -231,18 +231,18 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedR
         examples = [row.example for row in micro]
         ids, attention, predicts = pad_batch(examples, device)
         hidden = last_hidden_state(base, ids, attention)[predicts].to(head.weight.dtype)
-        guide, turn_ends = guide_confidence(micro, device), find_turn_ends(examples, device)
-        left_out = known_zeros(config, guide, turn_ends)
+        targets = gather_targets(micro).to(device)
+        left_out = known_zeros(config, targets)
         nll, stats = weighted_ce(
             hidden,
             head.weight,
             target_ids(examples, device).masked_fill(left_out, IGNORE_INDEX),
             reduction="none",
             ignore_index=IGNORE_INDEX,
-            stats=("top1", *STATISTICS),
+            stats=("top1", *STATISTICS[config.weighting]),
             **head.options(),
         )
-        weight = token_weights(config, stats, guide, turn_ends)
+        weight = token_weights(config, stats, targets)
         # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
         row_loss = torch.where(weight == 0, 0, weight * nll)
         loss = row_loss.sum()
@@ -253,8 +253,10 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedR
         assert stats.top1 is not None
         totals = (loss, nll, weight, torch.ones_like(nll), ~left_out, stats.top1)
         sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
-        if guide is not None:
-            band = torch.bucketize(guide, torch.tensor(BAND_EDGES, device=device), right=True)
+        if targets.guide is not None:
+            band = torch.bucketize(
+                targets.guide, torch.tensor(BAND_EDGES, device=device), right=True
+            )
             sums[len(SUMS) :].index_add_(0, band, row_loss.detach().double())
     _refuse_not_finite(bad_rows)
     return sums
@@ -286,7 +288,7 @@ def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, A
     if config.guided and store is None:
         raise InputError(
             f"--confidence: --weighting {config.weighting} needs the folder that gift annotate "
-            "made; or choose --weighting uniform or self"
+            "made; or choose --weighting uniform, self or entropy"
         )
     if config.tokenizer is not None:
         return store, load_tokenizer(resolve_model(config.tokenizer))
@@ -383,5 +385,5 @@ def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _shares(signal: Tensor) -> list[float]:
-    return (signal / signal.sum().clamp(min=1e-300)).tolist()
+def _shares(loss_by_band: Tensor) -> list[float]:
+    return (loss_by_band / loss_by_band.sum().clamp(min=1e-300)).tolist()

@@ -191,12 +191,12 @@ def weighted_ce(
 
 
 def _transformed(
-    weight: Tensor, kept: Tensor, transform: WeightTransform | None, head: LinearInputs
+    weight: Tensor, valid: Tensor, transform: WeightTransform | None, head: LinearInputs
 ) -> Tensor:
     """Weights that require grad, as the operator makes those that do not."""
     # Ignored rows are 0 before and after: their weights may be anything, even NaN.
-    weight = torch.where(kept, weight.to(accumulation_dtype(head.hidden.dtype)), 0)
-    return torch.where(kept, transform_weight(weight, transform), 0)
+    weight = torch.where(valid, weight.to(accumulation_dtype(head.hidden.dtype)), 0)
+    return torch.where(valid, transform_weight(weight, transform), 0)
 
 
 @overload
@@ -366,6 +366,6 @@ def _statistics(
     """The statistics that were asked for, in the shape of the targets."""
     found = {name: getattr(result, name) for name in asked - {"confidence"}}
     if "confidence" in asked:
-        kept = target.flatten() != ignore_index
-        found["confidence"] = torch.where(kept, torch.exp(-result.nll), 0)
+        valid = target.flatten() != ignore_index
+        found["confidence"] = torch.where(valid, torch.exp(-result.nll), 0)
     return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

@@ -64,12 +64,13 @@ def logits(
     stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
     names: Any = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
     margin = MARGIN[torch.bfloat16][0]
+    exp = {"exp": operand(dtype, *stored, tma)} if options["EXPONENTIALS"] else {}
     return KernelRequest(
         kernel="gift_kernels.linear_ce.triton.kernels.logits:_logits_kernel",
         signature={
             "hidden": operand(dtype, tiles.BLOCK_N, tiles.BLOCK_D, tma),
             "head": operand(dtype, tiles.BLOCK_V, tiles.BLOCK_D, tma),
-            "exp": operand(dtype, *stored, tma and options["EXPONENTIALS"]),
+            **exp,
             "ptr": Pointers(f"*{dtype}", "*i32", "*fp32", "*fp32", "*fp32"),
             "count_ptr": "*i32",
             **dict.fromkeys(("first_row", "first_v", "C", "slices"), "i32"),
@@ -77,6 +78,7 @@ def logits(
             "factor": Factors(*FP32),
         },
         constexprs={
+            **({} if exp else {"exp": None}),
             "TILES": tiles,
             "FLAGS": Flags(**options, FINAL=False, MARGIN=margin, TMA=tma, DTYPE=names[dtype]),
         },
@@ -281,6 +283,27 @@ def test_hopper_moves_tiles_with_the_copy_engine_where_it_can(
 ) -> None:
     uses = "cp.async.bulk.tensor" in compiled[request_].ptx
     assert uses == request_.constexprs["FLAGS"].TMA
+
+
+def test_both_heads_of_a_launch_share_one_loop_over_hidden_units(
+    compiled: dict[KernelRequest, CompiledKernel],
+) -> None:
+    """A tile's number picks the operands. An instruction multiplies 16 hidden units."""
+    for options in GUIDED_OPTIONS:
+        tiles = tiles_of(Machine(90, 132), options, tma=True, guided=True)[0]
+        sass = compiled[two_heads(90, tiles, options)].sass
+        assert sass.count("HGMMA") == tiles.BLOCK_D / 16
+        assert sass.count("UTMALDG") == 2 * tiles.num_stages
+
+
+def test_both_operands_of_a_step_share_a_barrier(
+    compiled: dict[KernelRequest, CompiledKernel],
+) -> None:
+    """A step of a product waits once for both matrices, transposed or not."""
+    for request in MATRIX_90:
+        if request.constexprs["FLAGS"].TMA:
+            # A wait is tried once in the loop, and again and again in a loop of its own.
+            assert compiled[request].sass.count("PHASECHK") == 2, request
 
 
 def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel]) -> None:
