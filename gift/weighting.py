@@ -83,19 +83,19 @@ def known_zeros(config: TrainOptions, guide: Tensor | None, turn_ends: Tensor) -
     return zero
 
 
-def guide_confidence(rows: Sequence[GuidedRow], device: torch.device) -> Tensor | None:
+def guide_confidence(rows: Sequence[GuidedRow]) -> Tensor | None:
     """The annotated confidences float32 [N] of the rows' targets; None without a store."""
     given = [row.confidence for row in rows if row.confidence is not None]
-    return torch.cat(given).to(device) if given else None
+    return torch.cat(given) if given else None
 
 
-def find_turn_ends(examples: Sequence[Example], device: torch.device) -> Tensor:
+def find_turn_ends(examples: Sequence[Example]) -> Tensor:
     """Which targets bool [N] of the examples are the last of their turn."""
     ends = []
     for example in examples:
         following = np.append(example.is_target[1:], False)
         ends.append(~following[example.is_target])
-    return torch.from_numpy(np.concatenate(ends)).to(device)
+    return torch.from_numpy(np.concatenate(ends))
 
 
 def _transform(config: TrainOptions) -> WeightTransform:

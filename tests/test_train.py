@@ -83,12 +83,13 @@ def gradients(monkeypatch) -> list[list[Tensor]]:
 def reference_gradient(folder: Path, weighting: str, normalization: str) -> list[Tensor]:
     """Gradient of the first global batch from full logits of a fresh adapter."""
     # The same seeded initialisation; a huge batch so that all rows form one step.
-    adapted = train_module._adapted_model(
+    adapted, _ = train_module._adapted_model(
         config(folder, Path("unused")),
         encode(read_rows(folder / "rows.jsonl"), tiny.make_tokenizer(), max_length=2048),
         torch.float32,
         torch.device("cpu"),
     )
+    adapted.get_base_model().set_attn_implementation("sdpa")
     store = load_store(folder / "store")
     total, tokens, weights = torch.zeros(()), 0, 0.0
     rows = encode(read_rows(folder / "rows.jsonl"), store.tokenizer(), max_length=2048)

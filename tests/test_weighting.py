@@ -49,9 +49,7 @@ def test_each_weighting_is_its_formula(weighting, expected):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weight_of_a_turns_end_is_set_for_the_last_target_of_each_turn(weighting):
     is_target = np.array([False, True, True, False, True, True])
-    ends = find_turn_ends(
-        [Example(0, np.arange(6, dtype=np.int32), is_target)], torch.device("cpu")
-    )
+    ends = find_turn_ends([Example(0, np.arange(6, dtype=np.int32), is_target)])
     assert ends.tolist() == [False, True, False, True]
     own, guide = torch.rand(4), torch.rand(4)
     settings = options(weighting, end_weight=0.0, confidence_floor=0.3)

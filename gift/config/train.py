@@ -41,10 +41,14 @@ class TrainOptions(Options):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
-    micro_batch_size: int = Field(
-        default=4,
+    micro_batch_tokens: int | None = Field(
+        default=None,
         ge=1,
-        description="Rows per forward pass; changes memory and speed, not the update.",
+        description="Most tokens per forward pass, a longer row alone; default 8192 on CUDA, 1024 "
+        "elsewhere. Changes memory and speed, not the update.",
+    )
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="Most rows per forward pass; default no limit."
     )
     global_batch_size: int = Field(default=256, ge=1, description="Rows per optimizer step.")
     lora_rank: int = Field(default=64, ge=1, description="LoRA rank r.")

@@ -1,0 +1,88 @@
+"""The micro-batches of an optimizer step: planned and made on the host, copied ahead of their use.
+
+Which targets a micro-batch has, what the guide says of them and which weights are known to be 0 is
+all known on the host, so that nothing on the device has to be looked at to make it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gift.batches import Batch, copy_to, make_batch, plan_batches
+from gift.config import TrainOptions
+from gift.weighting import GuidedRow, find_turn_ends, guide_confidence, known_zeros
+
+BAND_EDGES = (0.1, 0.5, 0.9)
+BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
+IGNORE_INDEX = -100
+# Tokens of a micro-batch by default: what keeps the device busy.
+TOKENS_ON_CUDA, TOKENS_ELSEWHERE = 8192, 1024
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows of a step: their numbers in the data, their batch, and per target [N]:
+
+    the guide's confidence float32 and its band int64 (None without a store), whether the target
+    ends its turn, and whether its weight may be other than 0. Targets whose weight is known to be 0
+    are IGNORE_INDEX in the batch.
+    """
+
+    rows: tuple[int, ...]
+    batch: Batch
+    guide: Tensor | None
+    band: Tensor | None
+    turn_ends: Tensor
+    counted: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The micro-batch on a device; the host does not wait for the copies."""
+        return MicroBatch(
+            self.rows,
+            self.batch.to(device),
+            None if self.guide is None else copy_to(self.guide, device),
+            None if self.band is None else copy_to(self.band, device),
+            copy_to(self.turn_ends, device),
+            copy_to(self.counted, device),
+        )
+
+
+def token_limit(config: TrainOptions, device: torch.device) -> int:
+    """Most tokens of a micro-batch: as asked for, else what suits the device."""
+    default = TOKENS_ON_CUDA if device.type == "cuda" else TOKENS_ELSEWHERE
+    return config.micro_batch_tokens or default
+
+
+def micro_batches(
+    config: TrainOptions, rows: Sequence[GuidedRow], *, packed: bool, device: torch.device
+) -> Iterator[MicroBatch]:
+    """All rows in micro-batches on the device, the next one copied before the last is used."""
+    lengths = [len(row.example.input_ids) for row in rows]
+    limit = token_limit(config, device)
+    ahead = None
+    for numbers in plan_batches(lengths, limit, packed=packed, rows=config.micro_batch_size):
+        chosen = [rows[number] for number in numbers]
+        following = make_micro_batch(config, chosen, packed=packed).to(device)
+        if ahead is not None:
+            yield ahead
+        ahead = following
+    if ahead is not None:
+        yield ahead
+
+
+def make_micro_batch(
+    config: TrainOptions, rows: Sequence[GuidedRow], *, packed: bool
+) -> MicroBatch:
+    """A micro-batch on the host."""
+    examples = [row.example for row in rows]
+    batch = make_batch(examples, packed=packed)
+    guide, turn_ends = guide_confidence(rows), find_turn_ends(examples)
+    left_out = known_zeros(config, guide, turn_ends)
+    targets = batch.targets.masked_fill(left_out, IGNORE_INDEX)
+    band = None
+    if guide is not None:
+        band = torch.bucketize(guide, torch.tensor(BAND_EDGES), right=True)
+    numbers = tuple(example.row for example in examples)
+    return MicroBatch(numbers, replace(batch, targets=targets), guide, band, turn_ends, ~left_out)
