@@ -7,7 +7,6 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-gpu check bench clean
 
 demo: $(READY)
-	@echo "gift demo: trains and adapts tiny models; one to two minutes on two cores."
 	$(BIN)/gift demo --output demo-output --overwrite
 
 test: $(READY)

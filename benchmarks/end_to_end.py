@@ -55,7 +55,7 @@ from gift.data import Example
 from gift.models import last_hidden_state
 from gift.packing import enable_packing
 from gift.train import accumulate_gradients
-from gift.weighting import GuidedRow, guide_confidence
+from gift.weighting import GuidedRow, gather_targets, guided_rows
 
 OURS = "gift"
 FULL = "full logits, in our batches"
@@ -173,9 +173,7 @@ def training(
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     examples = make_examples(spec, spec.rows)
     generator = torch.Generator().manual_seed(1)
-    rows = [
-        GuidedRow(example, torch.rand(example.targets, generator=generator)) for example in examples
-    ]
+    confidence = [torch.rand(example.targets, generator=generator) for example in examples]
     config = TrainConfig(
         model="",
         data=Path(),
@@ -183,6 +181,7 @@ def training(
         micro_batch_size=spec.micro_rows,
         lora_dropout=0.0,
     )
+    rows = guided_rows(config, examples, confidence)
     count = sum(example.targets for example in examples)
 
     def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
@@ -258,7 +257,7 @@ def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     logits = adapted(**batch.inputs, use_cache=False).logits.float().flatten(0, 1)
     following = batch.inputs["input_ids"].roll(-1, 1).flatten()
     nll = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-    weight: Any = guide_confidence(micro)
+    weight: Any = gather_targets(micro).guide
     return (weight.to(device) * nll[batch.predicts]).sum()
 
 
@@ -273,7 +272,7 @@ def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     batch = make_batch([row.example for row in micro], packed=False).to(head.device)
     hidden = last_hidden_state(base, **batch.inputs).flatten(0, 1)[batch.predicts].to(head.dtype)
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, batch.targets, reduction="none")
-    weight: Any = guide_confidence(micro)
+    weight: Any = gather_targets(micro).guide
     return (weight.to(head.device) * nll).sum()
 
 

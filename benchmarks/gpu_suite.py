@@ -11,10 +11,7 @@ last. If a provider makes the device unusable, the suite continues without it in
 import argparse
 import importlib.util
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,12 +25,12 @@ import torch
 from benchmarks import figures, goals, report
 from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
 from benchmarks.data import make_inputs
+from benchmarks.gpu_summary import failures, summary
 from benchmarks.measure import add_case, check, gate_truth, measure_case, outputs_of
+from benchmarks.native_tests import pytest_row, run_limited
 from benchmarks.providers import floors, own_providers, providers_of
 from benchmarks.turns import LOST, Settings, device_works, failure
 
-ROOT = Path(__file__).parent.parent
-SUMMARY_CHARACTERS = 10_000
 GOLDEN_TESTS = ("tests/linear_ce/test_ce_golden.py", "tests/lora_merge/test_lora_merge.py")
 KERNEL_TESTS = (
     "tests/linear_ce/test_triton_ce.py",
@@ -50,7 +47,6 @@ KERNEL_TESTS = (
 END_TO_END_SECONDS = 90  # reserved for whole stages
 SANITIZER_SECONDS = 20  # at least, per tool
 CANDIDATES_SECONDS = 60  # per case, mostly spent in the compiler
-OURS = "gift"  # the way of `end_to_end` that is ours
 COMPILED = "torch.compile"  # in the names of providers that it makes
 WARM_SECONDS = 60
 SANITIZED = "bfloat16-triton or float32-triton"
@@ -127,7 +123,7 @@ def main() -> None:
     finally:
         results.tables["goals"] = goals.judge(results.rows)
         results.save()
-        print(summary(suite), flush=True)
+        print(summary(results), flush=True)
         figures.plot(output, results.rows)
     if broken := failures(results, measured="benchmarks" in parts):
         print(f"{len(broken)} failures, the first: {broken[0]}")
@@ -208,50 +204,14 @@ def run_tests(suite: Suite) -> None:
         suite.add("tests", row)
 
 
-def pytest_row(name: str, selected: Sequence[str], limit: float, output: Path) -> report.Row:
-    """Counts of one pytest run; its output goes to tests.txt. Stopped at `limit` seconds."""
-    begun = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *selected]
-    code, text = run_limited(command, limit)
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "tests.txt").open("a", encoding="utf-8") as file:
-        file.write(f"{' '.join(command[1:])}\n{text}\n")
-    found = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|error)", text)}
-    counts = {kind: found.get(kind, 0) for kind in ("passed", "failed", "error")}
-    status = {0: "ok", 1: "failed", None: f"stopped after {limit:.0f} s"}.get(code, f"rc {code}")
-    seconds = time.monotonic() - begun
-    return {"tests": name, "status": status, **counts, "seconds": round(seconds, 1)}
-
-
-def run_limited(
-    command: Sequence[str], limit: float, variables: dict[str, str] | None = None
-) -> tuple[int | None, str]:
-    """Exit status (None if stopped at the limit) and output of a command run in the project."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env={**os.environ, **(variables or {})},
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=limit)
-        return process.returncode, text
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-    try:
-        text, _ = process.communicate(timeout=10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-    return None, text
-
-
 def run_accuracy(suite: Suite) -> None:
     """Errors of the Triton kernels and of full logits in the same dtype, against float64."""
     ours = next(provider for provider in own_providers() if provider.name == "gift triton")
     for case in accuracy_cases(suite.dry_run):
         if suite.left() <= 0:
             return
-        inputs, truth, yardstick = gate_truth(case, suite.settings)
-        status, errors = check(ours, case, inputs, truth, yardstick)
+        inputs, truth, baseline_errors = gate_truth(case, suite.settings)
+        status, errors = check(ours, case, inputs, truth, baseline_errors)
         del inputs, truth
         suite.add(
             "accuracy against float64",
@@ -260,10 +220,10 @@ def run_accuracy(suite: Suite) -> None:
                     "case": case.label,
                     "of": name,
                     "gift triton": error,
-                    "full logits": yardstick[name],
+                    "full logits": baseline_errors[name],
                     "verdict": status,
                 }
-                for name, error in (errors or dict.fromkeys(yardstick, float("nan"))).items()
+                for name, error in (errors or dict.fromkeys(baseline_errors, float("nan"))).items()
             ),
         )
         if not device_works(suite.settings.device):
@@ -417,69 +377,6 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "more": run_more,
     "compiled": run_compiled,
 }
-
-
-def summary(suite: Suite) -> str:
-    """What was found, in at most SUMMARY_CHARACTERS characters."""
-    results = suite.results
-    lines = [f"# {results.environment['device']}, {results.environment['date']}"]
-    for title in ("tests", "goals", "compute-sanitizer", "not run", "end to end"):
-        if results.tables.get(title):
-            lines += ["", f"## {title}", *report.plain_table(results.tables[title])]
-    wrong = [row for row in results.tables.get("accuracy against float64", []) if _bad(row)]
-    count = len(results.tables.get("accuracy against float64", []))
-    lines += ["", f"## accuracy: {count - len(wrong)} of {count} within budget"]
-    lines += report.plain_table(wrong) if wrong else []
-    lines += ["", "## times: ms (× floor)"]
-    for label in dict.fromkeys(row["case"] for row in results.rows):
-        timed = [row for row in results.rows if row["case"] == label]
-        cells = [
-            f"{row['provider']} {row['time_ms']:.3g} ({row.get('ratio_floor') or 0:.2f})"
-            for row in sorted(timed, key=lambda row: row.get("time_ms", float("inf")))
-            if "time_ms" in row
-        ]
-        cells += [f"{row['provider']} {row['status'][:40]}" for row in timed if _bad(row)]
-        lines.append(f"- {label}: {'; '.join(cells)}")
-    text = "\n".join(lines)
-    end = f"\n... the rest is in {results.output}/results.md"
-    return text if len(text) <= SUMMARY_CHARACTERS else text[: SUMMARY_CHARACTERS - len(end)] + end
-
-
-def failures(results: report.Results, measured: bool = True) -> list[report.Row]:
-    """Rows that say that something of ours is wrong, or that a part could not run.
-
-    With `measured`, it is also a failure if none of our providers was measured.
-    """
-    tables = results.tables
-    broken = [row for row in tables.get("tests", []) if row["status"] != "ok" or not row["passed"]]
-    broken += [row for row in tables.get("accuracy against float64", []) if _bad(row)]
-    broken += [
-        row
-        for row in tables.get("compute-sanitizer", [])
-        if not re.search(r"\b0 errors", row["found"])
-    ]
-    broken += [row for row in tables.get("end to end", []) if _ours_bad(row) and row["way"] == OURS]
-    broken += [row for row in results.rows if row["kind"] == "ours" and _ours_bad(row)]
-    broken += [
-        row
-        for row in tables.get("not run", [])
-        if row["reason"].startswith(("failed", "not installed"))
-    ]
-    broken += [row for row in tables.get("compiled", []) if _bad(row)]
-    if measured and not any(
-        row["kind"] == "ours" and row["status"] == "ok" for row in results.rows
-    ):
-        broken.append({"part": "benchmarks", "reason": "nothing of ours was measured"})
-    return broken
-
-
-def _bad(row: report.Row) -> bool:
-    return row.get("verdict", row.get("status", "")).startswith(("wrong", "failed"))
-
-
-def _ours_bad(row: report.Row) -> bool:
-    """A bad row of ours; "not installed" counts too, because our code is always installed."""
-    return _bad(row) or row["status"].startswith("not installed")
 
 
 def _short(value: object) -> str:

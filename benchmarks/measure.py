@@ -73,7 +73,7 @@ def measure_case(
 def _fill_rows(
     rows: dict[str, dict[str, Any]], case: Case, settings: Settings, providers: Sequence[Provider]
 ) -> None:
-    gate_inputs, truth, yardstick = gate_truth(case, settings)
+    gate_inputs, truth, baseline_errors = gate_truth(case, settings)
     passed: list[Provider] = []
     for provider in providers:
         row = rows[provider.name]
@@ -82,7 +82,7 @@ def _fill_rows(
             row["status"] = reason if reason == "not installed" else f"not run: {reason}"
             continue
         if provider.kind != "floor":
-            status, errors = check(provider, case, gate_inputs, truth, yardstick)
+            status, errors = check(provider, case, gate_inputs, truth, baseline_errors)
             row["status"] = status
             row |= {f"error_{name}": error for name, error in errors.items()}
             if status.startswith("failed"):
@@ -134,7 +134,7 @@ def check(
     case: Case,
     inputs: Any,
     truth: dict[str, Tensor],
-    yardstick: dict[str, float],
+    baseline_errors: dict[str, float],
 ) -> tuple[str, dict[str, float]]:
     """`ok`, `wrong: ...` or `failed: ...`, and the relative errors of what was computed."""
     try:
@@ -145,7 +145,7 @@ def check(
         return failure(error), {}
     rounding = MERGE_ROUNDING if isinstance(case, MergeCase) else ROUNDING
     for name, error in errors.items():
-        budget = max(2 * yardstick[name], rounding[case.torch_dtype])
+        budget = max(2 * baseline_errors[name], rounding[case.torch_dtype])
         if provider.budget is not None and name.startswith("d_"):
             budget = max(budget, provider.budget)
         if not error <= budget:
@@ -248,8 +248,8 @@ def gate_truth(case: Case, settings: Settings) -> tuple[Any, dict[str, Tensor], 
     truth = true_outputs(gate_case, inputs)
     if isinstance(case, MergeCase):
         return inputs, truth, dict.fromkeys(truth, 0.0)
-    yardstick = Provider("full logits", "baseline", (case.op,), from_nll(eager_nll))
-    found = outputs_of(yardstick, case, inputs)
+    baseline = Provider("full logits", "baseline", (case.op,), from_nll(eager_nll))
+    found = outputs_of(baseline, case, inputs)
     return inputs, truth, {name: relative_error(found[name], truth[name]) for name in truth}
 
 

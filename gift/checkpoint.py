@@ -20,7 +20,9 @@ class TrainingState:
         self._scheduler = scheduler
         self._group = group
 
-    def save(self, work: Path, step: int, history: list[dict[str, float]], signal: Tensor) -> None:
+    def save(
+        self, work: Path, step: int, history: list[dict[str, float]], loss_by_band: Tensor
+    ) -> None:
         """Writes the state after `step` steps, then removes older ones; every rank takes part."""
         random = gather_tensors(torch.get_rng_state())
         cuda = gather_tensors(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
@@ -29,7 +31,7 @@ class TrainingState:
         state = {
             "step": step,
             "history": history,
-            "signal": signal,
+            "loss_by_band": loss_by_band,
             "adapter": self._trainable(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
@@ -46,7 +48,7 @@ class TrainingState:
             path.unlink(missing_ok=True)
 
     def load(self, work: Path) -> tuple[int, list[dict[str, float]], Tensor]:
-        """Restores the last undamaged checkpoint; returns step (0 if none), metrics and signal."""
+        """Restores the last whole checkpoint; returns step (0 if none), metrics, loss by band."""
         checkpoints = [path for name, path in sealed_files(work).items() if name.endswith(".pt")]
         if not checkpoints:
             return 0, [], torch.zeros(0)
@@ -59,7 +61,7 @@ class TrainingState:
         torch.set_rng_state(state["random"][self._group.rank])
         if state["cuda_random"]:
             torch.cuda.set_rng_state(state["cuda_random"][self._group.rank])
-        return state["step"], state["history"], state["signal"]
+        return state["step"], state["history"], state["loss_by_band"]
 
     def _trainable(self) -> dict[str, Tensor]:
         return {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gift.batches import Batch, copy_to, make_batch, plan_batches
 from gift.config import TrainOptions
-from gift.weighting import GuidedRow, find_turn_ends, guide_confidence, known_zeros
+from gift.weighting import GuidedRow, Targets, gather_targets, known_zeros
 
 BAND_EDGES = (0.1, 0.5, 0.9)
 BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
@@ -23,29 +23,26 @@ TOKENS_ON_CUDA, TOKENS_ELSEWHERE = 8192, 1024
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of a step: their numbers in the data, their batch, and per target [N]:
+    """Some rows of a step: their numbers in the data, their batch, and its targets [N].
 
-    the guide's confidence float32 and its band int64 (None without a store), whether the target
-    ends its turn, and whether its weight may be other than 0. Targets whose weight is known to be 0
-    are IGNORE_INDEX in the batch.
+    `counted` is True where a target's weight may be other than 0; the others are IGNORE_INDEX in
+    the batch. `band` int64 is the band of the guide's confidence (None without a store).
     """
 
     rows: tuple[int, ...]
     batch: Batch
-    guide: Tensor | None
-    band: Tensor | None
-    turn_ends: Tensor
+    targets: Targets
     counted: Tensor
+    band: Tensor | None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The micro-batch on a device; the host does not wait for the copies."""
         return MicroBatch(
             self.rows,
             self.batch.to(device),
-            None if self.guide is None else copy_to(self.guide, device),
-            None if self.band is None else copy_to(self.band, device),
-            copy_to(self.turn_ends, device),
+            self.targets.to(device),
             copy_to(self.counted, device),
+            None if self.band is None else copy_to(self.band, device),
         )
 
 
@@ -77,12 +74,10 @@ def make_micro_batch(
 ) -> MicroBatch:
     """A micro-batch on the host."""
     examples = [row.example for row in rows]
-    batch = make_batch(examples, packed=packed)
-    guide, turn_ends = guide_confidence(rows), find_turn_ends(examples)
-    left_out = known_zeros(config, guide, turn_ends)
-    targets = batch.targets.masked_fill(left_out, IGNORE_INDEX)
+    batch, targets = make_batch(examples, packed=packed), gather_targets(rows)
+    left_out = known_zeros(config, targets)
+    batch = replace(batch, targets=batch.targets.masked_fill(left_out, IGNORE_INDEX))
     band = None
-    if guide is not None:
-        band = torch.bucketize(guide, torch.tensor(BAND_EDGES), right=True)
-    numbers = tuple(example.row for example in examples)
-    return MicroBatch(numbers, replace(batch, targets=targets), guide, band, turn_ends, ~left_out)
+    if targets.guide is not None:
+        band = torch.bucketize(targets.guide, torch.tensor(BAND_EDGES), right=True)
+    return MicroBatch(tuple(e.row for e in examples), batch, targets, ~left_out, band)

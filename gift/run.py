@@ -41,6 +41,7 @@ from gift.publish import (
     replaced_path,
 )
 from gift.train import train
+from gift.weighting import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}
@@ -69,6 +70,7 @@ def run(config: RunOptions) -> dict[str, str]:
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
     config.refuse_unread_settings()
+    check_weighting(config)
     _refuse_other_shapes(
         config,
         _check_model(config, "--base", config.base),

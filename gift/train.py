@@ -30,6 +30,7 @@ from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
 from gift.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, micro_batches
 from gift.models import (
@@ -55,6 +56,7 @@ from gift.weighting import (
     STATISTICS,
     GuidedRow,
     check_weighting,
+    guided_rows,
     token_weights,
 )
 from gift_kernels import weighted_ce
@@ -82,10 +84,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         data = encode_file(config.data, tokenizer, config, context)
         if store is not None:
             require_same_rows(store, data, tokenizer)
-        rows = [
-            GuidedRow(example, torch.from_numpy(store.row(example.row)) if store else None)
-            for example in data.kept
-        ]
+        annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
+        lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
+        rows = guided_rows(config, data.kept, annotated, lines)
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         made_from = {
@@ -97,12 +98,12 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         model, packed = _adapted_model(config, data, dtype, device)
         partial = begin(made_from)
         group.barrier()
-        history, signal = _fit(config, model, rows, packed, group, partial)
+        history, loss_by_band = _fit(config, model, rows, packed, group, partial)
         summary = {**data_summary(data), **_run_summary(history)}
         if store is not None:
             summary |= {
-                f"signal from {name}": share
-                for name, share in zip(BAND_NAMES, _shares(signal), strict=True)
+                f"loss share at {name}": share
+                for name, share in zip(BAND_NAMES, _shares(loss_by_band), strict=True)
             }
         if group.is_main:
             manifest = _manifest(config, tokenizer, summary, hash_json(made_from), store)
@@ -152,7 +153,7 @@ def _fit(
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """The training loop; returns the metrics of every step and the learning signal per band."""
+    """The training loop; returns the metrics of every step and the weighted loss per band."""
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -162,11 +163,11 @@ def _fit(
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
     state = TrainingState(model, optimizer, scheduler, group)
-    first_step, history, signal = state.load(partial / WORK_FOLDER)
+    first_step, history, loss_by_band = state.load(partial / WORK_FOLDER)
     if first_step == 0:
         # Every rank draws its own dropout masks.
         torch.manual_seed(config.seed + 1 + group.rank)
-        signal = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
+        loss_by_band = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
     model.train()
     with progress("train", steps, first_step, shown=group.is_main) as bar:
         for step in range(first_step, steps):
@@ -187,7 +188,7 @@ def _fit(
             named: dict[str, float] = dict(zip(SUMS, totals, strict=False))
             if named["not_finite"]:
                 _refuse_not_finite(losses)
-            signal += torch.tensor(totals[len(SUMS) :], dtype=torch.float64)
+            loss_by_band += torch.tensor(totals[len(SUMS) :], dtype=torch.float64)
             history.append(
                 {
                     "step": step + 1,
@@ -202,10 +203,10 @@ def _fit(
             bar.advance()
             bar.note(f"loss {history[-1]['loss']:.4f}")
             if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
-                state.save(partial / WORK_FOLDER, step + 1, history, signal)
+                state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
                 if group.is_main:
                     _write_metrics(partial, history)
-    return history, signal
+    return history, loss_by_band
 
 
 def flat_gradients(parameters: Sequence[Tensor]) -> Tensor:
@@ -222,7 +223,7 @@ def accumulate_gradients(
 ) -> tuple[Tensor, list[tuple[tuple[int, ...], Tensor]]]:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
 
-    Returns, on the device, SUMS and the learning signal Σ w·nll of each confidence band, float64,
+    Returns, on the device, SUMS and the weighted loss Σ w·nll of each confidence band, float64,
     and the rows and the loss of every micro-batch.
     """
     head = lm_head(model.get_base_model())
@@ -256,11 +257,11 @@ def _token_losses(
         micro.batch.targets,
         reduction="none",
         ignore_index=IGNORE_INDEX,
-        stats=("top1", *STATISTICS),
+        stats=("top1", *STATISTICS[config.weighting]),
         **head.options(),
     )
     assert stats.top1 is not None
-    return nll, token_weights(config, stats, micro.guide, micro.turn_ends), stats.top1
+    return nll, token_weights(config, stats, micro.targets), stats.top1
 
 
 def _refuse_not_finite(losses: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
@@ -300,7 +301,7 @@ def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, A
     if config.guided and store is None:
         raise InputError(
             f"--confidence: --weighting {config.weighting} needs the folder that gift annotate "
-            "made; or choose --weighting uniform or self"
+            "made; or choose --weighting uniform, self or entropy"
         )
     if config.tokenizer is not None:
         return store, load_tokenizer(resolve_model(config.tokenizer))
@@ -399,5 +400,5 @@ def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _shares(signal: Tensor) -> list[float]:
-    return (signal / signal.sum().clamp(min=1e-300)).tolist()
+def _shares(loss_by_band: Tensor) -> list[float]:
+    return (loss_by_band / loss_by_band.sum().clamp(min=1e-300)).tolist()

@@ -45,8 +45,8 @@ def token_stats(
     accuracy; the target's own term is kept out of the sum. With r = Σ_{v≠y} exp(z_v
     − m), nll is log1p(r) where the target is the largest, else log(r + exp(z_y − m)) − (z_y − m).
     """
-    kept = target != ignore_index
-    column = torch.where(kept, target, 0).unsqueeze(-1)
+    valid = target != ignore_index
+    column = torch.where(valid, target, 0).unsqueeze(-1)
     target_logit = logits.gather(-1, column)
     largest = logits.amax(-1, keepdim=True)
     # With a logit of +inf the softmax is undefined: return NaN, not a confidence of 0.
@@ -71,12 +71,12 @@ def token_stats(
     entropy = (torch.log1p(excess) - moment / total).squeeze(-1)
     zero = torch.zeros_like(nll)
     return TokenStats(
-        nll=torch.where(kept, nll, zero),
-        confidence=torch.where(kept, torch.exp(-nll), zero),
-        lse=torch.where(kept, lse, zero),
-        entropy=torch.where(kept, entropy, zero),
-        top1=kept & top1.squeeze(-1),
-        weight=kept.to(nll.dtype),
+        nll=torch.where(valid, nll, zero),
+        confidence=torch.where(valid, torch.exp(-nll), zero),
+        lse=torch.where(valid, lse, zero),
+        entropy=torch.where(valid, entropy, zero),
+        top1=valid & top1.squeeze(-1),
+        weight=valid.to(nll.dtype),
     )
 
 
@@ -112,25 +112,25 @@ def transform_weight(weight: Tensor, transform: WeightTransform | None) -> Tenso
 def reduce_loss(
     nll: Tensor,
     weight: Tensor,
-    kept: Tensor,
+    valid: Tensor,
     reduction: Reduction,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """Weighted sum of nll [*B] over kept rows, divided as `reduction` says.
+    """Weighted sum of nll [*B] over valid rows, divided as `reduction` says.
 
     A row of weight exactly 0 contributes exactly 0, even where its nll is infinite or NaN.
     """
     counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
-    rows = torch.where(kept, weight * counted, 0)
+    rows = torch.where(valid, weight * counted, 0)
     if reduction == "none":
         return rows
-    return normalized(rows.sum(), weight, kept, reduction, normalizer)
+    return normalized(rows.sum(), weight, valid, reduction, normalizer)
 
 
 def normalized(
     total: Tensor,
     weight: Tensor,
-    kept: Tensor,
+    valid: Tensor,
     reduction: Reduction,
     normalizer: Tensor | float | None,
 ) -> Tensor:
@@ -138,7 +138,7 @@ def normalized(
     if reduction == "sum":
         return total
     if normalizer is None:
-        normalizer = kept.sum() if reduction == "mean" else torch.where(kept, weight, 0).sum()
+        normalizer = valid.sum() if reduction == "mean" else torch.where(valid, weight, 0).sum()
     elif isinstance(normalizer, Tensor):
         normalizer = normalizer.to(total.dtype).reshape(())
     # Added rather than selected with `where`, which would copy a CPU normalizer to the GPU and
@@ -162,7 +162,7 @@ def weighted_ce(
     ignore_index: int = -100,
 ) -> tuple[Tensor, TokenStats]:
     """Loss and all statistics; see `gift_kernels.linear_ce.api`."""
-    kept = target != ignore_index
+    valid = target != ignore_index
     logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     stats = token_stats(logits, target, ignore_index)
     nll, confidence = stats.nll, stats.confidence
@@ -186,8 +186,8 @@ def weighted_ce(
         weight = token_weight.to(nll.dtype)
     else:
         weight = torch.ones_like(nll)
-    weight = torch.where(kept, transform_weight(weight, transform), 0)
-    loss = reduce_loss(nll, weight, kept, reduction, normalizer)
+    weight = torch.where(valid, transform_weight(weight, transform), 0)
+    loss = reduce_loss(nll, weight, valid, reduction, normalizer)
     stats = TokenStats(*(value.detach() for value in stats if value is not None))
     return loss, stats._replace(weight=weight.detach())
 

@@ -20,6 +20,7 @@ from benchmarks import (
     figures,
     goals,
     gpu_suite,
+    gpu_summary,
     measure,
     peers,
     providers,
@@ -85,10 +86,10 @@ def test_peers_mean_what_the_specification_means(
         if peer.package and not peer.missing() and not peer.skip(case, CPU.device)
     }
     assert running == {"Liger FLCE, chunk 16", *wanted} - {"CCE, torch.compile"}
-    inputs, truth, yardstick = gate_truth(case, CPU)
+    inputs, truth, baseline_errors = gate_truth(case, CPU)
     with torch.compiler.set_stance("force_eager"):
         for peer in chosen:
-            status, errors = check(peer, case, inputs, truth, yardstick)
+            status, errors = check(peer, case, inputs, truth, baseline_errors)
             assert status == "ok", (peer.name, status)
             assert max(errors.values()) < 1e-5
 
@@ -227,14 +228,14 @@ def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
     rows = [{"kind": "ours", "status": "ok"}, {"kind": "peer", "status": "wrong: loss"}]
     rows += [{"kind": "candidate", "status": "failed: out of shared memory"}]
     good = report.Results(tmp_path, {}, rows=rows, tables=GOOD)
-    assert not gpu_suite.failures(good)
-    assert gpu_suite.failures(replace(good, rows=[]))
-    assert gpu_suite.failures(replace(good, rows=[*rows, {"kind": "ours", "status": "wrong: q"}]))
+    assert not gpu_summary.failures(good)
+    assert gpu_summary.failures(replace(good, rows=[]))
+    assert gpu_summary.failures(replace(good, rows=[*rows, {"kind": "ours", "status": "wrong: q"}]))
     absent = {"kind": "ours", "status": "not installed: No module named 'gift_kernels'"}
-    assert gpu_suite.failures(replace(good, rows=[*rows, absent])) == [absent]
+    assert gpu_summary.failures(replace(good, rows=[*rows, absent])) == [absent]
     for name, row in BAD.items():
         bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
-        assert gpu_suite.failures(bad) == [row], name
+        assert gpu_summary.failures(bad) == [row], name
 
 
 def test_goals_are_judged_for_every_head_they_name() -> None:
@@ -272,7 +273,7 @@ def test_ours_is_wrong_where_full_logits_say_so(
     assert [row["status"] for row in rows] == ["wrong", "ok", "ok"]
     results = report.Results(tmp_path, {}, rows=[{"kind": "ours", "status": "ok"}])
     results.tables["end to end"] = rows
-    assert gpu_suite.failures(results) == [rows[0]]
+    assert gpu_summary.failures(results) == [rows[0]]
 
 
 def test_nobody_is_called_wrong_where_full_logits_fail(monkeypatch: pytest.MonkeyPatch) -> None:

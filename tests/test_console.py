@@ -61,11 +61,11 @@ def test_the_demo_says_what_it_made(
 ) -> None:
     monkeypatch.setattr(demo_main, "can_draw", lambda: drawn)
     value = {"mean": 50.0, "sd": None}
-    signal = {"method": "GIFT", "signal": {"q < 0.1": 0.2}}
+    entry = {"method": "GIFT", "loss_by_band": {"q < 0.1": 0.2}}
     summary = {
         "means": {"GIFT": {name: value for name in MEASURES}},
         "advantage_of_gift": {"Instruct": {**value, "ahead": 1, "runs": 1}},
-        "results": [signal, {**signal, "method": "Shadow-FT"}],
+        "results": [entry, {**entry, "method": "Shadow-FT"}],
         "seconds": 60.0,
     }
     demo_main._print(DemoConfig(output=tmp_path), summary)

@@ -14,8 +14,8 @@ def test_all_methods_are_adapted_measured_and_written(tmp_path: Path) -> None:
     assert [entry["method"] for entry in report["results"]] == names
     for measures in report["means"].values():
         assert all(0 <= value["mean"] <= 100 for value in measures.values())
-    signal = {entry["method"]: entry["signal"] for entry in report["results"] if "signal" in entry}
-    # Whatever the models: weighting by q takes signal from tokens of low q.
-    assert signal["GIFT"]["q < 0.1"] < signal["Shadow-FT"]["q < 0.1"]
-    for name in ("accuracy.png", "signal.png"):
+    shares = {e["method"]: e["loss_by_band"] for e in report["results"] if "loss_by_band" in e}
+    # Whatever the models: weighting by q takes loss from tokens of low q.
+    assert shares["GIFT"]["q < 0.1"] < shares["Shadow-FT"]["q < 0.1"]
+    for name in ("accuracy.png", "loss_by_band.png"):
         assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")

@@ -36,20 +36,20 @@ def plot_accuracy(results: Sequence[dict[str, Any]], output: Path) -> None:
     _save(pyplot, figure, output)
 
 
-def plot_signal(results: Sequence[dict[str, Any]], output: Path) -> None:
-    """Share of the learning signal by the instruct model's confidence, per method."""
+def plot_loss_by_band(results: Sequence[dict[str, Any]], output: Path) -> None:
+    """Share of the weighted loss by the instruct model's confidence, per method."""
     if not can_draw():
         return
     pyplot = _pyplot()
     methods = [
         method
         for method in dict.fromkeys(entry["method"] for entry in results)
-        if any(entry["method"] == method and entry["signal"] for entry in results)
+        if any(entry["method"] == method and entry["loss_by_band"] for entry in results)
     ]
     figure, axes = pyplot.subplots(figsize=(8, 2.6))
     left = [0.0] * len(methods)
     shares = {
-        method: [entry["signal"] for entry in results if entry["method"] == method]
+        method: [entry["loss_by_band"] for entry in results if entry["method"] == method]
         for method in methods
     }
     bands = list(shares[methods[0]][0])
@@ -57,7 +57,7 @@ def plot_signal(results: Sequence[dict[str, Any]], output: Path) -> None:
         widths = [100 * fmean(entry[band] for entry in shares[method]) for method in methods]
         axes.barh(methods, widths, left=left, color=color, label=band)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_xlabel("share of the learning signal, %")
+    axes.set_xlabel("share of the weighted loss, %")
     axes.set_xlim(0, 100)
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(pyplot, figure, output)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gift.config import DemoConfig
 from gift.console import console, error_console, print_table, progress
-from gift.demo.figures import plot_accuracy, plot_signal
+from gift.demo.figures import plot_accuracy, plot_loss_by_band
 from gift.demo.study import METHODS, Sizes, study_pair
 from gift.figures import INSTALL, can_draw
 from gift.files import write_json
@@ -27,7 +27,7 @@ MEASURES = {
     "other_exact": "other tasks, exact",
     "other_format": "other tasks, format",
 }
-FIGURES = {"accuracy.png": plot_accuracy, "signal.png": plot_signal}
+FIGURES = {"accuracy.png": plot_accuracy, "loss_by_band.png": plot_loss_by_band}
 COMPARED = ("Instruct", "Instruct-SFT", "Shadow-FT", "GIFT-BaseT")
 
 
@@ -155,14 +155,14 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
             for other, v in summary["advantage_of_gift"].items()
         ],
     )
-    signals = _signals(summary["results"])
-    bands = list(next(iter(signals.values())))
+    loss_by_band = _loss_by_band(summary["results"])
+    bands = list(next(iter(loss_by_band.values())))
     print_table(
-        "Learning signal by the instruct model's confidence q, share of Σ w·nll in %",
+        "Weighted loss by the instruct model's confidence q, share of Σ w·nll in %",
         ("", *bands),
         [
             (method, *(f"{100 * share:.1f}" for share in shares.values()))
-            for method, shares in signals.items()
+            for method, shares in loss_by_band.items()
         ],
     )
     references = "clean" if config.clean else "noisy"
@@ -177,10 +177,12 @@ def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
         console.print(f"{' and '.join(FIGURES)} need matplotlib: {INSTALL}", highlight=False)
 
 
-def _signals(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean share of the learning signal per confidence band, for Shadow-FT and GIFT."""
-    signals = {}
+def _loss_by_band(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean share of the weighted loss per confidence band, for Shadow-FT and GIFT."""
+    loss_by_band = {}
     for method in ("Shadow-FT", "GIFT"):
-        entries = [entry["signal"] for entry in results if entry["method"] == method]
-        signals[method] = {band: fmean(entry[band] for entry in entries) for band in entries[0]}
-    return signals
+        entries = [entry["loss_by_band"] for entry in results if entry["method"] == method]
+        loss_by_band[method] = {
+            band: fmean(entry[band] for entry in entries) for band in entries[0]
+        }
+    return loss_by_band

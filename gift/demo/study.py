@@ -99,7 +99,7 @@ def study_pair(
                 started = time.perf_counter()
                 work = place / method.folder
                 work.mkdir()
-                signal = _adapt(pair, method, work, seed) if method.trained else {}
+                loss_by_band = _adapt(pair, method, work, seed) if method.trained else {}
                 model = work / "merged" if method.trained else pair.instruct
                 taken = {row["instruction"] for row in rows}
                 measures = _evaluate(model, work / "replies.json", sizes, pair_seed, taken)
@@ -111,7 +111,7 @@ def study_pair(
                         "seconds": time.perf_counter() - started,
                         "pair_seconds": made,
                         **measures,
-                        "signal": signal,
+                        "loss_by_band": loss_by_band,
                     }
                 )
     return results
@@ -130,7 +130,7 @@ def _annotate(pair: Pair, guide: str, place: Path) -> None:
 
 
 def _adapt(pair: Pair, method: Method, work: Path, seed: int) -> dict[str, float]:
-    """Trains and merges; returns the learning signal by the instruct model's confidence."""
+    """Trains and merges; returns the shares of the weighted loss by confidence band."""
     store = work.parent / f"confidence-{method.guide or 'instruct'}"
     summary = train(
         TrainConfig(
@@ -152,7 +152,7 @@ def _adapt(pair: Pair, method: Method, work: Path, seed: int) -> dict[str, float
     )
     if method.guide == "base":
         return {}
-    prefix = "signal from "
+    prefix = "loss share at "
     return {
         key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)
     }

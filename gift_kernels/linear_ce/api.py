@@ -156,16 +156,16 @@ def weighted_ce(
     normalizer = checks.normalizer(normalizer, reduction, head.hidden.device)
 
     flat_target = target.reshape(-1).long()
-    kept = flat_target != ignore_index
+    valid = flat_target != ignore_index
     row_weight = None
     if given is not None:
         row_weight = given.reshape(-1).to(accumulation_dtype(head.hidden.dtype))
     elif transform is not None and guide is None and token_weight is None:
-        row_weight = kept.to(accumulation_dtype(head.hidden.dtype))
+        row_weight = valid.to(accumulation_dtype(head.hidden.dtype))
     if row_weight is not None:
         # Zero the ignored rows before and after: their weights may be anything, even NaN.
-        row_weight = transform_weight(torch.where(kept, row_weight, 0), transform)
-        row_weight = torch.where(kept, row_weight, 0)
+        row_weight = transform_weight(torch.where(valid, row_weight, 0), transform)
+        row_weight = torch.where(valid, row_weight, 0)
     weight_grad = torch.is_grad_enabled() and row_weight is not None and row_weight.requires_grad
     rowwise = reduction == "none"
     result = _solve(
@@ -189,12 +189,12 @@ def weighted_ce(
     if row_weight is not None:
         weight = row_weight.to(result.nll.dtype)
     if rowwise:
-        loss = reduce_loss(result.nll, weight, kept, "none").reshape(target.shape)
+        loss = reduce_loss(result.nll, weight, valid, "none").reshape(target.shape)
     else:
-        loss = normalized(result.total, weight, kept, reduction, normalizer)
+        loss = normalized(result.total, weight, valid, reduction, normalizer)
     if asked is None:
         return loss
-    return loss, _statistics(asked, result, kept, weight, target)
+    return loss, _statistics(asked, result, valid, weight, target)
 
 
 @overload
@@ -273,7 +273,7 @@ def token_confidence(
     target = checks.target(target, head.hidden)
     checks.one_device(head, target)
     flat_target = target.reshape(-1).long()
-    kept = flat_target != ignore_index
+    valid = flat_target != ignore_index
     result = _solve(
         head,
         flat_target,
@@ -285,10 +285,10 @@ def token_confidence(
         impl=impl,
         chunk_size=chunk_size,
     )
-    confidence = torch.where(kept, torch.exp(-result.nll), 0).reshape(target.shape)
+    confidence = torch.where(valid, torch.exp(-result.nll), 0).reshape(target.shape)
     if asked is None:
         return confidence
-    return confidence, _statistics(asked, result, kept, kept.to(confidence.dtype), target)
+    return confidence, _statistics(asked, result, valid, valid.to(confidence.dtype), target)
 
 
 def _solve(
@@ -349,12 +349,12 @@ def _solve(
 
 
 def _statistics(
-    asked: frozenset[str], result: LinearCE, kept: Tensor, weight: Tensor, target: Tensor
+    asked: frozenset[str], result: LinearCE, valid: Tensor, weight: Tensor, target: Tensor
 ) -> TokenStats:
     """The statistics that were asked for, in the shape of the targets."""
     found = {name: getattr(result, name) for name in asked - {"confidence", "weight"}}
     if "confidence" in asked:
-        found["confidence"] = torch.where(kept, torch.exp(-result.nll), 0)
+        found["confidence"] = torch.where(valid, torch.exp(-result.nll), 0)
     if "weight" in asked:
         found["weight"] = weight
     return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

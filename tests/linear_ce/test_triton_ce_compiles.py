@@ -283,6 +283,27 @@ def test_hopper_moves_tiles_with_the_copy_engine_where_it_can(
     assert uses == request_.constexprs["FLAGS"].TMA
 
 
+def test_both_heads_of_a_launch_share_one_loop_over_hidden_units(
+    compiled: dict[KernelRequest, CompiledKernel],
+) -> None:
+    """A tile's number picks the operands. An instruction multiplies 16 hidden units."""
+    for options in GUIDED_OPTIONS:
+        tiles = tiles_of(Machine(90, 132), options, tma=True, guided=True)[0]
+        sass = compiled[two_heads(90, tiles, options)].sass
+        assert sass.count("HGMMA") == tiles.BLOCK_D / 16
+        assert sass.count("UTMALDG") == 2 * tiles.num_stages
+
+
+def test_both_operands_of_a_step_share_a_barrier(
+    compiled: dict[KernelRequest, CompiledKernel],
+) -> None:
+    """A step of a product waits once for both matrices, transposed or not."""
+    for request in MATRIX_90:
+        if request.constexprs["FLAGS"].TMA:
+            # A wait is tried once in the loop, and again and again in a loop of its own.
+            assert compiled[request].sass.count("PHASECHK") == 2, request
+
+
 def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel]) -> None:
     """Tensor cores idle through it. Most tiles hold neither a target nor the last column.
 

@@ -1,11 +1,14 @@
 """What the merge tests share: tiny models and real PEFT adapters on disk, and the exact truth."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
@@ -134,3 +137,14 @@ def ulps_apart(found: Tensor, truth: Tensor) -> Tensor:
         return torch.where(bits < 0, -32768 - bits, bits)
 
     return (order(found) - order(truth)).abs()
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_adapter(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "adapter" / "adapter_model.safetensors"
+    stored = load_file(path)
+    edit(stored)
+    save_file(stored, path)

@@ -10,19 +10,18 @@ import torch
 from merge_models import (
     IDS,
     LLAMA,
+    change_json,
+    edit_adapter,
     llama,
     load,
     logits,
     run_merge,
     save_adapter,
     save_model,
-    save_pair,
     tensors,
 )
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GptOssConfig,
     MixtralConfig,
@@ -32,7 +31,7 @@ from transformers import (
 )
 
 from gift.errors import InputError
-from gift.merge.adapter import REFUSED, read_adapter
+from gift.merge.adapter import read_adapter
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "head_dim": 8}
@@ -86,10 +85,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_computes_what_the_adapted_model_computes(kind: str, tmp_path: Path) -> None:
     """PEFT's forward and PEFT's own merge are the oracles, on real adapters of every kind."""
@@ -106,40 +101,6 @@ def test_merged_model_computes_what_the_adapted_model_computes(kind: str, tmp_pa
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
-def test_a_change_to_tied_embeddings_is_refused_or_unties_them(
-    targets: list[str], tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", llama(tie_word_embeddings=True))
-    assert "lm_head.weight" not in tensors(tmp_path / "model")
-    adapted = save_adapter(tmp_path / "adapter", tmp_path / "model", target_modules=targets)
-    with pytest.raises(InputError, match=r"tied to model.embed_tokens.*--untie-embeddings"):
-        run_merge(tmp_path)
-    assert not list(tmp_path.glob("merged*"))
-    merged = run_merge(tmp_path, untie_embeddings=True)
-    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
-    torch.testing.assert_close(logits(load(merged)), logits(adapted), rtol=2e-5, atol=2e-5)
-
-
-def test_an_untied_head_is_entered_in_the_index_of_a_sharded_model(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", llama(tie_word_embeddings=True), shard_size="20KB")
-    adapted = save_adapter(tmp_path / "adapter", tmp_path / "model", target_modules=["lm_head"])
-    merged = run_merge(tmp_path, untie_embeddings=True)
-    index = json.loads((merged / "model.safetensors.index.json").read_text())
-    stored = tensors(merged)
-    assert index["weight_map"].keys() == stored.keys()
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
-    torch.testing.assert_close(logits(load(merged)), logits(adapted), rtol=2e-5, atol=2e-5)
-
-
-def test_an_adapter_off_the_head_leaves_tied_embeddings_tied(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", llama(tie_word_embeddings=True))
-    adapted = save_adapter(tmp_path / "adapter", tmp_path / "model")
-    merged = run_merge(tmp_path)
-    assert "lm_head.weight" not in tensors(merged)
-    torch.testing.assert_close(logits(load(merged)), logits(adapted), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,61 +143,6 @@ def test_keys_with_an_adapter_name_or_a_training_wrapper_land(tmp_path: Path) ->
     save_file(odd, path)
     found = tensors(run_merge(tmp_path, overwrite=True))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("field", REFUSED)
-def test_variants_that_are_no_low_rank_sum_are_refused_with_the_reason(
-    field: str, tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", llama(num_hidden_layers=1))
-    save_adapter(tmp_path / "adapter", tmp_path / "model", target_modules=["q_proj"])
-    change_json(tmp_path / "adapter" / "adapter_config.json", **{field: [[1, 2]]})
-    with pytest.raises(InputError, match=REFUSED[field][:30]):
-        run_merge(tmp_path)
-
-
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
-def test_initialisations_that_change_the_base_weights_are_refused(
-    start: str, tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", llama(num_hidden_layers=1))
-    save_adapter(tmp_path / "adapter", tmp_path / "model", target_modules=["q_proj"])
-    change_json(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=start)
-    with pytest.raises(InputError, match=f"{start}.*changes the base weights"):
-        run_merge(tmp_path)
-
-
-def test_adapters_that_are_not_lora_are_refused(tmp_path: Path) -> None:
-    model = load(save_model(tmp_path / "model"))
-    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")  # pyright: ignore
-    with pytest.raises(InputError, match="is of type IA3; only LORA"):
-        run_merge(tmp_path)
-
-
-def test_trained_tokens_are_refused(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}
-    save_adapter(tmp_path / "adapter", tmp_path / "model", **options)
-    with pytest.raises(InputError, match="trainable tokens"):
-        run_merge(tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"scale": ["0.5"]}, {"method": "ties"}])
-def test_dora_is_refused_where_it_would_be_a_term_of_a_sum(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", llama(num_hidden_layers=1))
-    save_adapter(tmp_path / "adapter", tmp_path / "model", use_dora=True)
-    with pytest.raises(InputError, match="is DoRA"):
-        run_merge(tmp_path, **options)
-
-
-def edit_adapter(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "adapter" / "adapter_model.safetensors"
-    stored = load_file(path)
-    edit(stored)
-    save_file(stored, path)
 
 
 def test_every_key_that_does_not_land_is_listed_before_any_output(tmp_path: Path) -> None:
@@ -369,157 +275,9 @@ def test_modules_to_save_are_matched_as_peft_matches_them(tmp_path: Path) -> Non
         assert torch.equal(merged[name.removeprefix("base_model.model.")], value + 1)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [(0.0, "every lora_B is 0"), (float("nan"), "NaN or infinity"), (float("inf"), "NaN or inf")],
-)
-def test_an_adapter_that_says_nothing_or_nonsense_is_refused(
-    value: float, message: str, tmp_path: Path
-) -> None:
-    save_pair(tmp_path)
-    stored = tensors(tmp_path / "adapter")
-    for name in stored:
-        if "lora_B" in name:
-            stored[name] = torch.full_like(stored[name], value)
-    save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=message):
-        run_merge(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model"),
-        (
-            lambda folder: (folder / "adapter_model.safetensors").rename(
-                folder / "adapter_model.bin"
-            ),
-            "only a pickled adapter_model.bin",
-        ),
-        (lambda folder: change_json(folder / "adapter_config.json", r=0), "r is 0"),
-        (
-            lambda folder: change_json(folder / "adapter_config.json", rank_pattern=[1]),
-            "rank_pattern is [[]1[]], not an object",
-        ),
-        (
-            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"(": 2}),
-            "alpha_pattern: '[(]' is no pattern",
-        ),
-        (
-            lambda folder: change_json(folder / "adapter_config.json", alpha_pattern={"q": "x"}),
-            "alpha_pattern: q is 'x', not a positive number",
-        ),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected an object"),
-        (
-            lambda folder: (folder.parent / "model" / "config.json").write_text("[]"),
-            "expected an object of settings",
-        ),
-        (
-            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345"),
-            "not a safetensors file",
-        ),
-    ],
-)
-def test_a_broken_adapter_folder_is_named(
-    spoil: Callable[[Path], None], message: str, tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", llama(num_hidden_layers=1))
-    save_adapter(tmp_path / "adapter", tmp_path / "model")
-    spoil(tmp_path / "adapter")
-    with pytest.raises(InputError, match=message):
-        run_merge(tmp_path)
-
-
 def test_the_oracle_sees_a_change(tmp_path: Path) -> None:
     """The fixed text reaches every position of the model: no test above compares constants."""
     model = load(save_model(tmp_path / "model"))
     found = logits(model)
     assert found.shape == (1, IDS.shape[1], LLAMA["vocab_size"])
     assert found.std() > 0.1
-
-
-def tied(**options: Any) -> PreTrainedConfig:
-    return Qwen2Config(**LLAMA, **{"tie_word_embeddings": True, **options})
-
-
-def peft_logits(folder: Path) -> torch.Tensor:
-    return logits(PeftModel.from_pretrained(load(folder / "model"), str(folder / "adapter")).eval())
-
-
-@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
-def test_a_trained_tie_stays_tied_as_peft_reloads_it(saved: list[str], tmp_path: Path) -> None:
-    save_model(tmp_path / "model", tied())
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": saved}
-    save_adapter(tmp_path / "adapter", tmp_path / "model", ensure_weight_tying=True, **options)
-    merged = run_merge(tmp_path)
-    assert "lm_head.weight" not in tensors(merged)
-    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
-def test_one_trained_side_of_a_tie_is_untied_as_peft_reloads_it(
-    saved: list[str], tmp_path: Path
-) -> None:
-    save_model(tmp_path / "model", tied())
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": saved}
-    save_adapter(tmp_path / "adapter", tmp_path / "model", **options)
-    with pytest.raises(InputError, match="--untie-embeddings"):
-        run_merge(tmp_path)
-    merged = run_merge(tmp_path, untie_embeddings=True)
-    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
-
-
-def store_shifted_ends(folder: Path) -> None:
-    """Embedding and output layer trained in full, but named nowhere in the adapter's config."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight += 0.5
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=True)
-
-
-def test_stored_tensors_that_differ_from_the_training_model_are_merged(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", tied(tie_word_embeddings=False))
-    store_shifted_ends(tmp_path)
-    assert not read_adapter(tmp_path / "adapter").config["modules_to_save"]
-    merged = run_merge(tmp_path)
-    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
-
-
-def test_stored_tensors_of_an_absent_training_model_need_it_as_base(tmp_path: Path) -> None:
-    """Whether they were trained shows only beside the model that the adapter was trained on."""
-    save_model(tmp_path / "model", tied(tie_word_embeddings=False))
-    store_shifted_ends(tmp_path)
-    settings = tmp_path / "adapter" / "adapter_config.json"
-    change_json(settings, base_model_name_or_path="some/base")
-    with pytest.raises(InputError, match=r"embed_tokens.weight: differs .*some/base.*--base"):
-        run_merge(tmp_path)
-    merged = run_merge(tmp_path, base=str(tmp_path / "model"))
-    torch.testing.assert_close(logits(load(merged)), peft_logits(tmp_path), rtol=2e-5, atol=2e-5)
-
-
-def test_two_adapters_in_one_file_are_refused_by_name(tmp_path: Path) -> None:
-    save_pair(tmp_path)
-
-    def edit(stored: dict[str, torch.Tensor]) -> None:
-        for name in list(stored):
-            stored[name.replace(".weight", ".other.weight")] = stored[name] + 1
-
-    edit_adapter(tmp_path, edit)
-    with pytest.raises(InputError, match="lora_A.weight are the same tensor of two adapters"):
-        run_merge(tmp_path)
-
-
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
-def test_a_quantised_model_is_no_target_of_a_merge(method: str, tmp_path: Path) -> None:
-    save_pair(tmp_path)
-    change_json(tmp_path / "model/config.json", quantization_config={"quant_method": method})
-    with pytest.raises(InputError, match=f"is quantised with {method}, and only plain weights"):
-        run_merge(tmp_path)
-    assert not list(tmp_path.glob("merged*"))

@@ -78,14 +78,14 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     grad = problem.want_dh or problem.want_dw or problem.want_db
     want_dw = problem.want_dw and not problem.rowwise
     want_db = problem.want_db and not problem.rowwise
-    kept = target != problem.ignore_index
+    valid = target != problem.ignore_index
     rows = valid_tokens(target, problem.ignore_index)
-    weight = kept.float()
+    weight = valid.float()
     together = problem.guide if shares_launches(problem) else None
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
 
     def confidence(nll: Tensor) -> Tensor:
-        return torch.where(kept, transform_weight(torch.exp(-nll), problem.transform), 0)
+        return torch.where(valid, transform_weight(torch.exp(-nll), problem.transform), 0)
 
     def weigh(found: RowResult) -> Tensor:
         if found.guide_nll is not None:
@@ -97,7 +97,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         found, _ = row_pass(*first, temperature=problem.temperature)
         weight = confidence(found.nll)
     elif problem.row_weight is not None:
-        weight = torch.where(kept, problem.row_weight.float(), 0)
+        weight = torch.where(valid, problem.row_weight.float(), 0)
     weighted = problem.guide is not None or problem.row_weight is not None
     if weighted and together is None and not problem.keep_zero_rows:
         rows = valid_tokens(target, problem.ignore_index, weight)

@@ -79,11 +79,8 @@ class Factors(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One head's values in a launch: the model's or the guide's."""
+    """One head's values in a launch, the model's or the guide's, but for its matrices."""
 
-    hidden: Any
-    head: Any
-    exp: Any
     ptr: Any  # Pointers
     first_v: Any
     C: Any
@@ -102,35 +99,42 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _logit_tile(side, first_n, first_c, TILES: tl.constexpr, TMA: tl.constexpr):
-    """hidden [BLOCK_N, D] @ head[first_v + first_c : … + BLOCK_V].T, float32."""
+def _copied_product(hidden, head, first_n, first_v, D, TILES: tl.constexpr):
+    """hidden [BLOCK_N, D] @ head[first_v : first_v + BLOCK_V].T by the copy engine, float32."""
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    first_v = side.first_v + first_c
+    for first_d in range(0, D, BLOCK_D):
+        h = hidden.load([first_n, first_d])
+        w = head.load([first_v, first_d])
+        acc = tl.dot(h, w.T, acc)
+    return acc
+
+
+@triton.jit
+def _loaded_product(hidden, head, side, first_n, first_c, TILES: tl.constexpr):
+    """The same by plain loads, for columns first_c on of the call."""
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_V: tl.constexpr = TILES.BLOCK_V
+    BLOCK_D: tl.constexpr = TILES.BLOCK_D
     # Read before the loop: inside it Triton 3.6 loses those that are constants.
     D, stride_v, stride_d = side.size.D, side.size.stride_head_v, side.size.stride_head_d
-    if TMA:
-        for first_d in range(0, D, BLOCK_D):
-            h = side.hidden.load([first_n, first_d])
-            w = side.head.load([first_v, first_d])
-            acc = tl.dot(h, w.T, acc)
-    else:
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        offs_v = first_v + tl.arange(0, BLOCK_V)
-        offs_d = tl.arange(0, BLOCK_D)
-        h_ptrs = side.hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-        w_ptrs = side.head + offs_v.to(tl.int64)[None, :] * stride_v
-        w_ptrs += offs_d.to(tl.int64)[:, None] * stride_d
-        mask_v = (offs_v < side.first_v + side.C)[None, :]
-        for first_d in range(0, D, BLOCK_D):
-            mask_d = offs_d < D - first_d
-            h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_v, other=0.0)
-            acc = tl.dot(h, w, acc, input_precision="ieee")
-            h_ptrs += BLOCK_D
-            w_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_d
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_v = side.first_v + first_c + tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    h_ptrs = hidden + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+    w_ptrs = head + offs_v.to(tl.int64)[None, :] * stride_v
+    w_ptrs += offs_d.to(tl.int64)[:, None] * stride_d
+    mask_v = (offs_v < side.first_v + side.C)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for first_d in range(0, D, BLOCK_D):
+        mask_d = offs_d < D - first_d
+        h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_v, other=0.0)
+        acc = tl.dot(h, w, acc, input_precision="ieee")
+        h_ptrs += BLOCK_D
+        w_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_d
     return acc
 
 
@@ -166,7 +170,7 @@ def _is_below(c, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.constexpr):
+def _finish_tile(a, exp, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.constexpr):
     """Partial sums, target logit and exponentials of products a, columns first_c on of the call."""
     WIDTH: tl.constexpr = a.shape[1]
     PART: tl.constexpr = WIDTH // PARTS
@@ -223,9 +227,9 @@ def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.co
                 e *= 1.0 - tanh * tanh
             e = e.to(DTYPE)
             if FLAGS.TMA:
-                side.exp.store([first_n, first_c + number * PART], e)
+                exp.store([first_n, first_c + number * PART], e)
             else:
-                exp_ptrs = side.exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH)
+                exp_ptrs = exp + offs_n.to(tl.int64)[:, None] * (slices * WIDTH)
                 offs_part = first_c + number * PART + tl.arange(0, PART)
                 tl.store(exp_ptrs + offs_part[None, :], e)
     if not FLAGS.FINAL:
@@ -235,15 +239,19 @@ def _finish_tile(a, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: tl.co
 
 
 @triton.jit
-def _whole_tile(tile, side, n, TILES: tl.constexpr, FLAGS: tl.constexpr):
+def _whole_tile(hidden, head, exp, tile, side, n, TILES: tl.constexpr, FLAGS: tl.constexpr):
     """One tile of a head's product, its sums and its exponentials."""
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V
     GROUP_M: tl.constexpr = TILES.GROUP_M
     pid_n, pid_v = tile_of(tile, tl.cdiv(n, BLOCK_N), tl.cdiv(side.C, BLOCK_V), GROUP_M)
     first_n, first_c = pid_n * BLOCK_N, pid_v * BLOCK_V
-    a = _logit_tile(side, first_n, first_c, TILES, FLAGS.TMA)
-    _finish_tile(a, side, n, first_n, first_c, TILES.PARTS, FLAGS)
+    if FLAGS.TMA:
+        first_v = side.first_v + first_c
+        a = _copied_product(hidden, head, first_n, first_v, side.size.D, TILES)
+    else:
+        a = _loaded_product(hidden, head, side, first_n, first_c, TILES)
+    _finish_tile(a, exp, side, n, first_n, first_c, TILES.PARTS, FLAGS)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_v", "C", "slices"])
@@ -268,10 +276,8 @@ def _logits_kernel(
     n = tl.minimum(tl.load(count_ptr) - first_row, size.rows)
     tiles = tl.cdiv(n, BLOCK_N) * tl.cdiv(C, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        # Triton before 3.8 cannot bind a tuple with a descriptor to a name.
-        _whole_tile(
-            tile, Side(hidden, head, exp, ptr, first_v, C, slices, size, factor), n, TILES, FLAGS
-        )
+        side = Side(ptr, first_v, C, slices, size, factor)
+        _whole_tile(hidden, head, exp, tile, side, n, TILES, FLAGS)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_v", "C", "slices", "guide_C"])
@@ -285,7 +291,7 @@ def _two_heads_kernel(
     guide_ptr,
     count_ptr,
     first_row,
-    first_v,  # 0; if constant, the compiler merges both branches and serializes products
+    first_v,
     C,
     slices,
     guide_C,
@@ -300,6 +306,7 @@ def _two_heads_kernel(
     """`_logits_kernel`, after the statistics of a guide over all of its columns.
 
     One queue of tiles for both: SMs for which no tile of the guide is left start on the model's.
+    Where the copy engine reads both heads, the tile's number picks the descriptors of one product.
     """
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V
@@ -309,22 +316,23 @@ def _two_heads_kernel(
     guide_tiles = tiles_n * guide_slices
     tiles = guide_tiles + tiles_n * tl.cdiv(C, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        if tile < guide_tiles:
-            _whole_tile(
-                tile,
-                Side(
-                    guide_hidden, guide_head, None, guide_ptr, 0, guide_C, guide_slices,
-                    guide_size, guide_factor,
-                ),
-                n,
-                TILES,
-                GUIDE_FLAGS,
-            )  # fmt: skip
+        of_guide = tile < guide_tiles
+        side = Side(ptr, first_v, C, slices, size, factor)
+        guide = Side(guide_ptr, 0, guide_C, guide_slices, guide_size, guide_factor)
+        if FLAGS.TMA and GUIDE_FLAGS.TMA:
+            number, tiles_v = tile - guide_tiles, tl.cdiv(C, BLOCK_V)
+            h, w, D, base = hidden, head, size.D, first_v
+            if of_guide:
+                number, tiles_v = tile, guide_slices
+                h, w, D, base = guide_hidden, guide_head, guide_size.D, 0
+            pid_n, pid_v = tile_of(number, tiles_n, tiles_v, TILES.GROUP_M)
+            first_n, first_c = pid_n * BLOCK_N, pid_v * BLOCK_V
+            a = _copied_product(h, w, first_n, base + first_c, D, TILES)
+            if of_guide:
+                _finish_tile(a, None, guide, n, first_n, first_c, TILES.PARTS, GUIDE_FLAGS)
+            else:
+                _finish_tile(a, exp, side, n, first_n, first_c, TILES.PARTS, FLAGS)
+        elif of_guide:
+            _whole_tile(guide_hidden, guide_head, None, tile, guide, n, TILES, GUIDE_FLAGS)
         else:
-            _whole_tile(
-                tile - guide_tiles,
-                Side(hidden, head, exp, ptr, first_v, C, slices, size, factor),
-                n,
-                TILES,
-                FLAGS,
-            )
+            _whole_tile(hidden, head, exp, tile - guide_tiles, side, n, TILES, FLAGS)

@@ -60,8 +60,10 @@ def _product_tile(
     offs_d = first_d + tl.arange(0, BLOCK_D)
     if FLAGS.TMA:
         for first in range(0, k, BLOCK_K):
-            e = exp.load([first, first_m]).T if TRANSPOSED else exp.load([first_m, first])
-            acc = tl.dot(e, other.load([other_row + first, first_d]), acc)
+            # Both loads before any use: they then share a barrier.
+            e = exp.load([first, first_m] if TRANSPOSED else [first_m, first])
+            w = other.load([other_row + first, first_d])
+            acc = tl.dot(e.T if TRANSPOSED else e, w, acc)
     else:
         offs_k = tl.arange(0, BLOCK_K)
         if TRANSPOSED:
