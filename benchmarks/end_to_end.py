@@ -52,9 +52,10 @@ from gift.annotate import annotate_batch
 from gift.batches import make_batch, plan_batches
 from gift.config import TrainConfig
 from gift.data import Example
+from gift.gradients import accumulate_gradients
+from gift.micro_batches import Split, token_limit
 from gift.models import last_hidden_state
 from gift.packing import enable_packing
-from gift.train import accumulate_gradients
 from gift.weighting import GuidedRow, gather_targets, guided_rows
 
 OURS = "gift"
@@ -215,7 +216,8 @@ def training(
     def ours(model: Any) -> float:
         base = model.get_base_model()
         packed = base.config._attn_implementation != usual
-        return float(accumulate_gradients(config, model, rows, packed)[0][0])
+        split = Split(token_limit(config, device), packed)
+        return float(accumulate_gradients(config, model, rows, split)[0][0])
 
     def with_attention(name: str, losses: Callable[[], float]) -> float:
         base.set_attn_implementation(name)

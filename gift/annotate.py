@@ -159,8 +159,8 @@ def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, w
     ]
     layout = "packed" if packed else "padded"
     parts = {
-        f"{layout}-{start:06d}.safetensors": batches[start : start + config.part_batches]
-        for start in range(0, len(batches), config.part_batches)
+        f"{layout}-{number:05d}.safetensors": batches[start : start + config.part_batches]
+        for number, start in enumerate(range(0, len(batches), config.part_batches))
     }
     finished = sealed_files(work)
     missing = {name: part for name, part in parts.items() if name not in finished}

@@ -22,6 +22,18 @@ TOKENS_ON_CUDA, TOKENS_ELSEWHERE = 8192, 1024
 
 
 @dataclass(frozen=True)
+class Split:
+    """How rows become micro-batches: `tokens` at most, packed or padded.
+
+    `recomputed` layers, the first, recompute their activations in the backward.
+    """
+
+    tokens: int
+    packed: bool
+    recomputed: int = 0
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Some rows of a step: their numbers in the data, their batch, and its targets [N].
 
@@ -53,15 +65,15 @@ def token_limit(config: TrainOptions, device: torch.device) -> int:
 
 
 def micro_batches(
-    config: TrainOptions, rows: Sequence[GuidedRow], *, packed: bool, device: torch.device
+    config: TrainOptions, rows: Sequence[GuidedRow], split: Split, device: torch.device
 ) -> Iterator[MicroBatch]:
     """All rows in micro-batches on the device, the next one copied before the last is used."""
     lengths = [len(row.example.input_ids) for row in rows]
-    limit = token_limit(config, device)
+    plan = plan_batches(lengths, split.tokens, packed=split.packed, rows=config.micro_batch_size)
     ahead = None
-    for numbers in plan_batches(lengths, limit, packed=packed, rows=config.micro_batch_size):
+    for numbers in plan:
         chosen = [rows[number] for number in numbers]
-        following = make_micro_batch(config, chosen, packed=packed).to(device)
+        following = make_micro_batch(config, chosen, packed=split.packed).to(device)
         if ahead is not None:
             yield ahead
         ahead = following

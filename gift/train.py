@@ -3,8 +3,8 @@
     L = Σ_t w_t · (−log p_base,adapter(y_t | x, y_<t)) / normalizer      over one global batch
 
 The weights w are formed in `weighting.py`, without gradient. Gradients of the plain sums are
-accumulated over micro-batches and ranks and divided once, by the tokens or the weights of the whole
-global batch: any split of it gives the same update.
+accumulated over micro-batches and ranks (`gradients.py`) and divided once, by the tokens or the
+weights of the whole global batch: any split of it gives the same update.
 
 Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
 """
@@ -30,15 +30,14 @@ from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.gradients import SUMS, accumulate_gradients, flat_gradients
 from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
-from gift.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, micro_batches
+from gift.memory import settle_memory
+from gift.micro_batches import BAND_NAMES, Split, token_limit
 from gift.models import (
-    LMHead,
     check_head,
     folder_context,
-    last_hidden_state,
-    lm_head,
     load_causal_lm,
     load_tokenizer,
     model_hash,
@@ -53,20 +52,13 @@ from gift.models import (
 from gift.packing import enable_packing
 from gift.publish import WORK_FOLDER, output_folder, partial_path
 from gift.weighting import (
-    STATISTICS,
     GuidedRow,
     check_weighting,
     guided_rows,
-    token_weights,
 )
-from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
-# Sums over micro-batches; in the tensor the loss of each confidence band follows them. Tokens whose
-# weight is known to be 0 have no nll, are not `counted` and cannot be correct; `not_finite` counts
-# micro-batches.
-SUMS = ("loss", "nll", "weight", "tokens", "counted", "correct", "not_finite")
 DIVISORS = {"tokens": "tokens", "weights": "weight"}
 
 
@@ -96,10 +88,18 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
             "dtype": str(dtype),
         }
         model, packed = _adapted_model(config, data, dtype, device)
+        split = Split(token_limit(config, device), packed)
         partial = begin(made_from)
         group.barrier()
-        history, loss_by_band = _fit(config, model, rows, packed, group, partial)
-        summary = {**data_summary(data), **_run_summary(history)}
+        partial_work = partial / WORK_FOLDER
+        split = settle_memory(config, model, rows, split, group, partial_work)
+        history, loss_by_band = _fit(config, model, rows, split, group, partial)
+        summary = {
+            **data_summary(data),
+            **_run_summary(history),
+            "micro_batch_tokens": split.tokens,
+            "recomputed_layers": split.recomputed,
+        }
         if store is not None:
             summary |= {
                 f"loss share at {name}": share
@@ -149,7 +149,7 @@ def _fit(
     config: TrainConfig,
     model: Any,
     rows: Sequence[GuidedRow],
-    packed: bool,
+    split: Split,
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
@@ -173,7 +173,7 @@ def _fit(
         for step in range(first_step, steps):
             started = time.perf_counter()
             batch = _global_batch(config, rows, step, steps_per_epoch)
-            sums, losses = accumulate_gradients(config, model, group.share(batch), packed)
+            sums, losses = accumulate_gradients(config, model, group.share(batch), split)
             group.all_reduce_(sums)
             group.all_reduce_(gradients)
             divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
@@ -207,61 +207,6 @@ def _fit(
                 if group.is_main:
                     _write_metrics(partial, history)
     return history, loss_by_band
-
-
-def flat_gradients(parameters: Sequence[Tensor]) -> Tensor:
-    """One buffer of zeros, float32; the `grad` of every parameter becomes a part of it."""
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = part.view_as(parameter)
-    return flat
-
-
-def accumulate_gradients(
-    config: TrainConfig, model: Any, rows: Sequence[GuidedRow], packed: bool
-) -> tuple[Tensor, list[tuple[tuple[int, ...], Tensor]]]:
-    """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
-
-    Returns, on the device, SUMS and the weighted loss Σ w·nll of each confidence band, float64,
-    and the rows and the loss of every micro-batch.
-    """
-    head = lm_head(model.get_base_model())
-    device = head.weight.device
-    sums = torch.zeros(len(SUMS) + len(BAND_NAMES), dtype=torch.float64, device=device)
-    losses = []
-    for micro in micro_batches(config, rows, packed=packed, device=device):
-        nll, weight, top1 = _token_losses(config, model, head, micro)
-        # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
-        row_loss = torch.where(weight == 0, 0, weight * nll)
-        loss = row_loss.sum()
-        loss.backward()
-        loss = loss.detach()
-        losses.append((micro.rows, loss))
-        totals = (loss, nll, weight, torch.ones_like(nll), micro.counted, top1, ~loss.isfinite())
-        sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
-        if micro.band is not None:
-            sums[len(SUMS) :].index_add_(0, micro.band, row_loss.detach().double())
-    return sums, losses
-
-
-def _token_losses(
-    config: TrainConfig, model: Any, head: LMHead, micro: MicroBatch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every target: its nll, its weight, and whether the model thinks it the likeliest."""
-    base = model.get_base_model()
-    hidden = last_hidden_state(base, **micro.batch.inputs).flatten(0, 1)  # [B · T, D]
-    nll, stats = weighted_ce(
-        hidden.index_select(0, micro.batch.predicts).to(head.weight.dtype),
-        head.weight,
-        micro.batch.targets,
-        reduction="none",
-        ignore_index=IGNORE_INDEX,
-        stats=("top1", *STATISTICS[config.weighting]),
-        **head.options(),
-    )
-    assert stats.top1 is not None
-    return nll, token_weights(config, stats, micro.targets), stats.top1
 
 
 def _refuse_not_finite(losses: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
@@ -334,9 +279,6 @@ def _adapted_model(
     # PEFT puts the names through sets, and would write them in an order that differs by run.
     lora.target_modules = sorted(lora.target_modules)
     lora.target_parameters = sorted(lora.target_parameters or []) or None
-    checkpointing = config.gradient_checkpointing
-    if checkpointing if checkpointing is not None else device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted, packed
 
 

@@ -167,7 +167,7 @@ def test_no_padded_token_reaches_a_linear_layer(
             output=tmp_path / "adapter",
             micro_batch_tokens=100,
             lora_rank=2,
-            gradient_checkpointing=False,
+            gradient_checkpointing="off",
         )
     )
     assert len(seen) == 14 and set(seen.values()) == {tokens[1]}

@@ -1,9 +1,9 @@
 """Options of `gift train`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Options, OutputOptions
 
@@ -89,14 +89,24 @@ class TrainOptions(Options):
         le=LARGEST_SEED,
         description="Seed of initialisation, row order and dropout.",
     )
-    gradient_checkpointing: bool | None = Field(
-        default=None, description="Recompute activations in the backward; default on CUDA only."
+    gradient_checkpointing: str = Field(
+        default="auto",
+        pattern="^(auto|on|off|[1-9][0-9]*)$",
+        description="Which activations are recomputed in the backward, to save memory: on (all), "
+        "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
+        "before the first step, fits so, else all, with fewer tokens if it must be.",
     )
     checkpoint_steps: int = Field(
         default=10,
         ge=1,
         description="Optimizer steps between checkpoints; a killed run resumes from the last.",
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML reads on and off as booleans and a number of layers as an integer."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
     @property
     def guided(self) -> bool:
