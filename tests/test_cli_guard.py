@@ -23,6 +23,7 @@ from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
 FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "study"}
+POSITIONAL = ("model_a", "model_b", "study")
 FILES = {"data", "eval_data", "scores", "config"}
 NOBODY = 65534
 
@@ -84,8 +85,8 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
 
 
 def command_line(command: str, options: dict[str, str]) -> list[str]:
-    positional = [options[name] for name in ("model_a", "model_b") if name in options]
-    named = {name: value for name, value in options.items() if not name.startswith("model_")}
+    positional = [options[name] for name in POSITIONAL if name in options]
+    named = {name: value for name, value in options.items() if name not in POSITIONAL}
     flags = [
         part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", value)
     ]

@@ -16,7 +16,6 @@ from gift.study.plan import plan, plan_tuning
 from gift.study.results import read_study
 from gift.study.run import study, worker_places
 
-
 # One process makes the study that these tests read.
 pytestmark = pytest.mark.xdist_group("study")
 
