@@ -42,12 +42,13 @@ VOCAB_BLOCK = 8192
 
 
 class RowStats(NamedTuple):
-    """nll, lse and entropy float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
+    """Float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
 
     nll: Tensor
     lse: Tensor
     entropy: Tensor
     top1: Tensor
+    largest: Tensor
 
 
 class Exponentials(NamedTuple):
@@ -162,6 +163,7 @@ def _scatter(
         lse=full(stats.lse),
         entropy=full(stats.entropy) if problem.with_entropy else or_empty(None),
         top1=full(stats.top1),
+        largest=full(stats.largest),
         weight=full(weight),
         dh=full(dh) if dh is not None else or_empty(None),
         dw=or_empty(gradients.dw),
@@ -345,7 +347,8 @@ def _chunk_stats(
     if with_entropy:
         entropy = log_total - (moment + torch.where(own > 0, own * gap, 0)) / total
     slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
-    stats = RowStats(log_total - gap, log_total + largest / temperature, entropy, top1)
+    lse = log_total + largest / temperature
+    stats = RowStats(log_total - gap, lse, entropy, top1, torch.exp(-log_total))
     return stats, Exponentials(logits, rest, total, slope)
 
 
@@ -371,4 +374,4 @@ def _concatenate(parts: list[RowStats], head: LinearInputs, target: Tensor) -> R
     if parts:
         return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
     empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)
-    return RowStats(empty, empty, empty, empty.bool())
+    return RowStats(empty, empty, empty, empty.bool(), empty)

@@ -61,7 +61,7 @@ def linear_ce(
     vocab_start: int,
     impl: str,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
     guide = None
     if guide_hidden is not None:
@@ -145,6 +145,7 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
         lse=rows(),
         entropy=wanted(options["with_entropy"], count),
         top1=hidden.new_empty(count, dtype=torch.bool),
+        largest=rows(),
         weight=rows(),
         dh=wanted(options["want_dh"], *hidden.shape),
         dw=wanted(options["want_dw"] and head_wanted, *lm_head_weight.shape),

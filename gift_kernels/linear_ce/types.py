@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Reduction = Literal["none", "sum", "mean", "weighted_mean"]
-Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "weight"]
+Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "largest", "weight"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,7 @@ class TokenStats(NamedTuple):
     lse: Tensor | None = None  # log-sum-exp of the logits
     entropy: Tensor | None = None  # of the softmax, in nats
     top1: Tensor | None = None  # bool: no logit is larger than the target's
+    largest: Tensor | None = None  # the largest probability of the softmax
     weight: Tensor | None = None  # the row's weight in the loss
 
 
@@ -137,6 +138,7 @@ class LinearCE(NamedTuple):
     lse: Tensor  # [N]
     entropy: Tensor  # [N] or [0]
     top1: Tensor  # [N] bool
+    largest: Tensor  # [N]
     weight: Tensor  # [N]
     dh: Tensor  # [N, D] or [0]
     dw: Tensor  # [V, D] or [0]

@@ -121,6 +121,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         lse=found.lse,
         entropy=found.entropy,
         top1=found.top1,
+        largest=found.largest,
         weight=weight,
         dh=dh if dh is not None else empty,
         dw=dw if dw is not None else empty.clone(),

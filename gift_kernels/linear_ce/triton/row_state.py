@@ -49,6 +49,7 @@ class RowResult(NamedTuple):
     lse: Tensor  # [N]
     entropy: Tensor  # [N]
     top1: Tensor  # [N] bool
+    largest: Tensor  # [N]
     factor: Tensor  # [N]
     target_factor: Tensor  # [N]
     ref: Tensor  # [N]
@@ -125,7 +126,7 @@ def finish_rows(
     if shard is not None:
         combine_shards(state, shard, factors_of_logits.bits)
     count, device = state.parts.shape[1], state.parts.device
-    stats = state.parts.new_zeros(3 if with_entropy else 2, count)
+    stats = state.parts.new_zeros(4 if with_entropy else 3, count)
     top1 = torch.zeros(count, dtype=torch.bool, device=device)
     factors = state.parts.new_zeros(4, count)
     if count > 0:
@@ -146,10 +147,9 @@ def finish_rows(
             ENTROPY=with_entropy,
             BLOCK_N=LINE_BLOCK,
         )
-    entropy = stats[2].clone() if with_entropy else stats.new_empty(0)
-    return RowResult(
-        stats[0].clone(), stats[1].clone(), entropy, top1, *factors, state.local_target
-    )
+    nll, lse, largest = (row.clone() for row in stats[:3])
+    entropy = stats[3].clone() if with_entropy else stats.new_empty(0)
+    return RowResult(nll, lse, entropy, top1, largest, *factors, state.local_target)
 
 
 def finish_dh(

@@ -267,7 +267,7 @@ def _finish_kernel(
     target_logit_ptr,  # [N] compact, NaN where no column is the target
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
-    stats_ptr,  # [3, N] in the caller's order: nll, lse, entropy
+    stats_ptr,  # [4, N] in the caller's order: nll, lse, the largest probability, entropy
     top1_ptr,  # [N] in the caller's order
     factor_ptr,  # [4, N] so too: of Σ E W, of the target's row of the head; ref, its share
     N,
@@ -302,6 +302,9 @@ def _finish_kernel(
     tl.store(stats_ptr + rows, nll, mask=mask)
     tl.store(stats_ptr + N + rows, lse, mask=mask)
     tl.store(top1_ptr + rows, x >= largest, mask=mask)
+    p = tl.where(is_likely, 1.0, small) / (1.0 + small)
+    likeliest = tl.where(is_likely, p, tl.maximum(p, 1.0 / (s * (1.0 + small))))
+    tl.store(stats_ptr + 2 * N + rows, likeliest, mask=mask)
     if ENTROPY:
         # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
         s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0) * LN_2
@@ -312,7 +315,7 @@ def _finish_kernel(
             log_small - from_target / (1.0 + u),
             log_s + log_small - (s2 - at_target) / (s * (1.0 + small)),
         )
-        tl.store(stats_ptr + 2 * N + rows, entropy, mask=mask)
+        tl.store(stats_ptr + 3 * N + rows, entropy, mask=mask)
     slope = scale
     if HAS_CAP:
         tanh = tl.maximum(x, -cap) / cap
