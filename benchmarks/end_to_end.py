@@ -119,7 +119,7 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     alone = [[example] for batch in batches for example in batch]
 
     def ours() -> list[Tensor]:
-        return [_flat(annotate_batch(model, batch) for batch in batches)]
+        return [_flat([row[0] for row in annotate_batch(model, batch)] for batch in batches)]
 
     def full(groups: Sequence[Sequence[Example]]) -> list[Tensor]:
         return [_flat([_full_logit_confidence(model, group)] for group in groups)]

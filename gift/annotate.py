@@ -3,7 +3,9 @@
     q_t = softmax(z_t)[y_t]     z the logits of the instruct model
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
-tempered. Batches are filled by a budget of padded tokens; only target rows reach the head.
+tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
+for `gift calibration`. Batches are filled by a budget of padded tokens; only target rows reach the
+head.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from gift.batches import pad_batch, plan_batches, target_ids
-from gift.confidence_store import read_author_scores, write_store
+from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
@@ -60,7 +62,10 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
         made_from = _made_from(config, folder, tokenizer)
         partial = output.begin(made_from)
         _annotate_missing(config, folder, data, output.work)
-        confidence = _collect(data, output.work)
+        values = _collect(data, output.work)
+        confidence = [row[0] for row in values]
+        largest, top1, entropy = np.concatenate(values, axis=1)[1:]
+        statistics = GuideStatistics(largest, top1.astype(bool), entropy)
         summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
         manifest = {
             "kind": "gift confidence store",
@@ -71,7 +76,7 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
             "versions": versions(),
             "summary": summary,
         }
-        write_store(partial, data, confidence, tokenizer, manifest)
+        write_store(partial, data, confidence, tokenizer, manifest, statistics)
     print_summary(f"Annotated {config.data.name}: {config.output}", summary)
     return summary
 
@@ -173,28 +178,31 @@ def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, w
 def annotate_batch(
     model: Any, batch: Sequence[Example], temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """Confidences float32 of each row's targets."""
+    """Of each row's targets float32 [4, targets]: the confidence, and `GuideStatistics`."""
     device = model.get_input_embeddings().weight.device
     ids, attention, predicts = pad_batch(batch, device)
     head = lm_head(model)
     hidden = last_hidden_state(model, ids, attention)[predicts].to(head.weight.dtype)  # [n, D]
-    confidence = token_confidence(
+    confidence, stats = token_confidence(
         hidden,
         head.weight,
         target_ids(batch, device),
         temperature=temperature,
+        stats=STATISTICS,
         **head.options(),
     )
-    values = confidence.float().cpu().numpy()
+    named = [getattr(stats, name) for name in STATISTICS]
+    values = torch.stack([value.float() for value in (confidence, *named)]).cpu().numpy()
     if not np.isfinite(values).all():
         rows = [example.row for example in batch]
         raise InputError(f"--model: the guide's confidence is not finite in rows {rows}")
     lengths = [example.targets for example in batch]
-    return np.split(values, np.cumsum(lengths)[:-1])
+    rows = np.split(values, np.cumsum(lengths)[:-1], axis=1)
+    return [np.ascontiguousarray(row) for row in rows]
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """Confidences in row order, from all parts."""
+    """What `annotate_batch` found, in row order, from all parts."""
     values: dict[str, np.ndarray] = {}
     for path in sealed_files(work).values():
         values |= load_file(path)
@@ -204,6 +212,6 @@ def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
             "another program changed them"
         )
     return [
-        values[str(example.row)] if example else np.zeros(0, np.float32)
+        values[str(example.row)] if example else np.zeros((4, 0), np.float32)
         for example in data.examples
     ]
