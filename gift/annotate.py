@@ -4,7 +4,7 @@
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
 tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
-for `gift calibration`. Batches are filled by a budget of padded tokens; only target rows reach the
+for `gift calibration`. Rows are packed without padding (`gift.packing`); only target rows reach the
 head.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
-from gift.batches import pad_batch, plan_batches, target_ids
+from gift.batches import Batch, make_batch, plan_batches
 from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
@@ -39,6 +40,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
+from gift.packing import enable_packing
 from gift.publish import output_folder
 from gift.show import show_rows
 from gift_kernels import token_confidence
@@ -148,64 +150,78 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
 
 def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, work: Path) -> None:
     """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`."""
-    batches = plan_batches(data.kept, config.batch_tokens)
-    starts = range(0, len(batches), config.part_batches)
-    parts = {
-        f"part-{number:05d}.safetensors": batches[start : start + config.part_batches]
-        for number, start in enumerate(starts)
-    }
-    finished = sealed_files(work)
-    missing = {name: part for name, part in parts.items() if name not in finished}
-    if not missing:
+    if len(_read_parts(work)) == len(data.kept):
         return
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
+    packed = enable_packing(model, data.kept)
+    lengths = [len(example.input_ids) for example in data.kept]
+    batches = [
+        [data.kept[number] for number in batch]
+        for batch in plan_batches(lengths, config.batch_tokens, packed=packed)
+    ]
+    layout = "packed" if packed else "padded"
+    parts = {
+        f"{layout}-{number:05d}.safetensors": batches[start : start + config.part_batches]
+        for number, start in enumerate(range(0, len(batches), config.part_batches))
+    }
+    finished = sealed_files(work)
+    missing = {name: part for name, part in parts.items() if name not in finished}
     done = len(batches) - sum(map(len, missing.values()))
     with progress("annotate", len(batches), done) as bar:
         for name, part in missing.items():
-            values = {}
+            found = []
             for batch in part:
-                rows = annotate_batch(model, batch, config.guide_temperature)
-                values |= {str(example.row): row for example, row in zip(batch, rows, strict=True)}
+                made = make_batch(batch, packed=packed).to(device)
+                found.append(annotate_batch(model, made, config.guide_temperature))
                 bar.advance()
+            rows = [example for batch in part for example in batch]
             with replacing(work / name, sealed=True) as temporary:
-                save_file(values, temporary)
+                save_file(_by_row(rows, torch.cat(found, dim=1).cpu().numpy()), temporary)
 
 
 @torch.no_grad()
-def annotate_batch(
-    model: Any, batch: Sequence[Example], temperature: float = 1.0
-) -> list[np.ndarray]:
-    """Of each row's targets float32 [4, targets]: the confidence, and `GuideStatistics`."""
-    device = model.get_input_embeddings().weight.device
-    ids, attention, predicts = pad_batch(batch, device)
+def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
     head = lm_head(model)
-    hidden = last_hidden_state(model, ids, attention)[predicts].to(head.weight.dtype)  # [n, D]
+    hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
     confidence, stats = token_confidence(
-        hidden,
+        hidden.index_select(0, batch.predicts).to(head.weight.dtype),
         head.weight,
-        target_ids(batch, device),
+        batch.targets,
         temperature=temperature,
         stats=STATISTICS,
         **head.options(),
     )
-    named = [getattr(stats, name) for name in STATISTICS]
-    values = torch.stack([value.float() for value in (confidence, *named)]).cpu().numpy()
-    if not np.isfinite(values).all():
-        rows = [example.row for example in batch]
-        raise InputError(f"--model: the guide's confidence is not finite in rows {rows}")
-    lengths = [example.targets for example in batch]
-    rows = np.split(values, np.cumsum(lengths)[:-1], axis=1)
-    return [np.ascontiguousarray(row) for row in rows]
+    found = [confidence, *(getattr(stats, name) for name in STATISTICS)]
+    return torch.stack([values.float() for values in found])
+
+
+def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
+    ends = np.cumsum([example.targets for example in rows])
+    by_row = {
+        str(example.row): np.ascontiguousarray(row)
+        for example, row in zip(rows, np.split(values, ends[:-1], axis=1), strict=True)
+    }
+    if bad := [int(row) for row, of_row in by_row.items() if not np.isfinite(of_row).all()]:
+        raise InputError(f"--model: the guide's confidence is not finite in rows {sorted(bad)}")
+    return by_row
+
+
+def _read_parts(work: Path) -> dict[str, np.ndarray]:
+    """What all finished parts hold, by row."""
+    values: dict[str, np.ndarray] = {}
+    for path in sealed_files(work).values():
+        values |= load_file(path)
+    return values
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
     """What `annotate_batch` found, in row order, from all parts."""
-    values: dict[str, np.ndarray] = {}
-    for path in sealed_files(work).values():
-        values |= load_file(path)
+    values = _read_parts(work)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "

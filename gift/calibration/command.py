@@ -21,9 +21,9 @@ from gift.console import console, print_table
 from gift.data import EncodedData, Example, encode_file
 from gift.errors import InputError
 from gift.files import write_json
+from gift.micro_batches import BAND_NAMES
 from gift.publish import output_folder
 from gift.rows import json_lines
-from gift.train import BAND_NAMES
 
 REPORT_FILE = "calibration.json"
 FIGURE_FILE = "calibration.png"
