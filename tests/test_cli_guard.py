@@ -22,8 +22,8 @@ from gift.merge.command import merge
 from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
-FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "store"}
-POSITIONAL = ("model_a", "model_b", "store")
+FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "store", "study"}
+POSITIONAL = ("model_a", "model_b", "store", "study")
 FILES = {"data", "eval_data", "scores", "config"}
 NOBODY = 65534
 
@@ -79,6 +79,7 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
         "evaluate": {"model": model, "data": questions, "output": output, "check": "exact"},
         "run": {"base": model, "instruct": model, "data": rows, "eval_data": questions}
         | {"output": output, "eval_check": "exact"},
+        "report": {"study": model},
         "study": {"config": str(folder / "study.yaml"), "output": output},
         "demo": {"output": output},
     }[command]
