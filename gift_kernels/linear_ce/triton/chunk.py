@@ -253,21 +253,20 @@ class Chunk:
         rows: Rows,
         local_target: Tensor,
         factor: Tensor,
-        target_factor: Tensor,
+        target_entry: Tensor,
         first_row: int,
         first_v: int,
     ) -> None:
         """Turns E into dlogits in place: scales rows and writes the targets' entries.
 
-        Factors [rows] are those of this chunk's rows, in their order.
+        Factors and entries [rows] are those of this chunk's rows, in their order.
         """
-        columns, block = self._columns_from(first_v), (16, 256)
-        grid = (triton.cdiv(self.rows, block[0]), triton.cdiv(columns, block[1]))
-        row_gradients._weigh_kernel[grid](
+        columns, block = self._columns_from(first_v), self.plan.row_block
+        row_gradients._weigh_kernel[(triton.cdiv(self.rows, block[0]),)](
             self.exp,
             local_target[first_row:],
             factor,
-            target_factor,
+            target_entry,
             rows.count,
             first_row,
             first_v,
@@ -301,12 +300,19 @@ class Chunk:
         )
 
     def add_to_db(
-        self, rows: Rows, db: Tensor, scale: Tensor, first_row: int, first_v: int
+        self,
+        rows: Rows,
+        factor: Tensor | None,
+        db: Tensor,
+        scale: Tensor,
+        first_row: int,
+        first_v: int,
     ) -> None:
-        """db += the column sums of E."""
+        """db += the column sums of E, its rows multiplied by `factor` [rows] if given."""
         columns = self._columns_from(first_v)
         row_gradients._column_sum_kernel[(triton.cdiv(columns, 64),)](
             self.exp,
+            factor,
             db,
             scale,
             rows.count,

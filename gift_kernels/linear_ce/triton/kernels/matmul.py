@@ -112,14 +112,14 @@ def _add_tile(
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     if FLAGS.ACCUMULATE:
         acc += tl.load(out_ptrs, mask=mask, other=0.0)
-    tl.store(out_ptrs, acc, mask=mask)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_v", "C"])
 def _product_kernel(
     exp,  # [rows, columns], or its descriptor
     other,  # head [V, D], or with TRANSPOSED hidden [rows, D]; or its descriptor
-    out_ptr,  # dH float32 [N, D], or with TRANSPOSED dW float32 [V, D]
+    out_ptr,  # dH float32 [N, D], or with TRANSPOSED dW [V, D]; float32 where accumulated
     index_ptr,  # [N] int32: row of dH of each valid token
     count_ptr,  # [1] int32, valid tokens
     scale_ptr,  # [1] factor of dW

@@ -1,7 +1,8 @@
 """Row kernels of the gradients: scaling of dH, dlogits of a chunk, db.
 
 Letters: N rows of the caller, D hidden, `rows` and `columns` of a chunk's buffer E, C of these
-columns in use. The weighted gradient of a logit is factor · E, and target_factor at the target.
+columns in use. The weighted gradient of a logit is factor · E, and target_factor at the target: a
+factor of the row that enters dW through E, or through the hidden states.
 """
 
 import triton
@@ -49,7 +50,7 @@ def _weigh_kernel(
     exp_ptr,  # [rows, columns]: 0 at the target
     local_target_ptr,  # [rows] int32
     factor_ptr,  # [rows]
-    target_factor_ptr,  # [rows]
+    target_entry_ptr,  # [rows]
     count_ptr,  # [1] int32
     first_row,
     first_v,
@@ -60,30 +61,34 @@ def _weigh_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Turns E into dlogits in place: scales rows by factor, writes target_factor at targets."""
+    """Turns E into dlogits in place: scales rows whose factor is not 1, writes targets' entries."""
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_n = offs_n < n
-    mask = mask_n[:, None] & (offs_c < C)[None, :]
     factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
-    at_target = tl.load(target_factor_ptr + offs_n, mask=mask_n, other=0.0)
     target = tl.load(local_target_ptr + offs_n, mask=mask_n, other=-1) - first_v
-    exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
-    e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    # A weight of 0 gives 0 even where E is NaN. A factor also underflows to 0 where a chunk's
-    # logits are far below the others; the target's entry does not depend on it.
-    e = tl.where((factor == 0.0)[:, None], 0.0, e)
-    e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
+    row_ptrs = exp_ptr + offs_n.to(tl.int64) * columns
     # The last tile is filled up with zeros, as in `_gather_kernel`: 0 times NaN is NaN.
-    mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
-    e = tl.where(mask_n[:, None], e, 0.0)
-    tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)
+    changed = (factor != 1.0) & (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)
+    if tl.max(changed.to(tl.int32), 0) > 0:
+        for first_c in range(0, C, BLOCK_C):
+            offs_c = first_c + tl.arange(0, BLOCK_C)[None, :]
+            mask = changed[:, None] & (offs_c < C) & (offs_c != target[:, None])
+            e = tl.load(row_ptrs[:, None] + offs_c, mask=mask, other=0.0).to(tl.float32)
+            # A factor of 0 gives 0 even where E is NaN.
+            e = tl.where((factor == 0.0)[:, None], 0.0, e * factor[:, None])
+            tl.store(row_ptrs[:, None] + offs_c, e.to(exp_ptr.dtype.element_ty), mask=mask)
+    # A factor also underflows to 0 where a chunk's logits are far below the others; the target's
+    # entry does not depend on it.
+    entry = tl.load(target_entry_ptr + offs_n, mask=mask_n, other=0.0)
+    here = mask_n & (target >= 0) & (target < C)
+    tl.store(row_ptrs + target, entry.to(exp_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _column_sum_kernel(
     exp_ptr,  # [rows, columns]
+    factor_ptr,  # [rows], or None: 1
     db_ptr,  # [V] float32
     scale_ptr,  # [1]
     count_ptr,  # [1] int32
@@ -96,6 +101,7 @@ def _column_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """db (+)= scale · Σ factor · E over the rows."""
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -104,7 +110,10 @@ def _column_sum_kernel(
         offs_n = first_n + tl.arange(0, BLOCK_N)
         exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
         mask = (offs_n < n)[:, None] & mask_c[None, :]
-        total += tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32)
+        e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            e *= tl.load(factor_ptr + offs_n, mask=offs_n < n, other=0.0)[:, None]
+        total += e
     db = tl.sum(total, 0) * tl.load(scale_ptr)
     if ACCUMULATE:
         db += tl.load(db_ptr + first_v + offs_c, mask=mask_c, other=0.0)
@@ -113,7 +122,7 @@ def _column_sum_kernel(
 
 @triton.jit
 def _scale_rows_kernel(
-    rows_ptr,  # [N, D] float32, contiguous
+    rows_ptr,  # [N, D] contiguous
     factor_ptr,  # [N] float32
     out_ptr,  # [N, D], contiguous
     N,
@@ -129,6 +138,6 @@ def _scale_rows_kernel(
     places = rows[:, None] * D + offs_d[None, :]
     factor = tl.load(factor_ptr + rows * stride_factor, mask=mask_n, other=0.0)[:, None]
     mask = (mask_n[:, None] & (offs_d < D)[None, :]) & (factor != 0.0)
-    scaled = tl.load(rows_ptr + places, mask=mask, other=0.0) * factor
+    scaled = tl.load(rows_ptr + places, mask=mask, other=0.0).to(tl.float32) * factor
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr + places, scaled.to(out_ptr.dtype.element_ty), mask=mask)
