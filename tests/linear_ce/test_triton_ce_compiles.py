@@ -122,7 +122,9 @@ def product(
     transposed: bool,
     dtype: str = "bf16",
     tma: bool | None = None,
+    accumulate: bool = True,
 ) -> KernelRequest:
+    """dH, or dW; that is written in its own dtype where nothing is added."""
     tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
     block = (tiles.BLOCK_K, tiles.BLOCK_M) if transposed else (tiles.BLOCK_M, tiles.BLOCK_K)
     sizes = ("D", "stride_other_k", "rows", "columns")
@@ -131,7 +133,7 @@ def product(
         signature={
             "exp": operand(dtype, *block, tma),
             "other": operand(dtype, tiles.BLOCK_K, tiles.BLOCK_D, tma),
-            "out_ptr": "*fp32",
+            "out_ptr": "*fp32" if accumulate else f"*{dtype}",
             "index_ptr": "*i32",
             "count_ptr": "*i32",
             "scale_ptr": "*fp32",
@@ -140,13 +142,13 @@ def product(
         },
         constexprs={
             "TILES": tiles,
-            "FLAGS": ProductFlags(TRANSPOSED=transposed, ACCUMULATE=True, TMA=tma),
+            "FLAGS": ProductFlags(TRANSPOSED=transposed, ACCUMULATE=accumulate, TMA=tma),
         },
         divisible=("first_row", "first_v", "C", *(f"size.{name}" for name in sizes)),
         arch=arch,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        label=f"{'dW' if transposed else 'dH'}-{dtype}-{label(tiles)}",
+        label=f"{'dW' if transposed else 'dH'}{'+' if accumulate else ''}-{dtype}-{label(tiles)}",
     )
 
 
@@ -170,7 +172,8 @@ def requests() -> list[KernelRequest]:
             found.append(two_heads(arch, tiles, options))
         products = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)
         found += [product(arch, tiles, transposed=False) for tiles in products]
-        found.append(product(arch, products[0], transposed=True))
+        for accumulate in (False, True):
+            found.append(product(arch, products[0], transposed=True, accumulate=accumulate))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
     hopper = Machine(90, 132)
     for options in (LOSS, ALL_OPTIONS):

@@ -20,12 +20,12 @@ from gift_kernels.linear_ce.triton.tiles import (
     machine_of,
     tiles_for,
 )
-from gift_kernels.linear_ce.types import LinearInputs
+from gift_kernels.linear_ce.types import LinearInputs, dw_dtype
 
 # CHUNK_BYTES: a chunk's hidden states and E; GUIDE_BYTES: what a guide may add. LEAST_BYTES: lower
 # bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
 CHUNK_BYTES, GUIDE_BYTES = 120_000_000, 26_000_000
-LEAST_BYTES, HEAD_BYTES = 64_000_000, 88_000_000
+LEAST_BYTES, HEAD_BYTES = 64_000_000, 168_000_000
 # With fewer rows the head is read too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
@@ -102,7 +102,7 @@ def default_plan(
         vocab_size, size = head.weight.shape
         of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
         work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
-        kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
+        kept = min(most_kept_rows(size, dtype), HEAD_ROWS)
         shapes = (
             chunk_shape(work, *of_guide),
             head_chunk_shape(work, kept),
@@ -111,6 +111,16 @@ def default_plan(
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
     return Plan(machine, *shapes, tiles, product_tiles, *blocks)
+
+
+def most_kept_rows(hidden_size: int, dtype: torch.dtype) -> int:
+    """Rows whose E, of all columns, takes no more memory than dW of more rows would at its end.
+
+    That is summed in float32, and then rounded to the dtype in which it leaves the forward.
+    """
+    rounded = dw_dtype(dtype, "triton")
+    copy = rounded.itemsize if rounded != torch.float32 else 0
+    return hidden_size * (4 + copy) // dtype.itemsize
 
 
 class Work(NamedTuple):

@@ -4,11 +4,11 @@
 
 G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
-- Kept: the pass stores E = 2^(x − ref) of all columns, for as many rows as take the memory of dW
-  in float32 ([V, D] holds 16-bit [2 D, V]). `Chunk.weigh` writes the targets' entries into E, and
-  `Chunk.add_to_dw` multiplies it by the weighted hidden states: three products in all. E lies in
-  dW as far as it fits. dW is computed from the last chunk of columns to the first, so each chunk of
-  dW overwrites an E that is no longer needed.
+- Kept: the pass stores E = 2^(x − ref) of all columns, for as many rows as take no more memory than
+  dW of more rows would: 3 D in bfloat16 (see `most_kept_rows`). `Chunk.weigh` writes the targets'
+  entries into E, and `Chunk.add_to_dw` multiplies it by the weighted hidden states: three products
+  in all. E lies in dW as far as it fits. dW is computed from the last chunk of columns to the
+  first, so each chunk of dW overwrites an E that is no longer needed.
 - Again: logits of all other rows are computed a second time, with the final references: four
   products.
 """
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from gift_kernels.linear_ce.triton.chunk import Chunk, KeptRows
-from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
+from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors, most_kept_rows
 from gift_kernels.linear_ce.triton.row_state import RowResult, Rows, RowState
 from gift_kernels.linear_ce.types import LinearInputs, VocabShard, dw_dtype
 
@@ -83,8 +83,7 @@ def new_dw(head: LinearInputs, plan: Plan, count: int) -> Tensor:
 
 
 def _most_kept(head: LinearInputs, plan: Plan) -> int:
-    """As many rows as a float32 dW could keep E of."""
-    most = head.hidden.shape[1] * (4 // head.hidden.element_size())
+    most = most_kept_rows(head.hidden.shape[1], head.hidden.dtype)
     return min(most // plan.pad * plan.pad, plan.kept.rows)
 
 
