@@ -55,7 +55,7 @@ from gift.config import TrainConfig
 from gift.data import Example
 from gift.models import last_hidden_state
 from gift.train import accumulate_gradients
-from gift.weighting import GuidedRow, guide_confidence
+from gift.weighting import GuidedRow, gather_targets, guided_rows
 
 OURS = "gift"
 FULL = "full logits, in our batches"
@@ -154,9 +154,7 @@ def training(
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     examples = make_examples(spec, spec.rows)
     generator = torch.Generator().manual_seed(1)
-    rows = [
-        GuidedRow(example, torch.rand(example.targets, generator=generator)) for example in examples
-    ]
+    confidence = [torch.rand(example.targets, generator=generator) for example in examples]
     config = TrainConfig(
         model="",
         data=Path(),
@@ -164,6 +162,7 @@ def training(
         micro_batch_size=spec.micro_rows,
         lora_dropout=0.0,
     )
+    rows = guided_rows(config, examples, confidence)
     count = sum(example.targets for example in examples)
 
     def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
@@ -224,7 +223,7 @@ def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
-    weight: Any = guide_confidence(micro, device)
+    weight: Any = gather_targets(micro).to(device).guide
     return (weight * nll[predicts[:, :-1].flatten()]).sum()
 
 
@@ -241,7 +240,7 @@ def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
     target = target_ids(examples, head.device)
     nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
-    weight: Any = guide_confidence(micro, head.device)
+    weight: Any = gather_targets(micro).to(head.device).guide
     return (weight * nll).sum()
 
 

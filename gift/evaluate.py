@@ -1,4 +1,4 @@
-"""Evaluates a model on questions with known answers: generate, check, average.
+"""Evaluates a model on questions with known answers: generate and check, or choose; average.
 
 A reply that did not end counts as wrong unless `unfinished` says otherwise: it has not committed to
 an answer, and math-verify would take the last expression before the cut. `unfinished_correct`
@@ -6,19 +6,24 @@ reports the share of replies that match the reference but did not end: what this
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.answers import Checker, Verdict, open_checker
+from gift.benchmarks import BENCHMARKS, MATH_PROMPT, benchmark_rows
+from gift.choices import CHOICE_PROMPT, rate_options
 from gift.config import EvaluateConfig
 from gift.console import print_summary, print_table, progress
+from gift.errors import InputError
 from gift.files import hash_json, replacing, sealed_files, write_json
 from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
-from gift.metrics import pass_at_k, standard_error, summarize
+from gift.metrics import pass_at_k, standard_error, summarize, summarize_choices
 from gift.models import (
     load_causal_lm,
     load_tokenizer,
@@ -31,7 +36,8 @@ from gift.models import (
     versions,
 )
 from gift.publish import Output, output_folder, warn
-from gift.questions import Question, read_questions, render_prompts
+from gift.questions import LETTERS, Question, read_questions, render_prompts
+from gift.rows import json_lines
 
 __all__ = [
     "Reply",
@@ -54,48 +60,48 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     Raises:
         InputError: bad options, data or model, or an existing output.
     """
+    check = config.check_by()
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        questions = read_questions(
-            config.data,
-            limit=config.limit,
-            question_field=config.question_field,
-            group_by=config.group_by,
-            system_prompt=config.system_prompt,
-            prompt_suffix=config.prompt_suffix,
-            ignore=config.ignored_keys(),
-        )
-        with open_checker(config.check, config.answer_pattern, config.check_timeout) as checker:
-            unreadable = _count_unreadable(checker, questions, config.data)
+        questions, source = _questions(config, check)
+        with nullcontext() if check == "choice" else _checker(config, check) as checker:
+            unreadable = _count_unreadable(checker, questions) if checker else 0
             folder = resolve_model(config.model)
             tokenizer = load_tokenizer(folder)
-            texts = render_prompts(tokenizer, questions, config.data)
+            prompts = render_prompts(tokenizer, questions)
             weights = model_hash(folder)
             device = pick_device(config.device)
             model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-            prompts: list[list[int]] = [
-                tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+            inputs: list[list[int]] = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
             ]
-            require_embeddings(model, max(max(ids, default=0) for ids in prompts), config.model)
-            limits = reply_limits(model, prompts, config.max_new_tokens)
-            short = sum(limit < config.max_new_tokens for limit in limits)
-            if short:
-                warn(
-                    f"{short} of {len(prompts)} questions leave less than --max-new-tokens "
-                    f"{config.max_new_tokens} in the model's context, the least {min(limits)} "
-                    "tokens"
-                )
-            replies = _generate(config, model, weights, tokenizer, prompts, output)
-            samples = _check(config, checker, questions, texts, replies)
+            require_embeddings(model, max(max(ids, default=0) for ids in inputs), config.model)
+            # Everything that determines what the model says. Not the batch size, so that a run that
+            # went out of memory can resume with a smaller one; nor the answers and the check.
+            made_from = {
+                "model": weights,
+                "tokenizer": tokenizer_hash(tokenizer),
+                "prompts": hash_json(inputs),
+                "device": model.device.type,
+                "dtype": str(model.dtype),
+            }
+            groups = [question.group for question in questions]
+            if checker is None:
+                samples = _choose(config, model, made_from, tokenizer, questions, prompts, output)
+                metrics = summarize_choices(samples, groups)
+            else:
+                short = _count_short(config, model, inputs)
+                replies = _generate(config, model, made_from, tokenizer, inputs, output)
+                samples = _check(config, checker, questions, prompts, replies)
+                metrics = summarize(samples, groups)
+                metrics |= {"unreadable_answers": unreadable, "questions_cut_by_context": short}
         _write_lines(output.partial / "samples.jsonl", samples)
-        metrics = summarize(samples, [question.group for question in questions])
         metrics |= {
-            "unreadable_answers": unreadable,
-            "questions_cut_by_context": short,
+            "data": source,
             "settings": config.model_dump(mode="json"),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "model_hash": weights,
-            "data_hash": hash_json([asdict(question) for question in questions]),
+            "data_hash": hash_json([{**asdict(question), "place": ""} for question in questions]),
             "versions": versions(),
         }
         write_json(output.partial / "metrics.json", metrics)
@@ -103,46 +109,136 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     return metrics
 
 
-def _count_unreadable(checker: Checker, questions: Sequence[Question], data: Path) -> int:
+def _questions(config: EvaluateConfig, check: str) -> tuple[list[Question], dict[str, Any]]:
+    """The questions, and where they come from; InputError where neither option says it."""
+    suffix, group = config.prompt_suffix, config.group_by
+    if config.benchmark is not None:
+        benchmark = BENCHMARKS[config.benchmark]
+        rows, source = benchmark_rows(config.benchmark, config.data)
+        suffix = MATH_PROMPT if suffix is None and benchmark.check == "math" else suffix
+        group = group or benchmark.group
+    elif config.data is not None:
+        rows, source = json_lines(config.data), {"file": str(config.data)}
+    else:
+        raise InputError("--data: is required, or name a --benchmark")
+    questions = read_questions(
+        rows,
+        choices=check == "choice",
+        limit=config.limit,
+        question_field=config.question_field,
+        group_by=group,
+        system_prompt=config.system_prompt,
+        prompt_suffix=CHOICE_PROMPT if suffix is None and check == "choice" else suffix,
+        ignore=config.ignored_keys(),
+    )
+    if not questions:
+        raise InputError(f"--data: {config.data or config.benchmark} has no rows")
+    return questions, source
+
+
+def _checker(config: EvaluateConfig, check: Literal["exact", "math"]) -> Checker:
+    return open_checker(check, config.answer_pattern, config.check_timeout)
+
+
+def _count_unreadable(checker: Checker, questions: Sequence[Question]) -> int:
     """Counts, and warns of, references in which math-verify finds no expression to compare."""
     unreadable = [question for question in questions if not checker.can_read(question.answer)]
     if unreadable:
         warn(
-            f"math-verify cannot read {len(unreadable)} of {len(questions)} answers in {data}, "
-            f"the first in line {unreadable[0].line}: {unreadable[0].answer!r}; only the same text "
-            "counts as right there"
+            f"math-verify cannot read {len(unreadable)} of {len(questions)} answers, the first in "
+            f"{unreadable[0].place}: {unreadable[0].answer!r}; only the same text counts as right "
+            "there"
         )
     return len(unreadable)
+
+
+def _count_short(
+    config: EvaluateConfig, model: PreTrainedModel, inputs: Sequence[Sequence[int]]
+) -> int:
+    """Counts, and warns of, questions that leave less than `max_new_tokens` in the context."""
+    limits = reply_limits(model, inputs, config.max_new_tokens)
+    short = sum(limit < config.max_new_tokens for limit in limits)
+    if short:
+        warn(
+            f"{short} of {len(inputs)} questions leave less than --max-new-tokens "
+            f"{config.max_new_tokens} in the model's context, the least {min(limits)} tokens"
+        )
+    return short
+
+
+def _choose(
+    config: EvaluateConfig,
+    model: PreTrainedModel,
+    made_from: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    output: Output,
+) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl of multiple choices: loads finished batches, rates the rest."""
+    output.begin({**made_from, "options": [len(question.choices or ()) for question in questions]})
+    kept = sealed_files(output.work)
+    done = {row["row"]: row["scores"] for row in _read_lines(kept.values())}
+    with progress("choosing", len(prompts), done=len(done)) as bar:
+
+        def keep(batch: dict[int, list[float]]) -> None:
+            rows = [{"row": row, "scores": scores} for row, scores in batch.items()]
+            _write_lines(output.work / f"{min(batch):06d}.jsonl", rows, sealed=True)
+            bar.advance(len(batch))
+
+        scores = rate_options(
+            model,
+            tokenizer,
+            questions,
+            prompts,
+            batch_size=config.batch_size,
+            done=done,
+            on_batch=keep,
+        )
+    rows = []
+    for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+        shares = torch.tensor(scores[number], dtype=torch.float64).softmax(0).tolist()
+        probabilities = dict(zip(LETTERS, shares, strict=False))
+        chosen = max(probabilities, key=probabilities.__getitem__)
+        rows.append(
+            {
+                "row": number,
+                "sample": 0,
+                "prompt": prompt,
+                "answer": question.answer,
+                "chosen": chosen,
+                "correct": chosen == question.answer,
+                "probabilities": probabilities,
+            }
+        )
+    return rows
 
 
 def _generate(
     config: EvaluateConfig,
     model: PreTrainedModel,
-    weights_hash: str,
+    made_from: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     output: Output,
 ) -> list[list[Reply]]:
     """All replies [row][sample]: loads those in the work folder, generates and saves the rest."""
-    # Everything that determines the replies. Not the batch size, so that a run that went out of
-    # memory can resume with a smaller one; nor the reference answers and the check.
     output.begin(
         {
-            "model": weights_hash,
-            "tokenizer": tokenizer_hash(tokenizer),
+            **made_from,
             "end tokens": list(end_token_ids(model, tokenizer)),
-            "prompts": hash_json(prompts),
             "samples": config.samples,
             "temperature": config.temperature,
             "top_p": config.top_p,
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
-            "device": model.device.type,
-            "dtype": str(model.dtype),
         }
     )
     kept = sealed_files(output.work)
-    done = _read_replies(kept.values())
+    done = {
+        (row["row"], row["sample"]): Reply(tuple(row["tokens"]), row["text"], row["finished"])
+        for row in _read_lines(kept.values())
+    }
     number = 1 + max((int(Path(name).stem) for name in kept), default=-1)
     with progress("generating", len(prompts) * config.samples, done=len(done)) as bar:
 
@@ -168,14 +264,10 @@ def _generate(
         )
 
 
-def _read_replies(parts: Iterable[Path]) -> dict[tuple[int, int], Reply]:
-    done = {}
+def _read_lines(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for path in parts:
         for line in path.read_text(encoding="utf-8").splitlines():
-            kept = json.loads(line)
-            reply = Reply(tuple(kept["tokens"]), kept["text"], kept["finished"])
-            done[kept["row"], kept["sample"]] = reply
-    return done
+            yield json.loads(line)
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]], *, sealed: bool = False) -> None:
@@ -221,31 +313,20 @@ def _check(
 
 
 def _print(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
-    count = metrics["samples"]
-    shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if 1 < n < count] + [count] * (count > 1)
-    print_summary(
-        f"Evaluation of {config.model}",
-        {
-            "questions": metrics["questions"],
-            f"avg@{count}": _percent(metrics["accuracy"], metrics["standard_error"]),
-            **{
-                f"pass@{n}": _percent(
-                    metrics["pass"][str(n)]["estimate"], metrics["pass"][str(n)]["standard_error"]
-                )
-                for n in shown
-            },
-            "unfinished replies": _percent(metrics["unfinished"]),
-            "replies without an answer": _percent(metrics["no_answer_found"]),
-            "mean reply tokens": f"{metrics['mean_reply_tokens']:.1f}",
-            "check timeouts": metrics["check_timeouts"],
-            "check crashes": metrics["check_crashes"],
-            "written to": config.output,
-        },
-    )
+    accuracy = _percent(metrics["accuracy"], metrics["standard_error"])
+    shown: dict[str, Any] = {"questions": metrics["questions"]}
+    if "samples" in metrics:
+        mean = f"avg@{metrics['samples']}"
+        shown |= {mean: accuracy, **_reply_figures(metrics)}
+    else:
+        mean = "accuracy"
+        right = _percent(metrics["mean_probability_of_answer"])
+        shown |= {mean: accuracy, "mean probability of the right option": right}
+    print_summary(f"Evaluation of {config.model}", shown | {"written to": config.output})
     if metrics["groups"]:
         print_table(
-            f"By {config.group_by}",
-            (str(config.group_by), "questions", f"avg@{count}"),
+            "By group",
+            ("group", "questions", mean),
             [
                 (
                     name,
@@ -255,12 +336,30 @@ def _print(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
                 for name, group in metrics["groups"].items()
             ],
         )
-    if metrics["unfinished"] > WARN_UNFINISHED:
+    if metrics.get("unfinished", 0) > WARN_UNFINISHED:
         warn(
             f"{_percent(metrics['unfinished'])} of the replies did not end within "
             f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens, or "
             "the model does not use its end token"
         )
+
+
+def _reply_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    count, estimates = metrics["samples"], metrics["pass"]
+    shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if 1 < n < count] + [count] * (count > 1)
+    return {
+        **{
+            f"pass@{n}": _percent(
+                estimates[str(n)]["estimate"], estimates[str(n)]["standard_error"]
+            )
+            for n in shown
+        },
+        "unfinished replies": _percent(metrics["unfinished"]),
+        "replies without an answer": _percent(metrics["no_answer_found"]),
+        "mean reply tokens": f"{metrics['mean_reply_tokens']:.1f}",
+        "check timeouts": metrics["check_timeouts"],
+        "check crashes": metrics["check_crashes"],
+    }
 
 
 def _percent(share: float, error: float | None = None) -> str:

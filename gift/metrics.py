@@ -66,15 +66,34 @@ def summarize(
         "check_timeouts": sum(s["problem"] == "timeout" for s in samples),
         "check_crashes": sum(s["problem"] == "crash" for s in samples),
     }
+    return {**metrics, "groups": _by_group(accuracies, groups)}
+
+
+def summarize_choices(
+    samples: Sequence[dict[str, Any]], groups: Sequence[str | None] | None = None
+) -> dict[str, Any]:
+    """Metrics of rows of samples.jsonl of multiple choices, one a question; `groups` likewise."""
+    accuracies = [float(sample["correct"]) for sample in samples]
+    right = [sample["probabilities"][sample["answer"]] for sample in samples]
+    return {
+        "questions": len(samples),
+        **_mean(accuracies, "accuracy"),
+        "mean_probability_of_answer": fmean(right),
+        "groups": _by_group(accuracies, groups),
+    }
+
+
+def _by_group(
+    accuracies: Sequence[float], groups: Sequence[str | None] | None
+) -> dict[str, dict[str, Any]]:
     members: dict[str, list[float]] = defaultdict(list)
-    for group, accuracy in zip(groups or [None] * len(correct), accuracies, strict=True):
+    for group, accuracy in zip(groups or [None] * len(accuracies), accuracies, strict=True):
         if group is not None:
             members[group].append(accuracy)
-    metrics["groups"] = {
+    return {
         group: {"questions": len(values), **_mean(values, "accuracy")}
         for group, values in sorted(members.items())
     }
-    return metrics
 
 
 def _mean(values: Sequence[float], name: str) -> dict[str, float | None]:

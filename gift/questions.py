@@ -1,9 +1,9 @@
 """Questions with known answers: rows of a JSONL file, and the prompts they become."""
 
 import math
-from collections.abc import Collection, Sequence
+import string
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,6 @@ from gift.rows import (
     Conversation,
     Message,
     add_system,
-    json_lines,
     read_messages,
     read_question,
     read_tools,
@@ -22,23 +21,26 @@ from gift.rows import (
 )
 from gift.targets import check_rendered, render
 
+LETTERS = string.ascii_uppercase
 QUESTION_FIELDS = ("instruction", "problem", "question", "prompt")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row: `line` counts from 1, `answer` is text even if the file has a number."""
+    """One row: `place` is for messages, `answer` is text even if the file has a number."""
 
-    line: int
+    place: str
     turns: list[Message]
-    answer: str
+    answer: str  # of a multiple choice the letter
     group: str | None = None
     tools: list[dict[str, Any]] | None = None
+    choices: list[str] | None = None
 
 
 def read_questions(
-    path: Path,
+    rows: Iterable[tuple[str, int, dict[str, Any]]],
     *,
+    choices: bool = False,
     limit: int | None = None,
     question_field: str | None = None,
     group_by: str | None = None,
@@ -46,27 +48,57 @@ def read_questions(
     prompt_suffix: str | None = None,
     ignore: Collection[str] = (),
 ) -> list[Question]:
-    """Reads the rows with what the options add to each prompt; the options are EvaluateOptions'.
+    """The rows as questions with what the options add to each prompt; see EvaluateOptions.
+
+    Args:
+        rows: each with its place and number, as `json_lines` reads them.
+        choices: whether each is a multiple choice, with its options in `choices`.
 
     Raises:
-        InputError: names file and line of the first row that cannot be used.
+        InputError: names the place of the first row that cannot be used.
     """
     for option, text in (("system-prompt", system_prompt), ("prompt-suffix", prompt_suffix)):
         refuse_surrogates(text, f"--{option}")
     questions = []
-    for place, line, row in json_lines(path):
+    for place, _, row in rows:
         if len(questions) == limit:
             break
         row = {key: value for key, value in row.items() if key not in ignore}
         refuse_unread(row, place)
         turns = add_system(_turns(row, question_field, place, ignore), row, place)
         tools = read_tools(row, place)
+        options = _choices(row, place) if choices else None
+        if options is not None:
+            lettered = map(". ".join, zip(LETTERS, options, strict=False))
+            turns = _extend(turns, None, "\n" + "\n".join(lettered) + "\n", place)
         turns = _extend(turns, system_prompt, prompt_suffix, place)
         group = None if group_by is None else _group(row, group_by, place)
-        questions.append(Question(line, turns, _answer(row, place), group, tools))
-    if not questions:
-        raise InputError(f"--data: {path} has no rows")
+        answer = _answer(row, place) if options is None else _letter(row, options, place)
+        questions.append(Question(place, turns, answer, group, tools, options))
     return questions
+
+
+def _choices(row: dict[str, Any], place: str) -> list[str]:
+    choices: Any = row.get("choices")
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not texts or not 2 <= len(choices) <= len(LETTERS):
+        raise InputError(
+            f"{place}: `choices` must be a list of 2 to {len(LETTERS)} texts, got {choices!r}"
+        )
+    return choices
+
+
+def _letter(row: dict[str, Any], choices: list[str], place: str) -> str:
+    """The letter of the right option; the row has it, or its place counted from 0."""
+    answer, letters = row.get("answer"), LETTERS[: len(choices)]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return letters[answer]
+    if isinstance(answer, str) and answer.strip() in [*letters]:
+        return answer.strip()
+    raise InputError(
+        f"{place}: `answer` must be a letter of {letters} or a place from 0 to {len(choices) - 1}, "
+        f"got {answer!r}"
+    )
 
 
 def _answer(row: dict[str, Any], place: str) -> str:
@@ -139,18 +171,15 @@ def _extend(
     return [{"role": "system", "content": system_prompt}, *turns]
 
 
-def render_prompts(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], path: Path
-) -> list[str]:
+def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
     """The prompts as the tokenizer's chat template writes them, up to the header of the reply.
 
     They hold every special token the model wants: tokenise them without adding any. InputError
-    names the line of `path` whose prompt the template rejects or renders incompletely.
+    names the row whose prompt the template rejects or renders incompletely.
     """
     texts = []
     for question in questions:
         conversation = Conversation(question.turns, question.tools)
-        place = f"{path}, line {question.line}"
-        texts.append(render(conversation, tokenizer, place, prompt=True))
-        check_rendered(place, conversation, texts[-1], tokenizer, prompt=True)
+        texts.append(render(conversation, tokenizer, question.place, prompt=True))
+        check_rendered(question.place, conversation, texts[-1], tokenizer, prompt=True)
     return texts

@@ -41,6 +41,7 @@ from gift.publish import (
     replaced_path,
 )
 from gift.train import train
+from gift.weighting import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}
@@ -69,6 +70,7 @@ def run(config: RunOptions) -> dict[str, str]:
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
     config.refuse_unread_settings()
+    check_weighting(config)
     _refuse_other_shapes(
         config,
         _check_model(config, "--base", config.base),
@@ -211,18 +213,18 @@ def _stages(config: RunOptions) -> list[Stage]:
             ],
         ),
     ]
-    if config.eval_data is not None:
-        if not config.eval_data.is_file():
-            raise InputError(f"--eval-data: {config.eval_data}: no such file")
-        options = _pick(
-            EvaluateConfig,
-            config,
-            prefix="eval_",
-            model=str(merged),
-            data=config.eval_data,
-            output=config.output / "evaluation",
-        )
-        questions = hash_file(config.eval_data)
+    options = _pick(
+        EvaluateConfig,
+        config,
+        prefix="eval_",
+        model=str(merged),
+        data=config.eval_data,
+        output=config.output / "evaluation",
+    )
+    if options.data is not None and not options.data.is_file():
+        raise InputError(f"--eval-data: {options.data}: no such file")
+    if options.data is not None or options.benchmark is not None:
+        questions = hash_file(options.data) if options.data else ""
         stages.append(Stage("evaluate", options, evaluate, lambda: [questions, stages[-2].key()]))
     return stages
 

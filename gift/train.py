@@ -31,6 +31,7 @@ from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
 from gift.models import (
     check_head,
@@ -53,8 +54,8 @@ from gift.weighting import (
     STATISTICS,
     GuidedRow,
     check_weighting,
-    find_turn_ends,
-    guide_confidence,
+    gather_targets,
+    guided_rows,
     known_zeros,
     token_weights,
 )
@@ -84,10 +85,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         data = encode_file(config.data, tokenizer, config, context)
         if store is not None:
             require_same_rows(store, data, tokenizer)
-        rows = [
-            GuidedRow(example, torch.from_numpy(store.row(example.row)) if store else None)
-            for example in data.kept
-        ]
+        annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
+        lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
+        rows = guided_rows(config, data.kept, annotated, lines)
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         made_from = {
@@ -231,18 +231,18 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedR
         examples = [row.example for row in micro]
         ids, attention, predicts = pad_batch(examples, device)
         hidden = last_hidden_state(base, ids, attention)[predicts].to(head.weight.dtype)
-        guide, turn_ends = guide_confidence(micro, device), find_turn_ends(examples, device)
-        left_out = known_zeros(config, guide, turn_ends)
+        targets = gather_targets(micro).to(device)
+        left_out = known_zeros(config, targets)
         nll, stats = weighted_ce(
             hidden,
             head.weight,
             target_ids(examples, device).masked_fill(left_out, IGNORE_INDEX),
             reduction="none",
             ignore_index=IGNORE_INDEX,
-            stats=("top1", *STATISTICS),
+            stats=("top1", *STATISTICS[config.weighting]),
             **head.options(),
         )
-        weight = token_weights(config, stats, guide, turn_ends)
+        weight = token_weights(config, stats, targets)
         # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
         row_loss = torch.where(weight == 0, 0, weight * nll)
         loss = row_loss.sum()
@@ -253,8 +253,10 @@ def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedR
         assert stats.top1 is not None
         totals = (loss, nll, weight, torch.ones_like(nll), ~left_out, stats.top1)
         sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
-        if guide is not None:
-            band = torch.bucketize(guide, torch.tensor(BAND_EDGES, device=device), right=True)
+        if targets.guide is not None:
+            band = torch.bucketize(
+                targets.guide, torch.tensor(BAND_EDGES, device=device), right=True
+            )
             sums[len(SUMS) :].index_add_(0, band, row_loss.detach().double())
     _refuse_not_finite(bad_rows)
     return sums
@@ -286,7 +288,7 @@ def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, A
     if config.guided and store is None:
         raise InputError(
             f"--confidence: --weighting {config.weighting} needs the folder that gift annotate "
-            "made; or choose --weighting uniform or self"
+            "made; or choose --weighting uniform, self or entropy"
         )
     if config.tokenizer is not None:
         return store, load_tokenizer(resolve_model(config.tokenizer))

@@ -2,100 +2,261 @@
 change or to add one.
 
 The loss asks the kernels for each token's nll and for STATISTICS, forms the weights here without
-gradient, and adds up weight times nll.
+gradient, and adds up weight times nll. What the trained model has no part in, the weights of
+`--weighting guide` and `--control`, is formed once before training, by `guided_rows`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gift.config import TrainOptions
+from gift.controls import controlled_weights
 from gift.data import Example
 from gift.errors import InputError
 from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight
 
-# What `token_weights` reads of the trained model; to weight by its entropy, add "entropy".
-STATISTICS: tuple[Statistic, ...] = ("confidence",)
+# What `token_weights` reads of the trained model, by weighting.
+STATISTICS: dict[str, tuple[Statistic, ...]] = {
+    "uniform": (),
+    "self": ("confidence",),
+    "guide": (),
+    "own-times-guide": ("confidence",),
+    "excess": ("nll",),
+    "entropy": ("entropy",),
+}
+# Options that would change what a weighting does not have.
+UNREAD = {
+    "uniform": ("confidence_level", "confidence_floor", "confidence_power", "confidence_threshold"),
+    "excess": ("confidence_level",),
+}
+# EAFT takes the entropy of the 20 likeliest tokens, as an approximation of that of all, over the
+# most that 20 tokens can have.
+ENTROPY_SCALE = log(20)
 
 
 @dataclass(frozen=True)
 class GuidedRow:
-    """One row for the loss: its example, and the guide's confidences float32 [targets] if any."""
+    """One row for the loss; of its targets, [targets]:
+
+    the guide's confidence float32 if any, the weight float32 under `--weighting guide`, and the
+    place int64 of the first of those with which the target shares its confidence.
+    """
 
     example: Example
     confidence: Tensor | None
+    weight: Tensor | None
+    span: Tensor
+
+
+class Targets(NamedTuple):
+    """What is known of N target tokens before the trained model reads them, all [N].
+
+    `guide` has the annotated confidences float32 (None without a store), `guide_weight` the weights
+    float32 of `--weighting guide` (None under another), `turn_ends` is True on the last token of
+    each turn. `row` and `span` int64 are the places of the first token of the row, and of the
+    stretch of tokens that share one confidence.
+    """
+
+    guide: Tensor | None
+    guide_weight: Tensor | None
+    turn_ends: Tensor
+    row: Tensor
+    span: Tensor
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same on a device."""
+        return Targets(*(None if tensor is None else tensor.to(device) for tensor in self))  # pyright: ignore
 
 
 def check_weighting(config: TrainOptions) -> None:
-    """InputError where options would change confidences and the weighting has none."""
-    for name in ("confidence_floor", "confidence_power", "confidence_threshold"):
-        is_given = getattr(config, name) != TrainOptions.model_fields[name].default
-        if config.weighting == "uniform" and is_given:
+    """InputError where an option would change what the weighting does not have."""
+    fields = TrainOptions.model_fields
+    for name in UNREAD.get(config.weighting, ()):
+        if getattr(config, name) != fields[name].default:
             raise InputError(
-                f"--{name.replace('_', '-')}: --weighting uniform has no confidence to change; "
-                "leave it out, or choose another --weighting"
+                f"--{name.replace('_', '-')}: --weighting {config.weighting} has no confidence to "
+                "change; leave it out, or choose another --weighting"
             )
+    if config.excess_share != fields["excess_share"].default and config.weighting != "excess":
+        raise InputError(
+            f"--excess-share: --weighting {config.weighting} has none; leave it out, or choose "
+            "--weighting excess"
+        )
+    if config.control is not None and config.weighting != "guide":
+        raise InputError(
+            f"--control: --weighting {config.weighting} is not formed of the guide's confidences "
+            "alone; a control needs --weighting guide"
+        )
+    if config.control == "shuffle" and config.confidence_level == "sequence":
+        raise InputError(
+            "--control: with --confidence-level sequence a response's tokens have one confidence, "
+            "and to shuffle them changes nothing; choose --control random"
+        )
 
 
-def token_weights(
-    config: TrainOptions, own: TokenStats, guide: Tensor | None, turn_ends: Tensor
-) -> Tensor:
-    """Weights float32 [N] of N target tokens, transformed as the options say.
+def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Tensor:
+    """Weights float32 [N] of N target tokens, as the options say.
 
-    `own` has the trained model's STATISTICS [N], `guide` the annotated confidences [N] (None
-    without a store), `turn_ends` is True [N] on the last token of each turn.
+    `own` has the trained model's STATISTICS of the weighting, [N].
     """
-    q, transform = own.confidence, _transform(config)
-    assert q is not None
-    match config.weighting:
-        case "uniform":  # plain SFT; on the base model Shadow-FT, arXiv 2505.12716
-            weight = torch.ones_like(q)
-        case "self":  # DFT, arXiv 2508.05629
-            weight = transform_weight(q, transform)
-        case "guide":  # GIFT, ACL 2026, arXiv 2605.01256
-            assert guide is not None
-            weight = transform_weight(guide, transform)
-        case "own-times-guide":  # the product of the two, for what both models hold likely
-            assert guide is not None
-            weight = transform_weight(q * guide, transform)
+    q, guide = own.confidence, targets.guide
+    if config.weighting == "uniform":  # plain SFT; on the base model Shadow-FT, arXiv 2505.12716
+        weight = torch.ones(len(targets.row), device=targets.row.device)
+    elif config.weighting == "guide":  # GIFT, ACL 2026, arXiv 2605.01256
+        assert targets.guide_weight is not None
+        weight = targets.guide_weight
+    else:
+        match config.weighting:
+            case "self":  # DFT, arXiv 2508.05629
+                assert q is not None
+                signal = q
+            case "own-times-guide":  # the product of the two, for what both models hold likely
+                assert q is not None and guide is not None
+                signal = q * guide
+            case "excess":  # own loss above the guide's, 1 on the largest: Rho-1, arXiv 2404.07965
+                assert own.nll is not None and guide is not None
+                # Both may hold the token impossible: ∞ − ∞ is no reason to learn it.
+                excess = (own.nll + torch.log(guide)).nan_to_num(-torch.inf)
+                signal = _top_share(config, excess, targets)
+            case "entropy":  # own entropy over its scale, at most 1: EAFT, arXiv 2601.02151
+                assert own.entropy is not None
+                signal = (own.entropy / ENTROPY_SCALE).clamp(max=1)
+        weight = transform_weight(_shared(config, signal, targets.span), _transform(config))
     if config.end_weight is not None:
-        weight = torch.where(turn_ends, config.end_weight, weight)
+        weight = torch.where(targets.turn_ends, config.end_weight, weight)
     return weight
 
 
-def known_zeros(config: TrainOptions, guide: Tensor | None, turn_ends: Tensor) -> Tensor:
+def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
     """Where bool [N] `token_weights` is 0 whatever the trained model says.
 
     These targets are left out of the loss's matrix products.
     """
-    zero = torch.zeros_like(turn_ends)
-    if config.guided:
-        # With q <= 1 too: q · guide is not above the guide's, and the transform keeps their order.
-        assert guide is not None
-        zero = transform_weight(guide, _transform(config)) == 0
+    zero = torch.zeros_like(targets.turn_ends)
+    if config.weighting == "guide":
+        assert targets.guide_weight is not None
+        zero = targets.guide_weight == 0
+    elif config.weighting == "own-times-guide":
+        # q · guide is not above the guide's; its mean and the transform keep that order.
+        assert targets.guide is not None
+        shared = _shared(config, targets.guide, targets.span)
+        zero = transform_weight(shared, _transform(config)) == 0
     if config.end_weight is not None:
-        zero = torch.where(turn_ends, config.end_weight == 0, zero)
+        zero = torch.where(targets.turn_ends, config.end_weight == 0, zero)
     return zero
 
 
-def guide_confidence(rows: Sequence[GuidedRow], device: torch.device) -> Tensor | None:
-    """The annotated confidences float32 [N] of the rows' targets; None without a store."""
+def guided_rows(
+    config: TrainOptions,
+    examples: Sequence[Example],
+    confidence: Sequence[Tensor] | None,
+    line_starts: Sequence[np.ndarray] | None = None,
+) -> list[GuidedRow]:
+    """The rows for the loss.
+
+    Args:
+        confidence: float32 [targets] by example, None without a store.
+        line_starts: for `--confidence-level step`, what `lines.line_starts` finds.
+    """
+    lines = line_starts or [None] * len(examples)
+    spans = [_span(config, *pair) for pair in zip(examples, lines, strict=True)]
+    weights: Sequence[Tensor | None] = [None] * len(examples)
+    if config.weighting == "guide":
+        assert confidence is not None
+        shared = [_shared(config, q, span) for q, span in zip(confidence, spans, strict=True)]
+        weights = _guide_weights(config, examples, shared)
+    return [
+        GuidedRow(example, confidence[number] if confidence else None, weights[number], span)
+        for number, (example, span) in enumerate(zip(examples, spans, strict=True))
+    ]
+
+
+def gather_targets(rows: Sequence[GuidedRow]) -> Targets:
+    """The targets of some rows, one row after the other."""
+    sizes = torch.tensor([row.example.targets for row in rows])
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     given = [row.confidence for row in rows if row.confidence is not None]
-    return torch.cat(given).to(device) if given else None
+    weights = [row.weight for row in rows if row.weight is not None]
+    return Targets(
+        guide=torch.cat(given) if given else None,
+        guide_weight=torch.cat(weights) if weights else None,
+        turn_ends=torch.cat([find_turn_ends(row.example) for row in rows]),
+        row=starts,
+        span=starts + torch.cat([row.span for row in rows]),
+    )
 
 
-def find_turn_ends(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """Which targets bool [N] of the examples are the last of their turn."""
-    ends = []
-    for example in examples:
-        following = np.append(example.is_target[1:], False)
-        ends.append(~following[example.is_target])
-    return torch.from_numpy(np.concatenate(ends)).to(device)
+def find_turn_ends(example: Example) -> Tensor:
+    """Which targets bool [targets] of the example are the last of their turn."""
+    following = np.append(example.is_target[1:], False)
+    return torch.from_numpy(~following[example.is_target])
+
+
+def _guide_weights(
+    config: TrainOptions, examples: Sequence[Example], confidence: Sequence[Tensor]
+) -> list[Tensor]:
+    transform = _transform(config)
+    if config.control is None:
+        return [transform_weight(q, transform) for q in confidence]
+    # Tokens of a fixed weight have no part in the control.
+    free = [
+        torch.ones(len(q), dtype=torch.bool)
+        if config.end_weight is None
+        else ~find_turn_ends(example)
+        for q, example in zip(confidence, examples, strict=True)
+    ]
+    rows = [example.row for example in examples]
+    return controlled_weights(config.control, config.seed, rows, confidence, free, transform)
+
+
+def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None) -> Tensor:
+    """Place int64 [targets] of the first target whose confidence is averaged with this one's."""
+    begins = np.ones(example.targets, bool)
+    if config.confidence_level != "token":
+        ends = find_turn_ends(example).numpy()
+        begins = np.append(True, ends[:-1])
+        if config.confidence_level == "step":
+            assert line_starts is not None
+            begins |= line_starts
+        if config.end_weight is not None:
+            begins |= ends
+    places = np.where(begins, np.arange(len(begins)), 0)
+    return torch.from_numpy(np.maximum.accumulate(places))
+
+
+def _shared(config: TrainOptions, signal: Tensor, span: Tensor) -> Tensor:
+    """The mean [N] of each span of the signal [N], on all its tokens."""
+    if config.confidence_level == "token":
+        return signal
+    sums = torch.zeros_like(signal, dtype=torch.float64).index_add_(0, span, signal.double())
+    counts = torch.zeros_like(sums).index_add_(0, span, torch.ones_like(sums))
+    return (sums[span] / counts[span]).to(signal.dtype)
+
+
+def _top_share(config: TrainOptions, score: Tensor, targets: Targets) -> Tensor:
+    """1 on the share of each row's tokens whose score [N] is largest, one at least; 0 elsewhere.
+
+    Of equal scores the earlier token comes first. Tokens of a fixed weight do not count.
+    """
+    counts = torch.ones_like(score)
+    if config.end_weight is not None:
+        counts = (~targets.turn_ends).to(score.dtype)
+        score = torch.where(targets.turn_ends, -torch.inf, score)
+    by_score = score.argsort(descending=True, stable=True)
+    # Row after row, so that a row's tokens have the places of the row, the largest score first.
+    order = by_score[targets.row[by_score].argsort(stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - targets.row
+    size = torch.zeros_like(score).index_add_(0, targets.row, counts)[targets.row]
+    return (rank < (config.excess_share * size).round().clamp(min=1)).to(score.dtype)
 
 
 def _transform(config: TrainOptions) -> WeightTransform:

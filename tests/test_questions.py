@@ -9,6 +9,7 @@ import tiny
 
 from gift.errors import InputError
 from gift.questions import read_questions, render_prompts
+from gift.rows import json_lines
 
 
 def write_data(path: Path, rows: list[Any]) -> Path:
@@ -16,10 +17,12 @@ def write_data(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+CHOICES = {"choices": True}
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("\n\n", {}, "has no rows"),
         ("{", {}, "line 2: not valid JSON"),
         ("[1]", {}, "line 2: expected a JSON object"),
         ('{"text": "a", "answer": 1}', {}, "line 2: no question; expected `instruction`.*text"),
@@ -49,6 +52,14 @@ def write_data(path: Path, rows: list[Any]) -> Path:
             "line 2: has a system turn",
         ),
         ('{"question": "a", "answer": 1}', {"group_by": "level"}, "line 2: --group-by level"),
+        ('{"question": "a", "answer": 0}', CHOICES, "`choices` must be a list of 2 to 26 texts"),
+        ('{"question": "a", "choices": ["b"], "answer": 0}', CHOICES, "2 to 26 texts, got .'b'."),
+        (
+            '{"question": "a", "choices": ["b", "c"], "answer": 2}',
+            CHOICES,
+            "line 2: `answer` must be a letter of AB or a place from 0 to 1, got 2",
+        ),
+        ('{"question": "a", "choices": ["b", "c"], "answer": "C"}', CHOICES, "letter of AB.*'C'"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith(("{", "[")) else "",
 )
@@ -56,15 +67,15 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, text, options, message):
     path = tmp_path / "data.jsonl"
     path.write_text("\n" + text + "\n")
     with pytest.raises(InputError, match=message):
-        read_questions(path, **options)
+        read_questions(json_lines(path), **options)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.jsonl: no such file"):
-        read_questions(tmp_path / "nothing.jsonl")
+        read_questions(json_lines(tmp_path / "nothing.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9", "answer": 1}')
     with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8"):
-        read_questions(tmp_path / "latin.jsonl")
+        read_questions(json_lines(tmp_path / "latin.jsonl"))
 
 
 def test_questions_are_found_and_limited(tmp_path):
@@ -74,11 +85,15 @@ def test_questions_are_found_and_limited(tmp_path):
         {"prompt": "broken"},
     ]
     path = write_data(tmp_path / "d.jsonl", rows)
-    first, second = read_questions(path, limit=2)
+    first, second = read_questions(json_lines(path), limit=2)
     assert (first.turns[0]["content"], first.answer) == ("same", "27")
-    assert (second.turns[0]["content"], second.answer, second.line) == ("a", "025", 2)
+    assert (second.turns[0]["content"], second.answer, second.place) == (
+        "a",
+        "025",
+        f"{path}, line 2",
+    )
     path = write_data(tmp_path / "d.jsonl", rows[1:2])
-    assert read_questions(path, question_field="body")[0].turns[0]["content"] == "b"
+    assert read_questions(json_lines(path), question_field="body")[0].turns[0]["content"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -92,23 +107,23 @@ def test_what_no_model_could_read_is_refused(tmp_path, row, message):
     path = tmp_path / "d.jsonl"
     path.write_text(row)
     with pytest.raises(InputError, match=f"line 1.*{message}"):
-        read_questions(path)
+        read_questions(json_lines(path))
 
 
 def test_system_tools_and_input_of_a_question_are_asked(tmp_path):
     tools = [{"name": "add"}]
     row = {"system": "S", "instruction": "Add.", "input": "2 3", "tools": tools, "answer": 5}
-    (question,) = read_questions(write_data(tmp_path / "d.jsonl", [row]))
+    (question,) = read_questions(json_lines(write_data(tmp_path / "d.jsonl", [row])))
     assert [turn["content"] for turn in question.turns] == ["S", "Add.\n\n2 3"]
     assert question.tools == tools
     with pytest.raises(InputError, match="does not render the tools"):
-        render_prompts(tiny.make_tokenizer(), [question], tmp_path / "d.jsonl")
+        render_prompts(tiny.make_tokenizer(), [question])
 
 
 def test_keys_named_in_ignore_keys_are_left_out_of_questions(tmp_path):
     row = {"instruction": "Add.", "history": [["a", "b"]], "answer": 5}
     path = write_data(tmp_path / "d.jsonl", [row])
     with pytest.raises(InputError, match="--ignore-keys history"):
-        read_questions(path)
-    (question,) = read_questions(path, ignore={"history"})
+        read_questions(json_lines(path))
+    (question,) = read_questions(json_lines(path), ignore={"history"})
     assert [turn["content"] for turn in question.turns] == ["Add."]

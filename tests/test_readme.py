@@ -28,6 +28,7 @@ from gift import cli
 from gift.config import DataOptions
 from gift.data import encode_file
 from gift.questions import read_questions
+from gift.rows import json_lines
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -113,7 +114,7 @@ def read_data(text: str, folder: Path) -> None:
     path = folder / "example.jsonl"
     path.write_text(text, encoding="utf-8")
     if '"answer"' in text:
-        assert read_questions(path)
+        assert read_questions(json_lines(path))
     else:
         data = encode_file(path, tiny.make_tokenizer(), DataOptions())
         assert len(data.kept) == len(text.splitlines()) and not data.notes

@@ -180,9 +180,16 @@ def test_a_base_of_another_shape_is_refused_first(folder, tmp_path, architecture
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_of_another_merge_method_are_refused_first(folder, tmp_path):
-    with pytest.raises(InputError, match="--trim-keep: --method lora does not read it"):
-        run(config(folder, tmp_path / "out", trim_keep=50))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trim_keep": 50}, "--trim-keep: --method lora does not read it"),
+        ({"control": "random", "weighting": "self"}, "--control: --weighting self"),
+    ],
+)
+def test_settings_that_another_choice_reads_are_refused_first(folder, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        run(config(folder, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 

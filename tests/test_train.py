@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from math import log
 from pathlib import Path
 
 import numpy as np
@@ -96,12 +97,18 @@ def reference_gradient(folder: Path, weighting: str, normalization: str) -> list
         ids = torch.from_numpy(example.input_ids).long()
         logits = adapted(ids[None]).logits[0, :-1]
         nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        nll = nll[torch.from_numpy(example.is_target[1:])]
+        predicts = torch.from_numpy(example.is_target[1:])
+        nll, own = nll[predicts], torch.softmax(logits[predicts].detach(), -1)
+        guide, p = torch.from_numpy(store.row(example.row)), torch.exp(-nll.detach())
+        excess = torch.zeros_like(p)
+        excess[torch.topk(guide / p, round(0.6 * len(p))).indices] = 1
         weight = {
-            "guide": torch.from_numpy(store.row(example.row)),
+            "guide": guide,
             "uniform": torch.ones_like(nll),
-            "self": torch.exp(-nll.detach()),
-            "own-times-guide": torch.exp(-nll.detach()) * torch.from_numpy(store.row(example.row)),
+            "self": p,
+            "own-times-guide": p * guide,
+            "excess": excess,
+            "entropy": (-(own * own.log()).sum(-1) / log(20)).clamp(max=1),
         }[weighting]
         total = total + (weight * nll).sum()
         tokens += len(nll)
@@ -113,7 +120,9 @@ def reference_gradient(folder: Path, weighting: str, normalization: str) -> list
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weights"])
-@pytest.mark.parametrize("weighting", ["guide", "uniform", "self", "own-times-guide"])
+@pytest.mark.parametrize(
+    "weighting", ["guide", "uniform", "self", "own-times-guide", "excess", "entropy"]
+)
 def test_gradient_is_that_of_the_weighted_loss_on_full_logits(
     folder, tmp_path, gradients, weighting, normalization
 ):
@@ -129,20 +138,29 @@ def test_gradient_is_that_of_the_weighted_loss_on_full_logits(
 def test_the_weights_matter(folder, gradients, tmp_path):
     """The guide's gradient is far from every other weighting's: the test above can tell them."""
     guide = torch.cat([g.flatten() for g in reference_gradient(folder, "guide", "weights")])
-    for weighting in ("uniform", "self", "own-times-guide"):
+    for weighting in ("uniform", "self", "own-times-guide", "excess", "entropy"):
         other = torch.cat([g.flatten() for g in reference_gradient(folder, weighting, "weights")])
         assert float((guide - other).norm() / guide.norm()) > 0.05
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "weights"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization": "tokens"},
+        {"normalization": "weights"},
+        {"weighting": "excess"},
+        {"control": "shuffle"},
+        {"weighting": "self", "confidence_level": "sequence"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
 def test_any_split_into_micro_batches_gives_the_same_gradients(
-    folder, tmp_path, gradients, normalization
+    folder, tmp_path, gradients, options
 ):
     splits = {}
     for size in (1, 2, 5):
         gradients.clear()
-        options = {"micro_batch_size": size, "normalization": normalization}
-        train(config(folder, tmp_path / f"adapter-{size}", **options))
+        train(config(folder, tmp_path / f"adapter-{size}", micro_batch_size=size, **options))
         splits[size] = [torch.cat([g.flatten() for g in step]) for step in gradients]
     assert len(splits[1]) == 2
     for size in (2, 5):
@@ -163,6 +181,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     folder, tmp_path, monkeypatch, interrupted_at
 ):
     options = {"lora_dropout": 0.2, "epochs": 3, "global_batch_size": 3, "checkpoint_steps": 2}
+    options |= {"control": "random"}
     train(config(folder, tmp_path / "whole", **options))
     real, calls = train_module.accumulate_gradients, []
 
@@ -211,7 +230,7 @@ def test_checkpoint_of_other_settings_is_not_used(folder, tmp_path, monkeypatch)
 
 def test_ranks_share_every_batch_and_may_have_none(folder, tmp_path):
     """Two processes, batches of three, two and one rows: the result is that of one process."""
-    options = {"global_batch_size": 3, "micro_batch_size": 2}
+    options = {"global_batch_size": 3, "micro_batch_size": 2, "control": "random"}
     train(config(folder, tmp_path / "one", **options))
     arguments = ["--output", str(tmp_path / "two")]
     for key, value in config(folder, tmp_path / "two", **options).model_dump(mode="json").items():
@@ -262,6 +281,24 @@ def test_loss_shares_by_confidence(folder, tmp_path):
     assert guide[low] < uniform[low], "weighting by confidence must take loss from low bands"
 
 
+def test_a_line_of_the_response_shares_its_confidence(folder, tmp_path):
+    rows = [{"instruction": "Add.", "response": "The sum is 5.\n\nThe answer is 5."}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    annotate(
+        AnnotateConfig(
+            model=str(folder / "instruct"), data=tmp_path / "rows.jsonl", output=tmp_path / "store"
+        )
+    )
+    settings = {"data": tmp_path / "rows.jsonl", "confidence": tmp_path / "store"}
+    token, step = (
+        train(config(folder, tmp_path / level, confidence_level=level, **settings))
+        for level in ("token", "step")
+    )
+    mean_weights = [metrics(tmp_path / level, "mean_weight")[0] for level in ("token", "step")]
+    assert mean_weights[0] == pytest.approx(mean_weights[1], rel=1e-6)
+    assert token["first_loss"] != step["first_loss"]
+
+
 def test_divergence_stops_with_the_row_ids(folder, tmp_path):
     with pytest.raises(InputError, match=r"not finite in a micro-batch with rows \[\d"):
         train(config(folder, tmp_path / "adapter", learning_rate=1e30, max_grad_norm=1e30))
@@ -301,6 +338,7 @@ def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, cha
         ({"confidence": None, "weighting": "uniform"}, "--tokenizer: without --confidence"),
         ({"confidence": None, "weighting": "own-times-guide"}, "own-times-guide needs the folder"),
         ({"weighting": "uniform", "confidence_floor": 0.5}, "--confidence-floor: .*uniform"),
+        ({"confidence": None, "weighting": "excess"}, "--weighting excess needs the folder"),
         ({"lora_targets": "nothing_proj"}, "--lora-targets: .*nothing_proj"),
         ({"confidence": Path("/no/store")}, "is no confidence store"),
     ],
@@ -309,6 +347,7 @@ def test_store_of_another_tokenizer_or_template_is_refused(folder, tmp_path, cha
         "no-tokenizer",
         "product-no-store",
         "uniform-floor",
+        "excess-no-store",
         "targets",
         "missing-store",
     ],

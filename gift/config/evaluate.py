@@ -1,20 +1,38 @@
 """Options of `gift evaluate`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from gift.benchmarks import BENCHMARKS
 from gift.config.options import LARGEST_SEED, DeviceOptions, OutputOptions, RowOptions
+from gift.errors import InputError
+
+if TYPE_CHECKING:
+    BenchmarkName = str
+else:
+    BenchmarkName = Literal[tuple(BENCHMARKS)]
+# What only generated replies have.
+GENERATION = (
+    *("answer_pattern", "check_timeout", "unfinished", "samples", "temperature", "top_p"),
+    *("max_new_tokens", "seed"),
+)
 
 
 class EvaluateOptions(RowOptions):
     """How to ask and how to check."""
 
-    check: Literal["exact", "math"] = Field(
-        default="math",
+    benchmark: BenchmarkName | None = Field(
+        default=None,
+        description="A benchmark by name: its data set is downloaded (needs the extra `hub`) or "
+        "read from --data in its own format; it sets the check and the prompt.",
+    )
+    check: Literal["exact", "math", "choice"] | None = Field(
+        default=None,
         description="How an answer is compared with the reference: math-verify (needs the extra "
-        "`eval`), or text equality that ignores differences in white space.",
+        "`eval`), text equality that ignores differences in white space, or the option with the "
+        "likeliest letter, without a reply. By default the benchmark's, else math.",
     )
     answer_pattern: str | None = Field(
         default=None,
@@ -65,12 +83,26 @@ class EvaluateOptions(RowOptions):
         default=None, description="Field of the data whose values get an accuracy each."
     )
 
+    def check_by(self) -> Literal["exact", "math", "choice"]:
+        """The check in effect; InputError where an option has no part in it."""
+        check = self.check or (BENCHMARKS[self.benchmark].check if self.benchmark else "math")
+        defaults = EvaluateOptions.model_fields
+        for name in GENERATION if check == "choice" else ():
+            if getattr(self, name) != defaults[name].default:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: the answer of a multiple choice is its likeliest "
+                    "letter, nothing is generated; leave it out"
+                )
+        return check
+
 
 class EvaluateConfig(EvaluateOptions, DeviceOptions, OutputOptions):
     """Options of `gift evaluate`."""
 
     model: str = Field(description="Model to evaluate: a local folder or a hub id.")
-    data: Path = Field(
+    data: Path | None = Field(
+        default=None,
         description="JSONL rows: a question (instruction, problem, question, prompt or messages) "
-        "and its `answer`, a text or a number."
+        "and its `answer`, a text or a number; for --check choice also `choices`, a list of texts, "
+        "and the answer's letter or its place counted from 0.",
     )

@@ -25,7 +25,9 @@ class RunOptions(_RunStages, OutputOptions):
         description="JSONL rows: instruction/response, prompt/completion or messages."
     )
     eval_data: Path | None = Field(
-        default=None, description="JSONL questions with answers; without it nothing is evaluated."
+        default=None,
+        description="JSONL questions with answers; without it and --eval-benchmark nothing is "
+        "evaluated.",
     )
 
 

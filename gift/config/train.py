@@ -11,10 +11,29 @@ from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Option
 class TrainOptions(Options):
     """How the adapter is trained; defaults are the paper's settings."""
 
-    weighting: Literal["guide", "uniform", "self", "own-times-guide"] = Field(
+    weighting: Literal["guide", "uniform", "self", "own-times-guide", "excess", "entropy"] = Field(
         default="guide",
         description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
-        "SFT), the trained model's own confidence (DFT) or the product of both confidences.",
+        "SFT), the trained model's own confidence (DFT), the product of both confidences, 1 on the "
+        "tokens whose loss is most above the guide's (Rho-1), or the trained model's own entropy "
+        "(EAFT).",
+    )
+    excess_share: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="Share of each row's tokens that --weighting excess learns from.",
+    )
+    confidence_level: Literal["token", "step", "sequence"] = Field(
+        default="token",
+        description="Which tokens share their mean confidence: none, those of a line of the "
+        "response, or all of a response.",
+    )
+    control: Literal["shuffle", "random", "invert", "constant"] | None = Field(
+        default=None,
+        description="Control of --weighting guide: a row's confidences in a random order, "
+        "confidences drawn from all rows, 1 minus each, or their mean; scaled to the same mean "
+        "weight. Drawn by --seed.",
     )
     normalization: Literal["tokens", "weights"] = Field(
         default="tokens",
@@ -78,7 +97,7 @@ class TrainOptions(Options):
     @property
     def guided(self) -> bool:
         """Whether the weights need the guide's confidences."""
-        return self.weighting in ("guide", "own-times-guide")
+        return self.weighting in ("guide", "own-times-guide", "excess")
 
 
 class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
@@ -90,8 +109,8 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     )
     confidence: Path | None = Field(
         default=None,
-        description="Folder made by gift annotate from the same data; needed for guide and "
-        "own-times-guide.",
+        description="Folder made by gift annotate from the same data; needed for guide, "
+        "own-times-guide and excess.",
     )
     tokenizer: str | None = Field(
         default=None,

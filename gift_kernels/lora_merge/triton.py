@@ -1,4 +1,4 @@
-"""Triton kernel of the LoRA merge: out = round(W + scale · B A), one pass over W.
+"""Triton kernels of the LoRA merge: out = round(W + scale · B A), one pass over W.
 
 Letters: E experts, M out, K in, R rank. A program makes TILES_M tiles [BLOCK_M, BLOCK_K] of the
 result below one another. Its columns of A stay on the multiprocessor if R ≤ BLOCK_R, so a
@@ -6,15 +6,21 @@ tile reads only W and a few rows of B from L2. W is read once and the result wri
 the evict-first hint: the lower bound is 4 bytes per element for 16-bit weights.
 
 Products are accumulated in float32, the scale multiplies the accumulator (a scaled 16-bit factor
-would be rounded once more), and the sum is rounded once. 16-bit factors go to the tensor cores as
-they are. A float32 factor x is the sum of three bfloat16 numbers of 8 bits each,
+would be rounded once more), and the sum is rounded once. 16-bit factors of one dtype go to the
+tensor cores as they are ("native"). All others are split once per call into float16 numbers of 11
+bits, a high and a low part ("split", the scheme of Ootomo and Yokota, arXiv 2203.03341):
 
-    x = x₀ + x₁ + x₂    x₀ = bf16(x)    x₁ = bf16(x − x₀)    x₂ = x − x₀ − x₁
+    x = s (x₀ + x₁) + δ    s a power of two    x₀ = fp16(x / s)    x₁ = fp16(x / s − x₀)
 
-so its product needs the pairs x_i y_j with i + j ≤ 2 only: three products if the other factor is
-bfloat16 (nothing is dropped), six if it is float32 (at most 2⁻²³ |x y| is dropped, 2⁻²⁸ as a rule).
-This gives float32 accuracy at tensor core speed; TF32 has only 11 bits. If W is float32 too, the
-products are plain float32 instead, because the tensor cores' less exact sums could be visible.
+and b a is made of three products: s_b s_a (b₁ a₀ + b₀ a₁ + b₀ a₀). Every row of B and every column
+of A has its own s, which brings its largest entry to [2¹⁴, 2¹⁵), so that
+|δ| ≤ 2⁻²² |x| + 2⁻³⁹ (largest entry), and an entry of B A is off by at most
+
+    3 · 2⁻²² Σ_r |b_r a_r|  +  R · 2⁻³⁸ (largest |b_r|) (largest |a_r|)
+
+beside the rounding of float32 sums, at the speed of 16-bit products (TF32 runs at half of it).
+If W is float32 too, the products are plain float32 instead ("wide"), because the tensor cores' less
+exact sums could be visible.
 
 Several adapters become one: factors are concatenated along R, and unless all scales are equal each
 scale is multiplied into its own B in float32.
@@ -27,7 +33,7 @@ bits are transposed.
 
 import functools
 import os
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -40,6 +46,7 @@ from gift_kernels.interpreter import correct_bfloat16
 correct_bfloat16()
 
 AUTOTUNE_VARIABLE = "GIFT_KERNELS_AUTOTUNE"  # "0": always the first configuration
+SPLIT_BLOCK = 32  # rows of B, or columns of A, that a program splits
 Path = Literal["native", "split", "wide"]
 
 
@@ -48,62 +55,151 @@ def _config(block_m: int, block_k: int, tiles_m: int, stages: int, num_warps: in
     return triton.Config(tiles, num_warps=num_warps, num_stages=2)
 
 
-# Candidates of the autotuner for each way to multiply the factors, eight in all. Those with several
-# tiles and stages load the next tile of W while they compute; the others rely on the other blocks
-# of the same multiprocessor to hide the latency.
+# Candidates of the autotuner for each way to multiply the factors; the first fits every GPU. Those
+# with several stages load the next tile while they compute; the others rely on the other blocks of
+# the same multiprocessor to hide the latency.
 _CONFIGS: dict[Path, list[triton.Config]] = {
-    "native": [
-        _config(64, 128, 1, 1, 4),
-        _config(128, 128, 1, 1, 8),
-        _config(64, 128, 4, 3, 8),
-        _config(32, 128, 8, 3, 4),
-    ],
-    "split": [_config(64, 64, 8, 3, 4), _config(128, 64, 1, 1, 8)],
+    "native": [_config(64, 128, 1, 1, 4), _config(128, 128, 1, 1, 8), _config(64, 128, 4, 3, 8)],
+    "split": [_config(64, 64, 4, 2, 8), _config(64, 128, 4, 2, 4), _config(64, 128, 4, 1, 4)],
     "wide": [_config(32, 64, 1, 1, 4), _config(64, 64, 1, 1, 8)],
 }
 
 
 def configs(path: Path, stochastic: bool) -> list[triton.Config]:
     """What the autotuner may choose."""
-    # With random numbers the last one of "native" would not fit in the registers.
-    return _CONFIGS[path][:3] if stochastic else _CONFIGS[path]
+    # With random numbers the wide tiles of "split" would not fit in the registers.
+    return _CONFIGS[path][:1] if path == "split" and stochastic else _CONFIGS[path]
 
 
 def block_r(rank: int, path: Path) -> int:
     """Rows of A that are multiplied at a time; a dot needs 16 at least."""
-    if path != "native":
+    if path == "wide":
         return 16
     return max(16, triton.next_power_of_2(rank)) if rank <= 128 else 64
 
 
-@triton.jit
-def _split(x):
-    """Three bfloat16 tensors whose sum is x."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+class Strides(NamedTuple):
+    """Of an expert and of the two dimensions of its matrix."""
+
+    expert: int
+    row: int
+    column: int
+
+
+class Flags(NamedTuple):
+    """What a call needs of the kernel. SPLIT: A and B are what `_split_kernel` stores."""
+
+    SPLIT: bool
+    WIDE: bool
+    STOCHASTIC: bool
+    TRANSPOSED: bool
 
 
 @triton.jit
-def _dot(b, a, acc, WIDE: tl.constexpr):
-    """acc + b @ a. Small terms come first."""
-    if WIDE:
-        acc = tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
-    elif b.dtype == a.dtype and b.dtype != tl.float32:
-        acc = tl.dot(b, a, acc)
-    elif a.dtype == tl.bfloat16:
-        b0, b1, b2 = _split(b)
-        acc = tl.dot(b0, a, tl.dot(b1, a, tl.dot(b2, a, acc)))
-    elif b.dtype == tl.bfloat16:
-        a0, a1, a2 = _split(a)
-        acc = tl.dot(b, a0, tl.dot(b, a1, tl.dot(b, a2, acc)))
+def _split(
+    x_ptr,
+    parts_ptr,
+    scale_ptr,
+    size,
+    strides,
+    part_strides,
+    block,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Splits a block of x [items, r] into parts [2, items, padded]; size: items, r, padded."""
+    stride_x_r, stride_part, stride_part_r = strides[1], part_strides[0], part_strides[2]
+    rank, padded = size[1], size[2]
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size[0]
+    offs_r = tl.arange(0, BLOCK_R)
+    x_ptrs = x_ptr + offs[:, None] * strides[0] + offs_r.to(tl.int64)[None, :] * stride_x_r
+    high_ptrs = parts_ptr + offs[:, None] * part_strides[1] + offs_r[None, :] * stride_part_r
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        inside = mask[:, None] & (first + offs_r < rank)[None, :]
+        x = tl.abs(tl.load(x_ptrs + first * stride_x_r, mask=inside, other=0.0).to(tl.float32))
+        largest = tl.maximum(largest, tl.max(tl.where(x < float("inf"), x, 0.0), 1))
+    # 2^-112 keeps the scale and its inverse normal numbers.
+    power = tl.maximum(largest, 2.0**-112).to(tl.int32, bitcast=True) & 0x7F800000
+    scale = power.to(tl.float32, bitcast=True) * 2.0**-14
+    tl.store(scale_ptr + offs, scale, mask=mask)
+    for first in range(0, padded, BLOCK_R):
+        inside = mask[:, None] & (first + offs_r < rank)[None, :]
+        x = tl.load(x_ptrs + first * stride_x_r, mask=inside, other=0.0).to(tl.float32)
+        x *= (1.0 / scale)[:, None]
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+        tl.store(high_ptrs + first * stride_part_r, high, mask=mask[:, None])
+        tl.store(high_ptrs + stride_part + first * stride_part_r, low, mask=mask[:, None])
+
+
+@triton.jit
+def _split_kernel(
+    a_ptr,  # [E, R, K]
+    b_ptr,  # [E, M, R]
+    a_parts_ptr,  # [E, 2, RANK, K] float16
+    b_parts_ptr,  # [E, 2, M, RANK] float16
+    a_scale_ptr,  # [E, K] float32
+    b_scale_ptr,  # [E, M] float32
+    M,
+    K,
+    rank,
+    a_strides,
+    b_strides,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """High and low parts of both factors over their scales; zeros from `rank` to RANK."""
+    blocks_m = tl.cdiv(M, BLOCK)
+    blocks = blocks_m + tl.cdiv(K, BLOCK)
+    block = tl.program_id(0) % blocks
+    expert = (tl.program_id(0) // blocks).to(tl.int64)
+    if block < blocks_m:
+        _split(
+            b_ptr + expert * b_strides.expert,
+            b_parts_ptr + expert * 2 * RANK * M,
+            b_scale_ptr + expert * M,
+            (M, rank, RANK),
+            (b_strides.row, b_strides.column),
+            (M.to(tl.int64) * RANK, RANK, 1),
+            block,
+            BLOCK,
+            min(RANK, 64),
+        )
     else:
-        b0, b1, b2 = _split(b)
-        a0, a1, a2 = _split(a)
-        acc = tl.dot(b0, a2, tl.dot(b1, a1, tl.dot(b2, a0, acc)))
-        acc = tl.dot(b0, a0, tl.dot(b0, a1, tl.dot(b1, a0, acc)))
-    return acc
+        _split(
+            a_ptr + expert * a_strides.expert,
+            a_parts_ptr + expert * 2 * RANK * K,
+            a_scale_ptr + expert * K,
+            (K, rank, RANK),
+            (a_strides.column, a_strides.row),
+            (K.to(tl.int64) * RANK, 1, K),
+            block - blocks_m,
+            BLOCK,
+            min(RANK, 64),
+        )
+
+
+@triton.jit
+def _load_factor(ptrs, stride_part, mask, SPLIT: tl.constexpr):
+    """A tile of a factor, or of its high and low part."""
+    high = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last")
+    if SPLIT:
+        low = tl.load(ptrs + stride_part, mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        low = high
+    return high, low
+
+
+@triton.jit
+def _dot(b, b_low, a, a_low, acc, SPLIT: tl.constexpr, WIDE: tl.constexpr):
+    """acc + b @ a, small terms first."""
+    if WIDE:
+        return tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
+    if SPLIT:
+        acc = tl.dot(b, a_low, tl.dot(b_low, a, acc))
+    return tl.dot(b, a, acc)
 
 
 @triton.jit
@@ -129,38 +225,41 @@ def _round_stochastically(x, random_bits):
 def _lora_merge_kernel(
     w_ptr,  # [E, M, K]
     out_ptr,  # [E, M, K]
-    a_ptr,  # [E, R, K] contiguous
-    b_ptr,  # [E, M, R] contiguous
+    a_ptr,  # [E, R, K] contiguous, or [E, 2, R, K]
+    b_ptr,  # [E, M, R] contiguous, or [E, 2, M, R]
+    a_scale_ptr,  # [E, K] if SPLIT
+    b_scale_ptr,  # [E, M] if SPLIT
     scale,
     seed,
     M,
     K,
-    stride_w_e,
-    stride_w_m,
-    stride_w_k,
-    stride_out_e,
-    stride_out_m,
-    stride_out_k,
+    w_strides,
+    out_strides,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    WIDE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    FLAGS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    SPLIT: tl.constexpr = FLAGS.SPLIT
+    WIDE: tl.constexpr = FLAGS.WIDE
+    # Triton 3.6 loses the constants of a tuple inside a loop.
+    stride_w_m, stride_w_k = w_strides.row, w_strides.column
+    stride_out_m, stride_out_k = out_strides.row, out_strides.column
     blocks_k = tl.cdiv(K, BLOCK_K)
     blocks_m = tl.cdiv(M, BLOCK_M * TILES_M)
     pid = tl.program_id(0)
     pid_k = pid % blocks_k
     pid_m = (pid // blocks_k) % blocks_m
     expert = pid // (blocks_k * blocks_m)
-    w_ptr += expert.to(tl.int64) * stride_w_e
-    out_ptr += expert.to(tl.int64) * stride_out_e
-    a_ptr += expert.to(tl.int64) * RANK * K
-    b_ptr += expert.to(tl.int64) * RANK * M
+    first_a, first_b = expert.to(tl.int64) * K, expert.to(tl.int64) * M
+    w_ptr += expert.to(tl.int64) * w_strides.expert
+    out_ptr += expert.to(tl.int64) * out_strides.expert
+    part_a, part_b = RANK * K.to(tl.int64), RANK * M.to(tl.int64)
+    a_ptr += first_a * RANK * (1 + SPLIT)
+    b_ptr += first_b * RANK * (1 + SPLIT)
 
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -168,7 +267,7 @@ def _lora_merge_kernel(
     a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
     if RANK <= BLOCK_R:
         mask_a = (offs_r < RANK)[:, None] & mask_k[None, :]
-        a = tl.load(a_ptrs, mask=mask_a, other=0.0, eviction_policy="evict_last")
+        a, a_low = _load_factor(a_ptrs, part_a, mask_a, SPLIT)
 
     for tile in tl.range(0, TILES_M, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         offs_m = (pid_m * TILES_M + tile).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -180,21 +279,24 @@ def _lora_merge_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         if RANK <= BLOCK_R:
             mask_b = mask_m[:, None] & (offs_r < RANK)[None, :]
-            b = tl.load(b_ptrs, mask=mask_b, other=0.0, eviction_policy="evict_last")
-            acc = _dot(b, a, acc, WIDE)
+            b, b_low = _load_factor(b_ptrs, part_b, mask_b, SPLIT)
+            acc = _dot(b, b_low, a, a_low, acc, SPLIT, WIDE)
         else:
             for first_r in range(0, RANK, BLOCK_R):
                 mask_r = first_r + offs_r < RANK
                 mask_a = mask_r[:, None] & mask_k[None, :]
-                a = tl.load(a_ptrs + first_r * K, mask=mask_a, other=0.0)
-                b = tl.load(b_ptrs + first_r, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-                acc = _dot(b, a, acc, WIDE)
+                mask_b = mask_m[:, None] & mask_r[None, :]
+                a, a_low = _load_factor(a_ptrs + first_r * K, part_a, mask_a, SPLIT)
+                b, b_low = _load_factor(b_ptrs + first_r, part_b, mask_b, SPLIT)
+                acc = _dot(b, b_low, a, a_low, acc, SPLIT, WIDE)
+        if SPLIT:
+            a_scale = tl.load(a_scale_ptr + first_a + offs_k, mask=mask_k, other=0.0)
+            b_scale = tl.load(b_scale_ptr + first_b + offs_m, mask=mask_m, other=0.0)
+            # Not one after the other: acc * b_scale could overflow.
+            acc *= b_scale[:, None] * a_scale[None, :]
         merged = w.to(tl.float32) + scale * acc
-        out_ptrs = (
-            out_ptr + offs_m[:, None] * stride_out_m + offs_k.to(tl.int64)[None, :] * stride_out_k
-        )
-        if STOCHASTIC:
-            if TRANSPOSED:
+        if FLAGS.STOCHASTIC:
+            if FLAGS.TRANSPOSED:
                 first_group = (pid_m * TILES_M + tile) * (BLOCK_M // 8)
                 offs_group = first_group + tl.arange(0, BLOCK_M // 8)
                 random_bits = tl.trans(_random_16_bits(seed, expert, offs_k, offs_group))
@@ -203,7 +305,7 @@ def _lora_merge_kernel(
                 random_bits = _random_16_bits(seed, expert, offs_m, offs_group)
             merged = _round_stochastically(merged, random_bits)
         tl.store(
-            out_ptrs,
+            out_ptr + offs_m[:, None] * stride_out_m + offs_k.to(tl.int64)[None, :] * stride_out_k,
             merged.to(out_ptr.dtype.element_ty),
             mask=mask,
             eviction_policy="evict_first",
@@ -212,6 +314,9 @@ def _lora_merge_kernel(
 
 def _autotuning() -> bool:
     return not knobs.runtime.interpret and os.environ.get(AUTOTUNE_VARIABLE) != "0"
+
+
+_chosen: dict[tuple[Any, ...], triton.Config] = {}  # spares the autotuner's own look-up
 
 
 @functools.cache
@@ -260,8 +365,7 @@ def merge(
             autotuning (interpreted, or GIFT_KERNELS_AUTOTUNE=0).
     """
     a, b, shared_scale = _one_adapter(lora_a, lora_b, scale)
-    rank = a.shape[-2]
-    if weight.numel() == 0 or rank == 0:
+    if weight.numel() == 0 or a.shape[-2] == 0:
         if out is not weight:
             out.copy_(weight)
         return
@@ -269,55 +373,69 @@ def merge(
     if transposed:
         # Merge the transpose, whose rows are contiguous: (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ.
         weight, out, a, b = weight.mT, out.mT, b.mT, a.mT
-    if a.dtype != b.dtype and torch.float16 in (a.dtype, b.dtype):
-        a, b = a.float(), b.float()
-    factors = (a.contiguous(), b.contiguous())
-    _launch(weight, out, *factors, shared_scale, seed, transposed, config)
-
-
-def _launch(
-    weight: Tensor,
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    seed: int | None,
-    transposed: bool,
-    config: triton.Config | None,
-) -> None:
-    experts, rows, columns = weight.shape
-    rank = a.shape[-2]
     path: Path = "native"
-    if torch.float32 in (a.dtype, b.dtype):
+    if a.dtype != b.dtype or a.dtype == torch.float32:
         path = "wide" if weight.dtype == torch.float32 else "split"
-    kernel: Any = _lora_merge_kernel
-    chosen: dict[str, Any] = {}
-    if config is None and _autotuning():
-        kernel = _autotuned(path, seed is not None, out.data_ptr() == weight.data_ptr())
-    else:
-        config = config or _CONFIGS[path][0]
-        chosen = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
-
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        tall = meta["BLOCK_M"] * meta["TILES_M"]
-        return (experts * triton.cdiv(rows, tall) * triton.cdiv(columns, meta["BLOCK_K"]),)
-
+    stochastic = seed is not None
+    flags = Flags(path == "split", path == "wide", stochastic, transposed and stochastic)
     with torch.cuda.device_of(weight):
-        kernel[grid](
-            weight,
-            out,
-            a,
-            b,
-            scale,
-            seed or 0,
-            rows,
-            columns,
-            *weight.stride(),
-            *out.stride(),
-            RANK=rank,
-            BLOCK_R=block_r(rank, path),
-            WIDE=path == "wide",
-            STOCHASTIC=seed is not None,
-            TRANSPOSED=transposed and seed is not None,
-            **chosen,
+        factors = (
+            _split_factors(a, b) if flags.SPLIT else (a.contiguous(), b.contiguous(), None, None)
         )
+        rank = factors[0].shape[-2]
+        arguments = (weight, out, *factors, shared_scale, seed or 0, *weight.shape[1:])
+        strides = (Strides(*weight.stride()), Strides(*out.stride()))
+        _launch(path, (*arguments, *strides, rank, block_r(rank, path), flags), config)
+
+
+def _split_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts [E, 2, R, K] and [E, 2, M, R] with R padded, their scales [E, K] and [E, M]."""
+    experts, rank, columns = a.shape
+    rows = b.shape[1]
+    step = block_r(rank, "split")
+    padded = -(-rank // step) * step
+    a_parts = a.new_empty((experts, 2, padded, columns), dtype=torch.float16)
+    b_parts = a.new_empty((experts, 2, rows, padded), dtype=torch.float16)
+    a_scale = a.new_empty((experts, columns), dtype=torch.float32)
+    b_scale = a.new_empty((experts, rows), dtype=torch.float32)
+    kernel: Any = _split_kernel
+    blocks = -(-rows // SPLIT_BLOCK) + -(-columns // SPLIT_BLOCK)
+    kernel[experts * blocks,](
+        a,
+        b,
+        a_parts,
+        b_parts,
+        a_scale,
+        b_scale,
+        rows,
+        columns,
+        rank,
+        Strides(*a.stride()),
+        Strides(*b.stride()),
+        padded,
+        SPLIT_BLOCK,
+    )
+    return a_parts, b_parts, a_scale, b_scale
+
+
+def _launch(path: Path, arguments: tuple[Any, ...], config: triton.Config | None) -> None:
+    """Launches the kernel; `arguments` are all but those of the configuration."""
+    weight, out, rank, flags = arguments[0], arguments[1], arguments[-3], arguments[-1]
+    experts, rows, columns = weight.shape
+    in_place = out.data_ptr() == weight.data_ptr()
+    key = (path, flags, in_place, weight.dtype, weight.device, rows, columns, rank)
+    if config is None:
+        config = _chosen.get(key) if _autotuning() else _CONFIGS[path][0]
+
+    def grid(tiles: dict[str, int]) -> tuple[int]:
+        tall = tiles["BLOCK_M"] * tiles["TILES_M"]
+        return (experts * -(-rows // tall) * -(-columns // tiles["BLOCK_K"]),)
+
+    if config is None:
+        tuned = _autotuned(path, flags.STOCHASTIC, in_place)
+        tuned[grid](*arguments)
+        _chosen[key] = tuned.best_config
+    else:
+        kernel: Any = _lora_merge_kernel
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        kernel[grid(config.kwargs)](*arguments, *config.kwargs.values(), **options)

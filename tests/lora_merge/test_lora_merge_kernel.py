@@ -7,6 +7,7 @@ import pytest
 import torch
 from merge_cases import (
     DTYPES,
+    Adapter,
     assert_rounded_once,
     assert_within_budget,
     make_adapter,
@@ -20,7 +21,7 @@ from gift_kernels.lora_merge.api import lora_merge, lora_merge_
 # path: dtype of W and of the factors, and a rank that takes more than one block of A
 PATHS: dict[kernel.Path, tuple[str, str, int]] = {
     "native": ("bf16", "bf16", 200),
-    "split": ("bf16", "fp32", 20),
+    "split": ("bf16", "fp32", 200),
     "wide": ("fp32", "fp32", 20),
 }
 CHOICES = [
@@ -79,6 +80,41 @@ def test_random_bits_do_not_depend_on_the_configuration(device):
     for other in results[1:]:
         # The accumulator's last bit may differ between tile shapes.
         assert (results[0] != other).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 16, 20, 64, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_parts_and_scale_give_the_factor_back(layout, dtype, rank, device):
+    """Every row of B and column of A to 22 bits, or to 2**-39 of its largest entry."""
+    spread = torch.exp2(torch.linspace(-100, 60, 70, device=device))
+    a, b, _ = make_adapter((2, 70, 70), rank, "fp32", device)
+    if dtype != "fp16":
+        a, b = a * spread, b * spread.unsqueeze(1)
+    a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
+    a[0, 0, 3], b[1, 5, 0] = float("inf"), float("nan")
+    if layout == "transposed":
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    a_parts, b_parts, a_scale, b_scale = kernel._split_factors(a, b)
+    for x, parts, scale in ((a.mT, a_parts.mT, a_scale), (b, b_parts, b_scale)):
+        given = parts.double().sum(1) * scale.double().unsqueeze(-1)
+        finite = x.isfinite()
+        size = torch.where(finite, x.double().abs(), 0)
+        allowed = 2**-22 * size + 2**-39 * size.amax(-1, keepdim=True)
+        assert ((given[..., :rank] - x.double()).abs() <= allowed)[finite].all()
+        assert not given[..., :rank][~finite].isfinite().any()
+        assert (given[..., rank:] == 0).all()
+        assert torch.equal(scale, torch.exp2(torch.log2(scale).round()))
+
+
+def test_rows_and_columns_of_any_size_are_merged_to_float32_accuracy(device):
+    rows, columns = 60, 136
+    a, b, scale = make_adapter((rows, columns), 16, "fp32", device)
+    a *= torch.exp2(torch.arange(columns, device=device) % 81 - 40)
+    b *= torch.exp2(torch.arange(rows, device=device) % 79 - 39).unsqueeze(1)
+    weight = -(scale * (b.double() @ a.double())).to(torch.bfloat16)
+    adapter = Adapter(a, b, scale)
+    assert_rounded_once(lora_merge(weight, *adapter, impl="triton"), weight, [adapter])
 
 
 def test_addresses_beyond_two_to_the_31(device):
