@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from gift.config import (
     Options,
     RunConfig,
     StatisticsConfig,
+    StudyConfig,
     TrainConfig,
     UnmergeConfig,
 )
@@ -90,6 +92,8 @@ def _add_command(
         )
     ]
     for key, field in config.model_fields.items():
+        if not has_flag(field):
+            continue
         kind, option = _flag(key, field)
         if key in positional:
             option = typer.Argument(
@@ -118,6 +122,15 @@ def _flag(key: str, field: FieldInfo) -> tuple[Any, Any]:
     if bool in kinds:
         return bool | None, typer.Option(None, f"{flag}/--no-{flag[2:]}", **options)
     return kind | None, typer.Option(None, flag, **options)
+
+
+def has_flag(field: FieldInfo) -> bool:
+    """Whether a flag can give the option; mappings are in the recipe only."""
+    return all(
+        typing.get_origin(kind) is not dict
+        and not (isinstance(kind, type) and issubclass(kind, BaseModel))
+        for kind in _union(field.annotation)
+    )
 
 
 def _union(annotation: Any) -> tuple[Any, ...]:
@@ -193,6 +206,14 @@ _add_command(
     "gift.run:run",
     "All stages in one folder. Finished stages are skipped while their settings and inputs stay "
     "the same; a killed run resumes where it stopped. Options of the evaluation begin with eval-.",
+)
+_add_command(
+    "study",
+    StudyConfig,
+    "gift.study.run:study",
+    "Compare methods over seeds, pairs and evaluations. The file names pairs, settings, methods, "
+    "evaluations and tuning (docs/study.md); every run is annotate, train, merge, evaluate, and "
+    "shares what is equal. Finished stages are kept; a killed study resumes where it stopped.",
 )
 _add_command(
     "demo",

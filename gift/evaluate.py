@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """
     check = config.check_by()
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        questions, source = _questions(config, check)
+        questions, source = asked_questions(config, check)
         with nullcontext() if check == "choice" else _checker(config, check) as checker:
             unreadable = _count_unreadable(checker, questions) if checker else 0
             folder = resolve_model(config.model)
@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     return metrics
 
 
-def _questions(config: EvaluateConfig, check: str) -> tuple[list[Question], dict[str, Any]]:
+def asked_questions(config: EvaluateConfig, check: str) -> tuple[list[Question], dict[str, Any]]:
     """The questions, and where they come from; InputError where neither option says it."""
     suffix, group = config.prompt_suffix, config.group_by
     if config.benchmark is not None:

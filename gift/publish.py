@@ -195,6 +195,16 @@ def complete(path: Path) -> None:
     shutil.rmtree(replaced)
 
 
+def remove_published(path: Path) -> None:
+    """Removes a published folder; a killed call leaves it whole or absent."""
+    with owned(path):
+        complete(path)
+        if path.exists():
+            replaced_path(path).mkdir()
+            os.rename(path, replaced_path(path) / "output")
+            complete(path)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

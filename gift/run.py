@@ -69,21 +69,15 @@ def run(config: RunOptions) -> dict[str, str]:
     InputError: a stage's folder was made with other settings or inputs, or is damaged, and
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
-    config.refuse_unread_settings()
-    check_weighting(config)
-    _refuse_other_shapes(
-        config,
-        _check_model(config, "--base", config.base),
-        _check_model(config, "--instruct", config.instruct),
-    )
+    check_pair(config)
     with owned(config.output):
         stages = _stages(config)
         _refuse_other_folder(config.output, [stage.config.output for stage in stages])
         states, rows = {}, []
         for stage in stages:
             started = time.perf_counter()
-            finished = _is_finished(stage, config.overwrite)
             output = stage.config.output
+            finished = is_finished(output, stage.key(), config.overwrite)
             if not finished:
                 options = stage.config.model_copy(update={"overwrite": config.overwrite})
                 stage.function(options, stage.key())
@@ -102,15 +96,14 @@ def _refuse_other_folder(output: Path, folders: Sequence[Path]) -> None:
         raise InputError(f"--output: {output} exists and is not a run; choose another folder")
 
 
-def _is_finished(stage: Stage, overwrite: bool) -> bool:
-    """Whether the stage's folder is complete; InputError if it must be overwritten but may not."""
-    output = stage.config.output
+def is_finished(output: Path, key: str, overwrite: bool) -> bool:
+    """Whether a stage's folder is complete; InputError if it must be overwritten but may not."""
     with owned(output):
         complete(output)
     if not output.exists():
         return False
     problem = "was made with other settings or inputs"
-    if published_key(output) == stage.key():
+    if published_key(output) == key:
         try:
             check_published(output, sizes_only=True)
             return True
@@ -122,6 +115,17 @@ def _is_finished(stage: Stage, overwrite: bool) -> bool:
             "folder"
         )
     return False
+
+
+def check_pair(config: RunOptions) -> None:
+    """InputError, before any stage, where the models or options do not fit each other."""
+    config.refuse_unread_settings()
+    check_weighting(config)
+    _refuse_other_shapes(
+        config,
+        _check_model(config, "--base", config.base),
+        _check_model(config, "--instruct", config.instruct),
+    )
 
 
 def _refuse_other_shapes(config: RunOptions, base: Any, instruct: Any) -> None:
@@ -168,11 +172,11 @@ def _stages(config: RunOptions) -> list[Stage]:
     tokenizer = hash_folder(instruct, TOKENIZER_FILES)
     stages = []
     if config.guided:
-        options = _pick(AnnotateConfig, config, model=str(instruct), output=confidence)
+        options = pick(AnnotateConfig, config, model=str(instruct), output=confidence)
         stages.append(
             Stage("annotate", options, annotate, lambda: [model_hash(instruct), tokenizer, data])
         )
-    train_options = _pick(
+    train_options = pick(
         TrainConfig,
         config,
         model=str(base),
@@ -180,7 +184,7 @@ def _stages(config: RunOptions) -> list[Stage]:
         tokenizer=str(instruct),
         output=adapter,
     )
-    merge_options = _pick(
+    merge_options = pick(
         MergeConfig,
         config,
         model=str(instruct),
@@ -213,7 +217,7 @@ def _stages(config: RunOptions) -> list[Stage]:
             ],
         ),
     ]
-    options = _pick(
+    options = pick(
         EvaluateConfig,
         config,
         prefix="eval_",
@@ -235,8 +239,8 @@ def _hash_of(folder: Path, name: str) -> str:
     return hash_file(folder / name)
 
 
-def _pick(kind: type[Config], config: RunOptions, prefix: str = "", **given: Any) -> Config:
-    """A stage's config from the run's options of the same names, and what is given."""
+def pick(kind: type[Config], config: BaseModel, prefix: str = "", **given: Any) -> Config:
+    """A stage's config from the options of the same names, and what is given."""
     values = {**given, "overwrite": False}
     for name in kind.model_fields:
         source = f"{prefix}{name}" if f"{prefix}{name}" in type(config).model_fields else name

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +38,13 @@ def folder() -> Iterator[Path]:
     (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "recipe.yaml").write_text("seed: 0\n")
     model, rows = str(folder / "model"), folder / "rows.jsonl"
+    asked = {"data": str(folder / "questions.jsonl"), "check": "exact"}
+    study = {
+        "pairs": {"one": {"base": model, "instruct": model}},
+        "methods": {"GIFT": {"data": str(rows)}},
+        "evaluations": {"task": asked},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
     from gift.annotate import annotate
     from gift.train import train
 
@@ -69,6 +77,7 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
         "evaluate": {"model": model, "data": questions, "output": output, "check": "exact"},
         "run": {"base": model, "instruct": model, "data": rows, "eval_data": questions}
         | {"output": output, "eval_check": "exact"},
+        "study": {"config": str(folder / "study.yaml"), "output": output},
         "demo": {"output": output},
     }[command]
 

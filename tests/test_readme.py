@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from gift.config import DataOptions
 from gift.data import encode_file
 from gift.questions import read_questions
 from gift.rows import json_lines
+from gift.study import run as study_run
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -57,11 +59,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("base", "instruct")):
         tiny.make_model(tmp_path / name, seed=seed, max_position_embeddings=96)
     tiny.write_rows(tmp_path / "task.jsonl")
-    questions = [{"question": f"What is {n} plus 1?", "answer": n + 1} for n in range(2)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for number, name in enumerate(("questions", "general", "held-out"), 1):
+        questions = [{"question": f"What is {n} plus {number}?", "answer": n} for n in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     (tmp_path / "bench-output").symlink_to(readme.newest()[-1])
     monkeypatch.chdir(tmp_path)
+    # Processes of their own would import PyTorch once more.
+    monkeypatch.setattr(study_run, "worker_pool", lambda workers: ThreadPoolExecutor(1))
     torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)

@@ -6,6 +6,7 @@ from gift.config.evaluate import EvaluateConfig, EvaluateOptions
 from gift.config.merge import DiffConfig, MergeConfig, MergeOptions, StatisticsConfig, UnmergeConfig
 from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
 from gift.config.run import RunConfig, RunOptions
+from gift.config.study import ReportConfig, StudyConfig
 from gift.config.train import TrainConfig, TrainOptions
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "MergeOptions",
     "Options",
     "OutputOptions",
+    "ReportConfig",
     "RunConfig",
     "RunOptions",
     "StatisticsConfig",
+    "StudyConfig",
     "TrainConfig",
     "TrainOptions",
     "UnmergeConfig",

@@ -63,7 +63,9 @@ def _sentence(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:
 def _place(problem: Any, recipe: Path | None, flags: dict[str, Any]) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else "options"
     flag = f"--{name.replace('_', '-')}"
-    return flag if name in flags or recipe is None else f"{recipe}: {name}"
+    if name in flags or recipe is None:
+        return flag
+    return f"{recipe}: {'.'.join(map(str, problem['loc']))}"
 
 
 def _reason(problem: Any) -> str:

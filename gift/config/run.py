@@ -12,11 +12,11 @@ from gift.config.options import DataOptions, DeviceOptions, OutputOptions
 from gift.config.train import TrainOptions
 
 
-class _RunStages(AnnotateOptions, TrainOptions, MergeOptions, DataOptions, DeviceOptions):
+class RunStages(AnnotateOptions, TrainOptions, MergeOptions, DataOptions, DeviceOptions):
     """The options of a run's first three stages; no two have the same name."""
 
 
-class RunOptions(_RunStages, OutputOptions):
+class RunOptions(RunStages, OutputOptions):
     """Options of `gift run`: those of its stages, the evaluation's under names with eval_."""
 
     base: str = Field(description="The base model, a folder or a hub id.")

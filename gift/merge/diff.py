@@ -53,14 +53,16 @@ class TensorDiff:
     rounding_loss: float | None
 
 
-def diff(config: DiffConfig) -> dict[str, Any]:
+def diff(config: DiffConfig, key: str = "") -> dict[str, Any]:
     """Compares two models tensor by tensor; returns the report it prints and writes.
+
+    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
     InputError: models that are quantised or not whole, or whose tensors differ in names or shapes.
     """
     if config.output is None:
         return _report(config)[0]
-    with output_folder(config.output, overwrite=config.overwrite) as output:
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         report, tensors = _report(config)
         partial = output.begin()
         write_json(partial / REPORT_FILE, report)

@@ -1,0 +1,156 @@
+"""Options of `gift study` and `gift report`.
+
+A study's file has parts that no flag can give: pairs, methods and evaluations by name.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gift.config.evaluate import EvaluateOptions
+from gift.config.options import LARGEST_SEED, DeviceOptions, Options, OutputOptions
+from gift.config.run import RunStages
+from gift.errors import InputError
+
+INSTRUCT = "Instruct"
+
+
+class PairOptions(Options):
+    """The two models of a pair."""
+
+    base: str = Field(description="The base model, a folder or a hub id.")
+    instruct: str = Field(description="The instruct model made from it, a folder or a hub id.")
+
+
+class MethodOptions(RunStages):
+    """One way to adapt: options of annotation, training and merge, and which model is trained."""
+
+    data: str = Field(
+        description="JSONL rows to adapt to; {pair} and {seed} in it stand for those of the run."
+    )
+    trained: Literal["base", "instruct"] = Field(
+        default="base", description="The model that the adapter is trained on."
+    )
+    guide: str = Field(
+        default="instruct",
+        description="The model that annotates: instruct, base, or another's folder or hub id.",
+    )
+
+
+class EvaluationOptions(EvaluateOptions, DeviceOptions):
+    """Questions for all models of a pair."""
+
+    data: str | None = Field(
+        default=None,
+        description="JSONL questions with answers; {pair} in it stands for that of the run.",
+    )
+    retention: bool = Field(
+        default=False,
+        description="Whether this measures what the instruct model could do before, not the task.",
+    )
+
+
+class TuningOptions(EvaluateOptions, DeviceOptions):
+    """The learning rates that are tried for every method, and the questions that decide."""
+
+    learning_rates: list[float] = Field(
+        min_length=1, description="The rate with the best accuracy is taken, per pair and method."
+    )
+    data: str | None = Field(
+        default=None,
+        description="JSONL questions that no evaluation asks; {pair} stands for that of the run.",
+    )
+
+
+class StudyConfig(OutputOptions):
+    """Options of `gift study`."""
+
+    pairs: dict[str, PairOptions] = Field(
+        min_length=1, description="Base and instruct models, by name."
+    )
+    settings: dict[str, Any] = Field(
+        default={}, description="Options that all methods have if they do not give their own."
+    )
+    methods: dict[str, MethodOptions] = Field(
+        min_length=1, description="Ways to adapt, by name; the instruct model as it is is added."
+    )
+    evaluations: dict[str, EvaluationOptions] = Field(
+        min_length=1, description="What every model is asked, by name."
+    )
+    tuning: TuningOptions | None = Field(
+        default=None, description="Learning rates to choose from, by held-out questions."
+    )
+    reference: str | None = Field(
+        default=None,
+        description="The method that the others are compared with; default the first.",
+    )
+    output: Path = Field(description="The study's folder; stages that are finished there are kept.")
+    overwrite: bool = Field(
+        default=False, description="Make stages anew whose folders are not what was written."
+    )
+    seeds: list[int] = Field(
+        default=[0], min_length=1, description="Seeds of training; one run per seed."
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stages at a time, each in a process with one GPU; default one per GPU, or 1.",
+    )
+    keep_models: bool = Field(
+        default=True, description="Keep merged models when their evaluations are done."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_settings(cls, values: Any) -> Any:
+        """Gives every method the settings, and every evaluation those of the device."""
+        settings = values.get("settings") or {}
+        if not isinstance(settings, dict):
+            return values
+        device = {key: settings[key] for key in DeviceOptions.model_fields if key in settings}
+        values = dict(values)
+        for part, shared in (("methods", settings), ("evaluations", device)):
+            if isinstance(values.get(part), dict):
+                values[part] = {
+                    name: {**shared, **(own or {})} if isinstance(own, dict | None) else own
+                    for name, own in values[part].items()
+                }
+        if isinstance(values.get("tuning"), dict):
+            values["tuning"] = {**device, **values["tuning"]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "StudyConfig":
+        if INSTRUCT in self.methods:
+            raise InputError(
+                f"methods: {INSTRUCT} is the name of the model as it is; choose another"
+            )
+        if self.reference not in (None, *self.methods):
+            raise InputError(
+                f"reference: no method {self.reference!r}; there are {', '.join(self.methods)}"
+            )
+        wrong = [seed for seed in self.seeds if not 0 <= seed <= LARGEST_SEED]
+        if wrong or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(
+                f"seeds: {self.seeds}: expected different numbers from 0 to {LARGEST_SEED}"
+            )
+        for name, method in self.methods.items():
+            if "seed" in method.model_fields_set:
+                raise InputError(f"methods.{name}: has a seed; name all seeds under `seeds`")
+            if self.tuning is not None and "learning_rate" in method.model_fields_set:
+                raise InputError(
+                    f"methods.{name}: has a learning_rate, which tuning would replace; leave it out"
+                )
+        return self
+
+    @property
+    def compared(self) -> str:
+        """The method that the others are compared with."""
+        return self.reference or next(iter(self.methods))
+
+
+class ReportConfig(Options):
+    """Options of `gift report`."""
+
+    study: Path = Field(description="The folder that gift study wrote.")

@@ -1,0 +1,255 @@
+"""What a study runs: for every pair, method and seed a chain of stages; equal stages are one.
+
+A stage's folder in `stages/` is named by its key, a hash of its settings and of its inputs (the
+content of models and files, the keys of the stages before it). So runs share what is equal: a
+guide annotates a data set once, the instruct model answers once, methods that differ in the merge
+alone have one adapter. Nothing but models' shapes is loaded here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gift.config import AnnotateConfig, DiffConfig, EvaluateConfig, MergeConfig, TrainConfig
+from gift.config.run import RunOptions
+from gift.config.study import (
+    INSTRUCT,
+    EvaluationOptions,
+    MethodOptions,
+    PairOptions,
+    StudyConfig,
+    TuningOptions,
+)
+from gift.data import read_rows
+from gift.errors import InputError
+from gift.evaluate import asked_questions
+from gift.files import hash_file, hash_folder, hash_json
+from gift.merge.methods import METHODS
+from gift.models import model_hash, resolve_model
+from gift.run import PATH_FIELDS, TOKENIZER_FILES, check_pair, pick
+
+STAGES_FOLDER = "stages"
+TUNING = "tuning"
+INPUTS = PATH_FIELDS | {"model_a", "model_b"}
+Rates = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage to run: `needs` are the stages before it, `config` has its output folder."""
+
+    kind: str
+    key: str
+    config: Any
+    label: str
+    needs: tuple["Stage", ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self.config.output
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table of runs; the instruct model's own has no seed and no rate.
+
+    `stages` are annotate, train, merge and diff, as far as the run has them.
+    """
+
+    pair: str
+    method: str
+    seed: int | None = None
+    learning_rate: float | None = None
+    stages: dict[str, Stage] = field(default_factory=dict)
+    evaluations: dict[str, Stage] = field(default_factory=dict)
+
+
+def plan(config: StudyConfig, rates: Rates) -> list[Run]:
+    """The table of runs; `rates` are the tuned learning rates by pair and method.
+
+    InputError: models, data or options that do not fit each other.
+    """
+    runs = []
+    for name, pair in config.pairs.items():
+        planner = _Planner(config, name, pair)
+        evaluations = {
+            evaluation: planner.evaluate(evaluation, options, None)
+            for evaluation, options in config.evaluations.items()
+        }
+        runs.append(Run(name, INSTRUCT, evaluations=evaluations))
+        for method in config.methods:
+            for seed in config.seeds:
+                rate = rates.get((name, method))
+                run = planner.chain(method, seed, rate, diff=seed == config.seeds[0])
+                for evaluation, options in config.evaluations.items():
+                    stage = planner.evaluate(evaluation, options, run.stages["merge"])
+                    run.evaluations[evaluation] = stage
+                runs.append(run)
+    return runs
+
+
+def plan_tuning(config: StudyConfig) -> list[Run]:
+    """A run for every pair, method and learning rate of the grid, with the first seed.
+
+    InputError: an evaluation asks a question that decides here, or as `plan`.
+    """
+    if config.tuning is None:
+        return []
+    _refuse_shared_questions(config, config.tuning)
+    runs = []
+    for name, pair in config.pairs.items():
+        planner = _Planner(config, name, pair)
+        for method in config.methods:
+            for rate in config.tuning.learning_rates:
+                run = planner.chain(method, config.seeds[0], rate, diff=False)
+                stage = planner.evaluate(TUNING, config.tuning, run.stages["merge"])
+                run.evaluations[TUNING] = stage
+                runs.append(run)
+    return runs
+
+
+def _refuse_shared_questions(config: StudyConfig, tuning: TuningOptions) -> None:
+    for pair in config.pairs:
+        held_out = _prompts(tuning, pair)
+        for name, evaluation in config.evaluations.items():
+            if shared := held_out & _prompts(evaluation, pair):
+                raise InputError(
+                    f"tuning: {len(shared)} questions of {tuning.data} are asked by the evaluation "
+                    f"{name} too; tune on others"
+                )
+
+
+def _prompts(options: TuningOptions | EvaluationOptions, pair: str) -> set[str]:
+    config = _asked(options, pair, "")
+    questions, _ = asked_questions(config, config.check_by())
+    return {hash_json(question.turns[-1]) for question in questions}
+
+
+def _asked(options: TuningOptions | EvaluationOptions, pair: str, model: str) -> EvaluateConfig:
+    data = None if options.data is None else _path(options.data, pair)
+    return pick(EvaluateConfig, options, model=model, data=data, output=Path("evaluate"))
+
+
+def _path(text: str, pair: str, seed: int | None = None) -> Path:
+    """A path of the study's file for one pair and seed."""
+    path = Path(text.replace("{pair}", pair).replace("{seed}", str(seed)))
+    if not path.is_file():
+        raise InputError(f"data: {path}: no such file")
+    return path
+
+
+class _Planner:
+    """Makes the stages of one pair."""
+
+    def __init__(self, config: StudyConfig, name: str, pair: PairOptions) -> None:
+        self._config = config
+        self._name = name
+        self._pair = pair
+        self._models = {"base": resolve_model(pair.base), "instruct": resolve_model(pair.instruct)}
+        self._tokenizer = hash_folder(self._models["instruct"], TOKENIZER_FILES)
+        self._checked: set[str] = set()
+
+    def chain(self, method: str, seed: int, rate: float | None, *, diff: bool) -> Run:
+        """A method's stages up to the merge, and what the merge changed where `diff` is given."""
+        options = self._config.methods[method]
+        rate = options.learning_rate if rate is None else rate
+        data = _path(options.data, self._name, seed)
+        self._check(method, options, data)
+        label = f"{method}, {self._name}"
+        instruct, trained = self._models["instruct"], self._models[options.trained]
+        rows = hash_json(read_rows(data, options))
+        annotated = self._annotate(options, data, rows)
+        train = self._stage(
+            "train",
+            pick(
+                TrainConfig,
+                options,
+                model=str(trained),
+                confidence=annotated.folder,
+                tokenizer=str(instruct),
+                data=data,
+                seed=seed,
+                learning_rate=rate,
+                output=Path("train"),
+            ),
+            [model_hash(trained), self._tokenizer, rows, annotated.key],
+            f"{label}, seed {seed}",
+            annotated,
+        )
+        merge = self._stage(
+            "merge",
+            pick(
+                MergeConfig,
+                options,
+                model=str(instruct),
+                base=str(self._models["base"]) if METHODS[options.method].needs_base else None,
+                adapter=[str(train.folder)],
+                dtype="keep",
+                output=Path("merge"),
+            ),
+            [*map(model_hash, self._models.values()), self._tokenizer, train.key],
+            f"{label}, seed {seed}",
+            train,
+        )
+        stages = {"annotate": annotated, "train": train, "merge": merge}
+        if diff:
+            changed = DiffConfig(
+                model_a=str(instruct),
+                model_b=str(merge.folder),
+                device=options.device,
+                output=Path("diff"),
+            )
+            stages["diff"] = self._stage("diff", changed, [merge.key], label, merge)
+        return Run(self._name, method, seed, rate, stages)
+
+    def evaluate(
+        self, name: str, options: EvaluationOptions | TuningOptions, merged: Stage | None
+    ) -> Stage:
+        """The answers of a merged model, or of the instruct model as it is."""
+        model = merged.folder if merged else self._models["instruct"]
+        asked = _asked(options, self._name, str(model))
+        inputs = [merged.key] if merged else [model_hash(model), self._tokenizer]
+        label = f"{name}, {merged.label if merged else f'{INSTRUCT}, {self._name}'}"
+        needs = (merged,) if merged else ()
+        questions = hash_file(asked.data) if asked.data else ""
+        return self._stage("evaluate", asked, [questions, *inputs], label, *needs)
+
+    def _annotate(self, options: MethodOptions, data: Path, rows: str) -> Stage:
+        guide = self._models.get(options.guide) or resolve_model(options.guide)
+        annotation = pick(
+            AnnotateConfig,
+            options,
+            model=str(guide),
+            tokenizer=str(self._models["instruct"]),
+            data=data,
+            output=Path("annotate"),
+        )
+        inputs = [model_hash(guide), self._tokenizer, rows]
+        return self._stage("annotate", annotation, inputs, f"{data.name} by {guide}")
+
+    def _stage(
+        self, kind: str, options: Any, inputs: Sequence[str], label: str, *needs: Stage
+    ) -> Stage:
+        settings = options.model_dump(mode="json", exclude=INPUTS)
+        key = hash_json([kind, settings, inputs])
+        output = self._config.output / STAGES_FOLDER / f"{kind}-{key[:16]}"
+        options = options.model_copy(update={"output": output})
+        return Stage(kind, key, options, f"{kind} {label}", needs)
+
+    def _check(self, method: str, options: MethodOptions, data: Path) -> None:
+        """InputError where a method's options do not fit the pair."""
+        if method in self._checked:
+            return
+        run = pick(RunOptions, options, **dict(self._pair), data=data, output=Path("run"))
+        try:
+            check_pair(run)
+        except InputError as error:
+            raise InputError(f"methods.{method}: {error}") from None
+        if METHODS[options.method].statistics:
+            raise InputError(
+                f"methods.{method}: a study makes no statistics, which --method {options.method} "
+                "needs; use gift merge-statistics and gift merge"
+            )
+        self._checked.add(method)
