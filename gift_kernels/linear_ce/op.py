@@ -28,7 +28,6 @@ from gift_kernels.linear_ce.types import (
     VocabShard,
     WeightTransform,
     accumulation_dtype,
-    dw_dtype,
 )
 
 
@@ -136,10 +135,9 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
     def rows() -> Tensor:
         return hidden.new_empty(count, dtype=dtype)
 
-    def wanted(flag: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def wanted(flag: bool, *shape: int) -> Tensor:
         return hidden.new_empty(shape if flag else (0,), dtype=dtype)
 
-    of_dw = dw_dtype(hidden.dtype, options["impl"])
     head_wanted = not options["rowwise"]
     return LinearCE(
         total=hidden.new_empty((), dtype=dtype),
@@ -149,7 +147,7 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
         top1=hidden.new_empty(count, dtype=torch.bool),
         weight=rows(),
         dh=wanted(options["want_dh"], *hidden.shape),
-        dw=wanted(options["want_dw"] and head_wanted, *lm_head_weight.shape, dtype=of_dw),
+        dw=wanted(options["want_dw"] and head_wanted, *lm_head_weight.shape),
         db=wanted(options["want_db"] and head_wanted, lm_head_weight.shape[0]),
     )
 
@@ -195,18 +193,17 @@ def head_gradient(
 
 @head_gradient.register_fake
 def _(hidden, lm_head_weight, bias, target, row_factor, *arguments):  # pyright: ignore
-    want_dw, want_db, impl = arguments[3], arguments[4], arguments[7]
+    want_dw, want_db = arguments[3], arguments[4]
     dtype = accumulation_dtype(hidden.dtype)
-    of_dw = dw_dtype(hidden.dtype, impl)
     return (
-        hidden.new_empty(lm_head_weight.shape if want_dw else (0,), dtype=of_dw),
+        hidden.new_empty(lm_head_weight.shape if want_dw else (0,), dtype=dtype),
         hidden.new_empty(lm_head_weight.shape[:1] if want_db else (0,), dtype=dtype),
     )
 
 
 @torch.library.custom_op("gift_kernels::linear_ce_scaled_rows", mutates_args=())
 def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows [N, D] times factor [N], written in `dtype` by Triton without a float32 copy."""
+    """rows float32 [N, D] times factor [N], written in `dtype` by Triton without a float32 copy."""
     from gift_kernels.linear_ce.triton import forward as triton_ce
 
     with torch.cuda.device_of(rows):

@@ -146,12 +146,3 @@ class LinearCE(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def dw_dtype(dtype: torch.dtype, impl: str) -> torch.dtype:
-    """In which the operator returns dW: Triton rounds it to bfloat16 for heads of that dtype.
-
-    Not to float16, whose range may be too small for it before the backward scales it.
-    """
-    rounded = impl == "triton" and dtype == torch.bfloat16
-    return dtype if rounded else accumulation_dtype(dtype)

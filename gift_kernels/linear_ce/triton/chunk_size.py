@@ -11,6 +11,7 @@ import torch
 import triton
 
 from gift_kernels.linear_ce.triton.tiles import (
+    DW_TILES,
     PRODUCT_TILES,
     LogitTiles,
     Machine,
@@ -20,7 +21,7 @@ from gift_kernels.linear_ce.triton.tiles import (
     machine_of,
     tiles_for,
 )
-from gift_kernels.linear_ce.types import LinearInputs, dw_dtype
+from gift_kernels.linear_ce.types import LinearInputs
 
 # CHUNK_BYTES: a chunk's hidden states and E; GUIDE_BYTES: what a guide may add. LEAST_BYTES: lower
 # bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
@@ -67,14 +68,15 @@ class Plan(NamedTuple):
     again: Shape
     statistics: Shape
     logit_tiles: LogitTiles
-    product_tiles: ProductTiles
+    product_tiles: ProductTiles  # of dH
+    dw_tiles: ProductTiles
     row_block: tuple[int, int]
     slice_block: int
 
     @property
     def pad(self) -> int:
         """Rows of a chunk up to a multiple of this are zeros, so that every tile is whole."""
-        return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.product_tiles.BLOCK_K)
+        return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.dw_tiles.BLOCK_K)
 
 
 def default_plan(
@@ -102,7 +104,7 @@ def default_plan(
         vocab_size, size = head.weight.shape
         of_guide = (0, 0) if guide is None else tuple(guide.weight.shape)
         work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
-        kept = min(most_kept_rows(size, dtype), HEAD_ROWS)
+        kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
         shapes = (
             chunk_shape(work, *of_guide),
             head_chunk_shape(work, kept),
@@ -110,17 +112,8 @@ def default_plan(
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
-    return Plan(machine, *shapes, tiles, product_tiles, *blocks)
-
-
-def most_kept_rows(hidden_size: int, dtype: torch.dtype) -> int:
-    """Rows whose E, of all columns, takes no more memory than dW of more rows would at its end.
-
-    That is summed in float32, and then rounded to the dtype in which it leaves the forward.
-    """
-    rounded = dw_dtype(dtype, "triton")
-    copy = rounded.itemsize if rounded != torch.float32 else 0
-    return hidden_size * (4 + copy) // dtype.itemsize
+    dw_tiles = tiles_for(DW_TILES, machine, dtype)[0]
+    return Plan(machine, *shapes, tiles, product_tiles, dw_tiles, *blocks)
 
 
 class Work(NamedTuple):

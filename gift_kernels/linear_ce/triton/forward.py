@@ -10,8 +10,8 @@ From a row's weight to its gradient:
    row's nll: dH = factor · ΣE W + target_factor · W_y. No weight has entered yet.
 4. `weigh` in `solve` makes the weights of the statistics, the guide's confidence or the argument.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
-   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights (`Chunk.weigh`), then
-   by the hidden states (`Chunk.add_to_dw`); see `head_gradient`.
+   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights and the hidden states
+   (`Chunk.add_to_dw`); see `head_gradient`.
 
 Statistics alone are step 2 without E. A trainable head costs three products for rows whose E is
 kept until the weights are known, and where only dW is wanted; four for all other rows.
@@ -46,7 +46,6 @@ from gift_kernels.linear_ce.triton.head_gradient import (
     add_kept_rows,
     add_rows_again,
     kept_rows,
-    new_dw,
     weights_in_order,
     with_room_above,
 )
@@ -60,7 +59,7 @@ from gift_kernels.linear_ce.triton.row_state import (
     new_state,
     valid_tokens,
 )
-from gift_kernels.linear_ce.types import LinearCE, LinearInputs, Problem, VocabShard, dw_dtype
+from gift_kernels.linear_ce.types import LinearCE, LinearInputs, Problem, VocabShard
 from gift_kernels.reference import transform_weight
 
 
@@ -145,9 +144,10 @@ def head_gradients(
 ) -> tuple[RowResult, Tensor, Gradients]:
     """Statistics, the weights [N] that `weigh` makes of them, and the gradients."""
     (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
+    new = torch.zeros if count == 0 else torch.empty
     options: dict[str, Any] = {"dtype": torch.float32, "device": head.hidden.device}
-    dw = new_dw(head, plan, count) if want_dw else None
-    db = torch.zeros(vocab_size, **options) if want_db else None
+    dw = new(vocab_size, hidden_size, **options) if want_dw else None
+    db = new(vocab_size, **options) if want_db else None
     kept = kept_rows(head, plan, count, with_entropy, dw) if dw is not None else None
     pass_options: dict[str, Any] = {"with_entropy": with_entropy, "kept": kept, "guide": guide}
     pass_options |= {"want_dh": want_dh and kept is not None}
@@ -166,13 +166,10 @@ def head_gradients(
         chunk = Chunk(head, plan, count - first_rest, plan.again, final=True)
         for first_row in range(first_rest, count, chunk.rows):
             add_rows_again(chunk, target, rows, found, order, into, first_row, shard)
-        del chunk
     if dh is not None:
         again = head.logit_scale * found.share
         factor = torch.where(rows.place < first_rest, found.factor, again)
         finish_dh(dh, head, plan, rows, found.local_target, factor, found.target_factor, shard)
-    if dw is not None:
-        into = into._replace(dw=dw.to(dw_dtype(head.hidden.dtype, "triton")))
     return found, weight, into
 
 

@@ -4,11 +4,11 @@
 
 G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
-- Kept: the pass stores E = 2^(x − ref) of all columns, for as many rows as take no more memory than
-  dW of more rows would: 3 D in bfloat16 (see `most_kept_rows`). `Chunk.weigh` writes the targets'
-  entries into E, and `Chunk.add_to_dw` multiplies it by the weighted hidden states: three products
-  in all. E lies in dW as far as it fits. dW is computed from the last chunk of columns to the
-  first, so each chunk of dW overwrites an E that is no longer needed.
+- Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
+  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G on the way to
+  the product with the hidden states: three products in all. E of chunk c is stored where dW of
+  chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from the last chunk to
+  the first, so each chunk of dW overwrites an E that is no longer needed.
 - Again: logits of all other rows are computed a second time, with the final references: four
   products.
 """
@@ -20,9 +20,10 @@ import triton
 from torch import Tensor
 
 from gift_kernels.linear_ce.triton.chunk import Chunk, KeptRows
-from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors, most_kept_rows
+from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
+from gift_kernels.linear_ce.triton.kernels.matmul import RowWeights
 from gift_kernels.linear_ce.triton.row_state import RowResult, Rows, RowState
-from gift_kernels.linear_ce.types import LinearInputs, VocabShard, dw_dtype
+from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
 class WeightsInOrder(NamedTuple):
@@ -40,7 +41,7 @@ class Gradients(NamedTuple):
     """Where the gradients of a trainable head's call are summed, float32; None: not wanted."""
 
     dh: Tensor | None  # [N, D] of each row's nll, without weights
-    dw: Tensor | None  # [V, D] of the weighted sum; rounded at once where it is written once
+    dw: Tensor | None  # [V, D] of the weighted sum
     db: Tensor | None  # [V] so too
 
 
@@ -73,42 +74,23 @@ def weights_in_order(
     )
 
 
-def new_dw(head: LinearInputs, plan: Plan, count: int) -> Tensor:
-    """dW [V, D], float32 where rows are added later: those kept write it once."""
-    dtype = torch.float32
-    if count <= _most_kept(head, plan):
-        dtype = dw_dtype(head.hidden.dtype, "triton")
-    new = torch.zeros if count == 0 else torch.empty
-    return new(*head.weight.shape, dtype=dtype, device=head.hidden.device)
-
-
-def _most_kept(head: LinearInputs, plan: Plan) -> int:
-    most = most_kept_rows(head.hidden.shape[1], head.hidden.dtype)
-    return min(most // plan.pad * plan.pad, plan.kept.rows)
-
-
 def kept_rows(
     head: LinearInputs, plan: Plan, count: int, with_entropy: bool, dw: Tensor
 ) -> KeptRows | None:
-    """Buffers for E of the first rows, or None if those are fewer than a tile.
-
-    E lies in dW [V, D] as far as it fits, from the last chunk on, each below what is written of dW
-    before it is read: below its own chunk of dW and E of the next chunk.
-    """
-    most = _most_kept(head, plan)
+    """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
+    most = head.hidden.shape[1] * (4 // head.hidden.element_size())
+    most = min(most // plan.pad * plan.pad, plan.kept.rows)
     if count == 0 or most == 0:
         return None
     chunk = Chunk(head, plan, count, (most, plan.kept.columns), with_entropy=with_entropy)
     memory = dw.view(-1).view(chunk.dtype)
-    shape = chunk.exp.shape
-    size, of_chunk = shape.numel(), chunk.columns * memory.numel() // dw.shape[0]
+    rows, columns = chunk.exp.shape
     exponentials = [chunk.exp]
-    free = memory.numel()
-    for number in reversed(range(1, triton.cdiv(dw.shape[0], chunk.columns))):
-        free = min(free, number * of_chunk) - size
-        place = memory[free : free + size].view(shape) if free >= 0 else chunk.exp.new_empty(shape)
-        exponentials.insert(1, place)
-    references = dw.new_empty(len(exponentials), min(chunk.rows, count), dtype=torch.float32)
+    step = columns * memory.numel() // dw.shape[0]  # of one chunk's dW
+    for number in range(1, triton.cdiv(dw.shape[0], columns)):
+        start = (number - 1) * step
+        exponentials.append(memory[start : start + rows * columns].view(rows, columns))
+    references = dw.new_empty(len(exponentials), min(rows, count))
     return KeptRows(chunk, exponentials, references)
 
 
@@ -119,30 +101,17 @@ def add_kept_rows(
     order: WeightsInOrder,
     into: Gradients,
 ) -> None:
-    """Adds to dW and db for the rows whose exponentials were kept.
-
-    A row's factor multiplies its hidden states, once for all chunks of columns, so that E is left
-    as it was stored but for rows whose reference has changed since. In float16, which has no room
-    for factors beside hidden states, it multiplies E.
-    """
+    """Adds to dW and db for the rows whose exponentials were kept."""
     chunk, count = kept.chunk, kept.references.shape[1]
-    is_zero = order.is_zero[:count]
-    of_row = order.weight[:count] * chunk.head.logit_scale * order.share[:count]
-    of_row = torch.where(is_zero, 0, of_row)
     powers = torch.exp2((kept.references - order.ref[:count]) * chunk.factors.bits)
-    if chunk.dtype == torch.float16:
-        powers, of_row = powers * of_row, None
-    _weigh_hidden(chunk, order, 0, of_row)
-    target_entry = order.target_factor[:count]
-    if of_row is not None:
-        target_entry = torch.where(of_row == 0, 0, target_entry / of_row)
+    powers *= order.share[:count]
     # 0 · NaN is NaN: rows of weight 0 get a factor of exactly 0.
-    powers = torch.where(is_zero, 0, powers)
+    factors = order.weight[:count] * chunk.head.logit_scale * powers
+    factors = torch.where(order.is_zero[:count], 0, factors)
+    _zero_hidden_of_weight_0(chunk, order, 0)
     for number in reversed(range(len(kept.exponentials))):
         chunk.exp = kept.exponentials[number]
-        first_v = number * chunk.columns
-        chunk.weigh(rows, found.local_target, powers[number], target_entry, 0, first_v)
-        _add_columns(chunk, rows, of_row, order, into, 0, first_v)
+        _add_columns(chunk, rows, found, factors[number], order, into, 0, number * chunk.columns)
 
 
 def add_rows_again(
@@ -159,42 +128,35 @@ def add_rows_again(
     state = RowState(order.ref.unsqueeze(0), None, found.local_target)
     factor = order.weight * chunk.head.logit_scale * order.share
     factor = torch.where(order.is_zero, 0, factor)[first_row:]
-    target_entry = order.target_factor[first_row:]
     chunk.gather(target, rows, state, first_row, shard)
-    _weigh_hidden(chunk, order, first_row, None)
+    _zero_hidden_of_weight_0(chunk, order, first_row)
     for first_v in range(0, chunk.vocab_size, chunk.columns):
         chunk.logits(rows, state, first_row, first_v)
         if into.dh is not None:
             chunk.add_to_dh(rows, into.dh, first_row, first_v)
-        chunk.weigh(rows, found.local_target, factor, target_entry, first_row, first_v)
-        _add_columns(chunk, rows, None, order, into, first_row, first_v)
+        _add_columns(chunk, rows, found, factor, order, into, first_row, first_v)
 
 
 def _add_columns(
     chunk: Chunk,
     rows: Rows,
-    of_row: Tensor | None,
+    found: RowResult,
+    factor: Tensor,
     order: WeightsInOrder,
     into: Gradients,
     first_row: int,
     first_v: int,
 ) -> None:
-    """Multiplies dlogits by the hidden states; `of_row` [rows] is what these hold of a factor."""
+    """Adds the products of dlogits of the weighted sum for a chunk."""
+    target_factor, target = order.target_factor[first_row:], found.local_target[first_row:]
+    weights = RowWeights(factor, target_factor, target)
     if into.dw is not None:
-        chunk.add_to_dw(rows, into.dw, order.scale, first_row, first_v)
+        chunk.add_to_dw(rows, weights, into.dw, order.scale, first_row, first_v)
     if into.db is not None:
-        chunk.add_to_db(rows, of_row, into.db, order.scale, first_row, first_v)
+        chunk.add_to_db(rows, weights, into.db, order.scale, first_row, first_v)
 
 
-def _weigh_hidden(
-    chunk: Chunk, order: WeightsInOrder, first_row: int, of_row: Tensor | None
-) -> None:
-    """Multiplies a chunk's hidden states by `of_row` [rows]; zeroes those of rows of weight 0.
-
-    0 · NaN is NaN: they must not reach dW.
-    """
+def _zero_hidden_of_weight_0(chunk: Chunk, order: WeightsInOrder, first_row: int) -> None:
+    """0 · NaN is NaN: hidden states of rows of weight 0 must not reach dW."""
     is_zero = order.is_zero[first_row : first_row + chunk.rows]
-    hidden = chunk.hidden[: is_zero.shape[0]]
-    if of_row is not None:
-        hidden.mul_(of_row.unsqueeze(1))
-    hidden.masked_fill_(is_zero.unsqueeze(1), 0)
+    chunk.hidden[: is_zero.shape[0]].masked_fill_(is_zero.unsqueeze(1), 0)
