@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,11 +49,13 @@ from benchmarks.turns import (
     take_turns,
 )
 from gift.annotate import annotate_batch
-from gift.batches import pad_batch, plan_batches, target_ids
+from gift.batches import make_batch, plan_batches
 from gift.config import TrainConfig
 from gift.data import Example
+from gift.gradients import accumulate_gradients
+from gift.micro_batches import Split, token_limit
 from gift.models import last_hidden_state
-from gift.train import accumulate_gradients
+from gift.packing import enable_packing
 from gift.weighting import GuidedRow, gather_targets, guided_rows
 
 OURS = "gift"
@@ -115,34 +116,53 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     """Tokens per second and memory of confidences for every target."""
     model = make_model(spec, dtype, settings.device)
     examples = make_examples(spec, 4 * spec.rows)
-    batches = plan_batches(examples, spec.annotate_tokens)
-    alone = [[example] for batch in batches for example in batch]
+    lengths = [len(example.input_ids) for example in examples]
+    usual = model.config._attn_implementation
+    packed = enable_packing(model, examples)
+    ours_attention = model.config._attn_implementation
+
+    def batches(packed: bool) -> list[list[Example]]:
+        plan = plan_batches(lengths, spec.annotate_tokens, packed=packed)
+        return [[examples[number] for number in numbers] for numbers in plan]
 
     def ours() -> list[Tensor]:
-        return [_flat(annotate_batch(model, batch) for batch in batches)]
+        model.set_attn_implementation(ours_attention)
+        found = []
+        for group in batches(packed):
+            batch = make_batch(group, packed=packed).to(settings.device)
+            found.append(annotate_batch(model, batch))
+        return [_in_order(batches(packed), torch.cat(found).cpu())]
 
     def full(groups: Sequence[Sequence[Example]]) -> list[Tensor]:
-        return [_flat([_full_logit_confidence(model, group)] for group in groups)]
+        model.set_attn_implementation(usual)
+        found = [_full_logit_confidence(model, group) for group in groups]
+        return [_in_order(groups, torch.cat(found).cpu())]
 
     ways = {
         OURS: ours,
-        "authors' way: one sample at a time, full logits": lambda: full(alone),
-        FULL: lambda: full(batches),
+        "authors' way: one sample at a time, full logits": lambda: full(
+            [[example] for example in examples]
+        ),
+        FULL: lambda: full(batches(packed=False)),
     }
     yield from _compare("annotate", spec.name, ways, _tokens(examples), dtype, settings)
 
 
-def _flat(batches: Any) -> Tensor:
-    return torch.from_numpy(np.concatenate([row for rows in batches for row in rows]))
+def _in_order(groups: Sequence[Sequence[Example]], confidence: Tensor) -> Tensor:
+    """Confidences of the groups' targets in the order of the rows."""
+    rows = [example for group in groups for example in group]
+    parts = confidence.split([example.targets for example in rows])
+    numbers = [example.row for example in rows]
+    return torch.cat([parts[numbers.index(row)] for row in range(len(rows))])
 
 
 @torch.no_grad()
-def _full_logit_confidence(model: Any, batch: Sequence[Example]) -> np.ndarray:
+def _full_logit_confidence(model: Any, rows: Sequence[Example]) -> Tensor:
     device = model.get_input_embeddings().weight.device
-    ids, attention, predicts = pad_batch(batch, device)
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
-    probability = torch.log_softmax(logits, -1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.exp(probability[predicts[:, :-1]]).cpu().numpy()
+    batch = make_batch(rows, packed=False).to(device)
+    logits = model(**batch.inputs, use_cache=False).logits.float()
+    probability = torch.log_softmax(logits, -1).flatten(0, 1)
+    return probability[batch.predicts].gather(1, batch.targets[:, None]).squeeze(1).exp()
 
 
 def training(
@@ -190,9 +210,28 @@ def training(
             total += float(loss.detach())
         return total
 
+    base = adapted.get_base_model()
+    usual = base.config._attn_implementation
+
+    def ours(model: Any) -> float:
+        base = model.get_base_model()
+        packed = base.config._attn_implementation != usual
+        split = Split(token_limit(config, device), packed)
+        return float(accumulate_gradients(config, model, rows, split)[0][0])
+
+    def with_attention(name: str, losses: Callable[[], float]) -> float:
+        base.set_attn_implementation(name)
+        return losses()
+
+    enable_packing(base.eval(), examples)
+    adapted.train()
+    ours_attention = base.config._attn_implementation
     ways = {
-        OURS: step(lambda: float(accumulate_gradients(config, adapted, rows)[0]), parameters),
-        FULL_LOSS: step(lambda: by_micro_batches(_full_logit_loss, adapted), parameters),
+        OURS: step(lambda: with_attention(ours_attention, lambda: ours(adapted)), parameters),
+        FULL_LOSS: step(
+            lambda: with_attention(usual, lambda: by_micro_batches(_full_logit_loss, adapted)),
+            parameters,
+        ),
     }
     missing: dict[str, str] = {}
     if importlib.util.find_spec("liger_kernel") is None:
@@ -204,9 +243,7 @@ def training(
     else:
         trained = [parameter for parameter in patched.parameters() if parameter.requires_grad]
         ways[LIGER] = step(lambda: by_micro_batches(_liger_loss, patched), trained)
-        ways["gift, Liger's layers"] = step(
-            lambda: float(accumulate_gradients(config, patched, rows)[0]), trained
-        )
+        ways["gift, Liger's layers"] = step(lambda: ours(patched), trained)
     yield from _compare("train step", label, ways, _tokens(examples), dtype, settings)
     for way, status in missing.items():
         yield {"stage": "train step", "model": label, "way": way, "status": status}
@@ -218,13 +255,12 @@ LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
 def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
     """Σ w·nll from the logits of all positions."""
     device = adapted.get_input_embeddings().weight.device
-    ids, attention, predicts = pad_batch([row.example for row in micro], device)
-    logits = adapted(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
-    nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
-    weight: Any = gather_targets(micro).to(device).guide
-    return (weight * nll[predicts[:, :-1].flatten()]).sum()
+    batch = make_batch([row.example for row in micro], packed=False).to(device)
+    logits = adapted(**batch.inputs, use_cache=False).logits.float().flatten(0, 1)
+    following = batch.inputs["input_ids"].roll(-1, 1).flatten()
+    nll = torch.nn.functional.cross_entropy(logits, following, reduction="none")
+    weight: Any = gather_targets(micro).guide
+    return (weight.to(device) * nll[batch.predicts]).sum()
 
 
 def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
@@ -235,13 +271,11 @@ def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
 
     base = adapted.get_base_model()
     head = base.get_output_embeddings().weight
-    examples = [row.example for row in micro]
-    ids, attention, predicts = pad_batch(examples, head.device)
-    hidden = last_hidden_state(base, ids, attention)[predicts].to(head.dtype)
-    target = target_ids(examples, head.device)
-    nll: Any = liger_fused_linear_cross_entropy(hidden, head, target, reduction="none")
-    weight: Any = gather_targets(micro).to(head.device).guide
-    return (weight * nll).sum()
+    batch = make_batch([row.example for row in micro], packed=False).to(head.device)
+    hidden = last_hidden_state(base, **batch.inputs).flatten(0, 1)[batch.predicts].to(head.dtype)
+    nll: Any = liger_fused_linear_cross_entropy(hidden, head, batch.targets, reduction="none")
+    weight: Any = gather_targets(micro).guide
+    return (weight.to(head.device) * nll).sum()
 
 
 def _liger_fails(adapted: Any) -> str:

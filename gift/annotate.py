@@ -3,7 +3,7 @@
     q_t = softmax(z_t)[y_t]     z the logits of the instruct model
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
-tempered. Batches are filled by a budget of padded tokens; only target rows reach the head.
+tempered. Rows are packed without padding (`gift.packing`); only target rows reach the head.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
-from gift.batches import pad_batch, plan_batches, target_ids
+from gift.batches import Batch, make_batch, plan_batches
 from gift.confidence_store import read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
@@ -37,6 +38,7 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
+from gift.packing import enable_packing
 from gift.publish import output_folder
 from gift.show import show_rows
 from gift_kernels import token_confidence
@@ -143,61 +145,75 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
 
 def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, work: Path) -> None:
     """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`."""
-    batches = plan_batches(data.kept, config.batch_tokens)
-    starts = range(0, len(batches), config.part_batches)
-    parts = {
-        f"part-{number:05d}.safetensors": batches[start : start + config.part_batches]
-        for number, start in enumerate(starts)
-    }
-    finished = sealed_files(work)
-    missing = {name: part for name, part in parts.items() if name not in finished}
-    if not missing:
+    if len(_read_parts(work)) == len(data.kept):
         return
     device = pick_device(config.device)
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
+    packed = enable_packing(model, data.kept)
+    lengths = [len(example.input_ids) for example in data.kept]
+    batches = [
+        [data.kept[number] for number in batch]
+        for batch in plan_batches(lengths, config.batch_tokens, packed=packed)
+    ]
+    layout = "packed" if packed else "padded"
+    parts = {
+        f"{layout}-{number:05d}.safetensors": batches[start : start + config.part_batches]
+        for number, start in enumerate(range(0, len(batches), config.part_batches))
+    }
+    finished = sealed_files(work)
+    missing = {name: part for name, part in parts.items() if name not in finished}
     done = len(batches) - sum(map(len, missing.values()))
     with progress("annotate", len(batches), done) as bar:
         for name, part in missing.items():
-            values = {}
+            confidences = []
             for batch in part:
-                rows = annotate_batch(model, batch, config.guide_temperature)
-                values |= {str(example.row): row for example, row in zip(batch, rows, strict=True)}
+                made = make_batch(batch, packed=packed).to(device)
+                confidences.append(annotate_batch(model, made, config.guide_temperature))
                 bar.advance()
+            rows = [example for batch in part for example in batch]
             with replacing(work / name, sealed=True) as temporary:
-                save_file(values, temporary)
+                save_file(_by_row(rows, torch.cat(confidences).cpu().numpy()), temporary)
 
 
 @torch.no_grad()
-def annotate_batch(
-    model: Any, batch: Sequence[Example], temperature: float = 1.0
-) -> list[np.ndarray]:
-    """Confidences float32 of each row's targets."""
-    device = model.get_input_embeddings().weight.device
-    ids, attention, predicts = pad_batch(batch, device)
+def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Confidences float32 [N] of the batch's targets."""
     head = lm_head(model)
-    hidden = last_hidden_state(model, ids, attention)[predicts].to(head.weight.dtype)  # [n, D]
-    confidence = token_confidence(
-        hidden,
+    hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
+    return token_confidence(
+        hidden.index_select(0, batch.predicts).to(head.weight.dtype),
         head.weight,
-        target_ids(batch, device),
+        batch.targets,
         temperature=temperature,
         **head.options(),
-    )
-    values = confidence.float().cpu().numpy()
-    if not np.isfinite(values).all():
-        rows = [example.row for example in batch]
-        raise InputError(f"--model: the guide's confidence is not finite in rows {rows}")
-    lengths = [example.targets for example in batch]
-    return np.split(values, np.cumsum(lengths)[:-1])
+    ).float()
+
+
+def _by_row(rows: Sequence[Example], confidence: np.ndarray) -> dict[str, np.ndarray]:
+    """Each row's confidences; InputError where one is not finite."""
+    ends = np.cumsum([example.targets for example in rows])
+    values = {
+        str(example.row): row
+        for example, row in zip(rows, np.split(confidence, ends[:-1]), strict=True)
+    }
+    if bad := [int(row) for row, of_row in values.items() if not np.isfinite(of_row).all()]:
+        raise InputError(f"--model: the guide's confidence is not finite in rows {sorted(bad)}")
+    return values
+
+
+def _read_parts(work: Path) -> dict[str, np.ndarray]:
+    """Confidences of all finished parts, by row."""
+    values: dict[str, np.ndarray] = {}
+    for path in sealed_files(work).values():
+        values |= load_file(path)
+    return values
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
     """Confidences in row order, from all parts."""
-    values: dict[str, np.ndarray] = {}
-    for path in sealed_files(work).values():
-        values |= load_file(path)
+    values = _read_parts(work)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "

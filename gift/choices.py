@@ -103,7 +103,8 @@ def _score(model: Any, batch: Sequence[_Asked]) -> list[list[float]]:
         rows += [(first + n, *rest) for option in asked.options for n, *rest in option]
         first += len(asked.inputs)
     place = torch.tensor(rows, device=device)
-    hidden: Tensor = last_hidden_state(model, ids, mask.to(device))[place[:, 0], place[:, 1]]
+    states = last_hidden_state(model, input_ids=ids, attention_mask=mask.to(device))
+    hidden: Tensor = states[place[:, 0], place[:, 1]]
     head = lm_head(model)
     _, stats = token_confidence(
         hidden.to(head.weight.dtype), head.weight, place[:, 2], stats=("nll",), **head.options()

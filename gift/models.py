@@ -257,12 +257,9 @@ def lm_head(model: Any) -> LMHead:
     )
 
 
-def last_hidden_state(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_hidden_state(model: Any, **inputs: Any) -> Tensor:
     """Hidden states [B, T, D] after the final norm, as the head receives them."""
-    body = model.get_decoder()
-    return body(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
@@ -274,7 +271,8 @@ def check_head(model: Any, input_ids: Tensor) -> None:
     batch = input_ids.unsqueeze(0)
     mask = torch.ones_like(batch)
     head = lm_head(model)
-    hidden = last_hidden_state(model, batch, mask)[0, :-1].to(head.weight.dtype)
+    hidden = last_hidden_state(model, input_ids=batch, attention_mask=mask)[0, :-1]
+    hidden = hidden.to(head.weight.dtype)
     ours = float(weighted_ce(hidden, head.weight, input_ids[1:], **head.options()))
     logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[0, :-1].float()
     own = float(torch.nn.functional.cross_entropy(logits, input_ids[1:]))

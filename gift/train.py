@@ -3,8 +3,8 @@
     L = Σ_t w_t · (−log p_base,adapter(y_t | x, y_<t)) / normalizer      over one global batch
 
 The weights w are formed in `weighting.py`, without gradient. Gradients of the plain sums are
-accumulated over micro-batches and ranks and divided once, by the tokens or the weights of the whole
-global batch: any split of it gives the same update.
+accumulated over micro-batches and ranks (`gradients.py`) and divided once, by the tokens or the
+weights of the whole global batch: any split of it gives the same update.
 
 Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
 """
@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from gift import figures, ranks
-from gift.batches import pad_batch, target_ids
 from gift.checkpoint import TrainingState
 from gift.confidence_store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
 from gift.config import TrainConfig
@@ -31,13 +30,14 @@ from gift.console import console, print_summary, progress
 from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
 from gift.files import hash_file, hash_json, naming, replacing, write_json
+from gift.gradients import SUMS, accumulate_gradients, flat_gradients
 from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
+from gift.memory import settle_memory
+from gift.micro_batches import BAND_NAMES, Split, token_limit
 from gift.models import (
     check_head,
     folder_context,
-    last_hidden_state,
-    lm_head,
     load_causal_lm,
     load_tokenizer,
     model_hash,
@@ -49,26 +49,17 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
+from gift.packing import enable_packing
 from gift.publish import WORK_FOLDER, output_folder, partial_path
 from gift.weighting import (
-    STATISTICS,
     GuidedRow,
     check_weighting,
-    gather_targets,
     guided_rows,
-    known_zeros,
-    token_weights,
 )
-from gift_kernels import weighted_ce
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
-BAND_EDGES = (0.1, 0.5, 0.9)
-BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
-# Sums over micro-batches; in the tensor the loss of each confidence band follows them. Tokens whose
-# weight is known to be 0 have no nll, are not `counted` and cannot be correct.
-SUMS = ("loss", "nll", "weight", "tokens", "counted", "correct")
-IGNORE_INDEX = -100
+DIVISORS = {"tokens": "tokens", "weights": "weight"}
 
 
 def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
@@ -96,11 +87,19 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
             "device": device.type,
             "dtype": str(dtype),
         }
-        model = _adapted_model(config, data, dtype, device)
+        model, packed = _adapted_model(config, data, dtype, device)
+        split = Split(token_limit(config, device), packed)
         partial = begin(made_from)
         group.barrier()
-        history, loss_by_band = _fit(config, model, rows, group, partial)
-        summary = {**data_summary(data), **_run_summary(history)}
+        partial_work = partial / WORK_FOLDER
+        split = settle_memory(config, model, rows, split, group, partial_work)
+        history, loss_by_band = _fit(config, model, rows, split, group, partial)
+        summary = {
+            **data_summary(data),
+            **_run_summary(history),
+            "micro_batch_tokens": split.tokens,
+            "recomputed_layers": split.recomputed,
+        }
         if store is not None:
             summary |= {
                 f"loss share at {name}": share
@@ -150,6 +149,7 @@ def _fit(
     config: TrainConfig,
     model: Any,
     rows: Sequence[GuidedRow],
+    split: Split,
     group: ranks.Group,
     partial: Path,
 ) -> tuple[list[dict[str, float]], Tensor]:
@@ -157,6 +157,7 @@ def _fit(
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = flat_gradients(parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -172,36 +173,30 @@ def _fit(
         for step in range(first_step, steps):
             started = time.perf_counter()
             batch = _global_batch(config, rows, step, steps_per_epoch)
-            sums = accumulate_gradients(config, model, group.share(batch))
+            sums, losses = accumulate_gradients(config, model, group.share(batch), split)
             group.all_reduce_(sums)
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                group.all_reduce_(parameter.grad)
-            totals = dict(zip(SUMS, sums.tolist(), strict=False))
-            counted = totals["counted"] or 1.0
-            divisor = totals["tokens" if config.normalization == "tokens" else "weight"]
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.div_(divisor or 1.0)
+            group.all_reduce_(gradients)
+            divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
+            gradients.div_(torch.where(divisor == 0, 1, divisor))
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss_by_band += sums[len(SUMS) :].cpu()
+            gradients.zero_()
+            # The step's only wait for the device.
+            *totals, gradient_norm = torch.cat([sums, norm.double()[None]]).tolist()
+            named: dict[str, float] = dict(zip(SUMS, totals, strict=False))
+            if named["not_finite"]:
+                _refuse_not_finite(losses)
+            loss_by_band += torch.tensor(totals[len(SUMS) :], dtype=torch.float64)
             history.append(
                 {
                     "step": step + 1,
                     "epoch": (step + 1) / steps_per_epoch,
-                    "loss": totals["loss"] / (divisor or 1.0),
-                    "nll": totals["nll"] / counted,
-                    "mean_weight": totals["weight"] / totals["tokens"],
-                    "token_accuracy": totals["correct"] / counted,
+                    **_step_metrics(config, named),
                     "learning_rate": rate,
-                    "gradient_norm": float(norm),
-                    "tokens": totals["tokens"],
-                    "tokens_per_second": totals["tokens"] / (time.perf_counter() - started),
+                    "gradient_norm": gradient_norm,
+                    "tokens_per_second": named["tokens"] / (time.perf_counter() - started),
                     "peak_memory_gb": group.peak_memory_gb(),
                 }
             )
@@ -214,61 +209,24 @@ def _fit(
     return history, loss_by_band
 
 
-def accumulate_gradients(config: TrainConfig, model: Any, rows: Sequence[GuidedRow]) -> Tensor:
-    """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
-
-    Returns SUMS and the weighted loss Σ w·nll of each confidence band, float64.
-    """
-    base = model.get_base_model()
-    head = lm_head(base)
-    device = head.weight.device
-    sums = torch.zeros(len(SUMS) + len(BAND_NAMES), dtype=torch.float64, device=device)
-    # Rows of similar length together need less padding; order does not change the sum.
-    ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
-    bad_rows = []
-    for start in range(0, len(ordered), config.micro_batch_size):
-        micro = ordered[start : start + config.micro_batch_size]
-        examples = [row.example for row in micro]
-        ids, attention, predicts = pad_batch(examples, device)
-        hidden = last_hidden_state(base, ids, attention)[predicts].to(head.weight.dtype)
-        targets = gather_targets(micro).to(device)
-        left_out = known_zeros(config, targets)
-        nll, stats = weighted_ce(
-            hidden,
-            head.weight,
-            target_ids(examples, device).masked_fill(left_out, IGNORE_INDEX),
-            reduction="none",
-            ignore_index=IGNORE_INDEX,
-            stats=("top1", *STATISTICS[config.weighting]),
-            **head.options(),
-        )
-        weight = token_weights(config, stats, targets)
-        # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
-        row_loss = torch.where(weight == 0, 0, weight * nll)
-        loss = row_loss.sum()
-        if not bool(torch.isfinite(loss)):
-            bad_rows += [example.row for example in examples]
-            continue
-        loss.backward()
-        assert stats.top1 is not None
-        totals = (loss, nll, weight, torch.ones_like(nll), ~left_out, stats.top1)
-        sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
-        if targets.guide is not None:
-            band = torch.bucketize(
-                targets.guide, torch.tensor(BAND_EDGES, device=device), right=True
-            )
-            sums[len(SUMS) :].index_add_(0, band, row_loss.detach().double())
-    _refuse_not_finite(bad_rows)
-    return sums
+def _refuse_not_finite(losses: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
+    bad = [row for rows, loss in losses if not bool(loss.isfinite()) for row in rows]
+    raise InputError(
+        f"the loss is not finite in a micro-batch with rows {sorted(ranks.gather_lists(bad))}; "
+        "look at these rows, lower --learning-rate, or use --dtype float32"
+    )
 
 
-def _refuse_not_finite(bad_rows: list[int]) -> None:
-    rows = ranks.gather_lists(bad_rows)
-    if rows:
-        raise InputError(
-            f"the loss is not finite in a micro-batch with rows {sorted(rows)}; look at these "
-            "rows, lower --learning-rate, or use --dtype float32"
-        )
+def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, float]:
+    """Means of a step over its tokens; the loss as it is divided."""
+    counted = totals["counted"] or 1.0
+    return {
+        "loss": totals["loss"] / (totals[DIVISORS[config.normalization]] or 1.0),
+        "nll": totals["nll"] / counted,
+        "mean_weight": totals["weight"] / totals["tokens"],
+        "token_accuracy": totals["correct"] / counted,
+        "tokens": totals["tokens"],
+    }
 
 
 def _global_batch(
@@ -301,11 +259,13 @@ def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, A
 
 def _adapted_model(
     config: TrainConfig, data: EncodedData, dtype: torch.dtype, device: torch.device
-) -> Any:
+) -> tuple[Any, bool]:
+    """The base model with a new adapter, and whether it reads packed rows."""
     model = load_causal_lm(resolve_model(config.model), dtype, device)
     require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
+    packed = enable_packing(model, data.kept)
     torch.manual_seed(config.seed)
     try:
         with warnings.catch_warnings():
@@ -319,10 +279,7 @@ def _adapted_model(
     # PEFT puts the names through sets, and would write them in an order that differs by run.
     lora.target_modules = sorted(lora.target_modules)
     lora.target_parameters = sorted(lora.target_parameters or []) or None
-    checkpointing = config.gradient_checkpointing
-    if checkpointing if checkpointing is not None else device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted
+    return adapted, packed
 
 
 def _manifest(

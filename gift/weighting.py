@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gift.batches import copy_to
 from gift.config import TrainOptions
 from gift.controls import controlled_weights
 from gift.data import Example
@@ -73,7 +74,7 @@ class Targets(NamedTuple):
 
     def to(self, device: torch.device) -> "Targets":
         """The same on a device."""
-        return Targets(*(None if tensor is None else tensor.to(device) for tensor in self))  # pyright: ignore
+        return Targets(*(None if tensor is None else copy_to(tensor, device) for tensor in self))  # pyright: ignore
 
 
 def check_weighting(config: TrainOptions) -> None:

@@ -124,23 +124,18 @@ def reduce_loss(
     rows = torch.where(valid, weight * counted, 0)
     if reduction == "none":
         return rows
-    return normalized(rows.sum(), weight, valid, reduction, normalizer)
-
-
-def normalized(
-    total: Tensor,
-    weight: Tensor,
-    valid: Tensor,
-    reduction: Reduction,
-    normalizer: Tensor | float | None,
-) -> Tensor:
-    """A sum of losses divided as `reduction` says; 0 / 0 is 0, the loss of an empty batch."""
     if reduction == "sum":
-        return total
+        return rows.sum()
     if normalizer is None:
         normalizer = valid.sum() if reduction == "mean" else torch.where(valid, weight, 0).sum()
-    elif isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(total.dtype).reshape(())
+    return normalized(rows.sum(), normalizer)
+
+
+def normalized(total: Tensor, normalizer: Tensor | float) -> Tensor:
+    """A sum of losses divided by one number; 0 / 0 is 0, the loss of an empty batch."""
+    if not isinstance(normalizer, Tensor):
+        return total / (normalizer or (total == 0).to(total.dtype))
+    normalizer = normalizer.to(total.dtype).reshape(())
     # Added rather than selected with `where`, which would copy a CPU normalizer to the GPU and
     # synchronize.
     return total / (normalizer + ((total == 0) & (normalizer == 0)).to(total.dtype))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
 from gift.annotate import annotate, import_scores
-from gift.batches import pad_batch, plan_batches
+from gift.batches import make_batch, plan_batches
 from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
@@ -90,14 +90,22 @@ def test_batch_size_does_not_change_the_confidence(folder, tmp_path):
 
 
 def test_batches_hold_every_row_within_the_budget(folder):
-    batches = plan_batches(encode_rows(folder), 120)
-    assert sorted(row.row for batch in batches for row in batch) == list(range(12))
-    assert all(len(batch) == 1 or len(batch) * len(batch[0].input_ids) <= 120 for batch in batches)
-    _, attention, predicts = pad_batch(batches[-1], torch.device("cpu"))
-    for number, example in enumerate(batches[-1]):
-        positions = predicts[number].nonzero().squeeze(1) + 1
-        assert positions.tolist() == np.flatnonzero(example.is_target).tolist()
-        assert attention[number].sum() == len(example.input_ids)
+    examples = encode_rows(folder)
+    lengths = [len(example.input_ids) for example in examples]
+    for packed in (True, False):
+        batches = plan_batches(lengths, 120, packed=packed)
+        assert sorted(number for batch in batches for number in batch) == list(range(12))
+        for numbers in batches:
+            chosen = [lengths[number] for number in numbers]
+            tokens = sum(chosen) if packed else max(chosen) * len(chosen)
+            assert len(numbers) == 1 or tokens <= 120
+        batch = make_batch([examples[number] for number in batches[-1]], packed=packed)
+        ids = batch.inputs["input_ids"].flatten()
+        assert ids[batch.predicts + 1].tolist() == batch.targets.tolist()
+        expected = [examples[n].input_ids[examples[n].is_target] for n in batches[-1]]
+        assert batch.targets.tolist() == np.concatenate(expected).tolist()
+    at_most_two = plan_batches(lengths, 1000, packed=True, rows=2)
+    assert [len(batch) for batch in at_most_two] == [2] * 6
 
 
 def test_interrupted_annotation_gives_the_same_bytes(folder, tmp_path, monkeypatch):
@@ -118,7 +126,8 @@ def test_interrupted_annotation_gives_the_same_bytes(folder, tmp_path, monkeypat
     assert not (tmp_path / "cut").exists() and partial_path(tmp_path / "cut").exists()
     before = len(calls)
     annotate(config(folder, tmp_path / "cut", **options))
-    total = len(plan_batches(encode_rows(folder), 60))
+    lengths = [len(example.input_ids) for example in encode_rows(folder)]
+    total = len(plan_batches(lengths, 60, packed=True))
     assert len(calls) - before == total - 2, "the finished part must not be computed again"
     for name in ("confidence.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()

@@ -12,7 +12,7 @@ from torch import Tensor
 from gift.config import TrainConfig
 from gift.data import Example
 from gift.errors import InputError
-from gift.train import IGNORE_INDEX
+from gift.micro_batches import IGNORE_INDEX
 from gift.weighting import (
     STATISTICS,
     Targets,

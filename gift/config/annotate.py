@@ -11,7 +11,7 @@ class AnnotateOptions(Options):
     """How the guide reads the data."""
 
     batch_tokens: int = Field(
-        default=16384, ge=1, description="Padded tokens per forward pass; lower it to save memory."
+        default=16384, ge=1, description="Tokens per forward pass; lower it to save memory."
     )
     part_batches: int = Field(
         default=16,

@@ -1,9 +1,9 @@
 """Options of `gift train`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Options, OutputOptions
 
@@ -60,10 +60,14 @@ class TrainOptions(Options):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
-    micro_batch_size: int = Field(
-        default=4,
+    micro_batch_tokens: int | None = Field(
+        default=None,
         ge=1,
-        description="Rows per forward pass; changes memory and speed, not the update.",
+        description="Most tokens per forward pass, a longer row alone; default 8192 on CUDA, 1024 "
+        "elsewhere. Changes memory and speed, not the update.",
+    )
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="Most rows per forward pass; default no limit."
     )
     global_batch_size: int = Field(default=256, ge=1, description="Rows per optimizer step.")
     lora_rank: int = Field(default=64, ge=1, description="LoRA rank r.")
@@ -85,14 +89,24 @@ class TrainOptions(Options):
         le=LARGEST_SEED,
         description="Seed of initialisation, row order and dropout.",
     )
-    gradient_checkpointing: bool | None = Field(
-        default=None, description="Recompute activations in the backward; default on CUDA only."
+    gradient_checkpointing: str = Field(
+        default="auto",
+        pattern="^(auto|on|off|[1-9][0-9]*)$",
+        description="Which activations are recomputed in the backward, to save memory: on (all), "
+        "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
+        "before the first step, fits so, else all, with fewer tokens if it must be.",
     )
     checkpoint_steps: int = Field(
         default=10,
         ge=1,
         description="Optimizer steps between checkpoints; a killed run resumes from the last.",
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML reads on and off as booleans and a number of layers as an integer."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
     @property
     def guided(self) -> bool:

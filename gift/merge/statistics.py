@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gift.batches import pad_batch, target_ids
+from gift.batches import make_batch
 from gift.config import StatisticsConfig
 from gift.console import print_summary, progress
 from gift.data import Example, data_summary, encode_file, require_vocabulary
@@ -78,12 +78,9 @@ def fisher_diagonals(model: nn.Module, examples: Sequence[Example]) -> dict[str,
     with progress("Fisher diagonals", len(examples)) as bar:
         for example in examples:
             model.zero_grad(set_to_none=True)
-            ids, attention, predicts = pad_batch([example], device)
-            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-            target = target_ids([example], device)
-            nn.functional.cross_entropy(
-                logits[predicts].float(), target, reduction="sum"
-            ).backward()
+            batch = make_batch([example], packed=False).to(device)
+            logits = model(**batch.inputs, use_cache=False).logits[0, batch.predicts]
+            nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum").backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad.float().square()
@@ -98,8 +95,8 @@ def gram_matrices(model: nn.Module, examples: Sequence[Example]) -> dict[str, Te
     device = next(model.parameters()).device
     with _gathered_grams(model) as grams, progress("Gram matrices", len(examples)) as bar:
         for example in examples:
-            ids, attention, _ = pad_batch([example], device)
-            model(input_ids=ids, attention_mask=attention, use_cache=False)
+            batch = make_batch([example], packed=False).to(device)
+            model(**batch.inputs, use_cache=False)
             bar.advance()
     return {name: gram.cpu() for name, gram in grams.items()}
 

@@ -33,7 +33,9 @@ def agree(problem: Problem, shard: VocabShard, impl: str) -> dict[str, Slices]:
     given += [-1.0] * (3 - len(given))
     given += [torch.inf if value is None else value for value in same.values()]
     places = torch.arange(1, target.numel() + 1, device=target.device)
-    counted = (row_weight != 0).sum() if row_weight is not None else target.new_zeros(())
+    counted = target.new_zeros(())
+    if row_weight is not None:
+        counted = ((row_weight != 0) & (target != problem.ignore_index)).sum()
     checksum = (target * places).sum().remainder(1 << 50)  # float64 holds it
     ranks = _gathered(given, torch.stack([counted, checksum]), shard)
     names = (*same, "token_weight (rows that are not 0)", "target (checksum)")
@@ -77,7 +79,7 @@ def _same_everywhere(problem: Problem, impl: str) -> dict[str, float | None]:
         "transform.threshold": transform.threshold,
         "ignore_index": problem.ignore_index,
         "reduction (none)": problem.rowwise,
-        "stats": problem.with_entropy + 2 * problem.keep_zero_rows,
+        "stats": problem.with_stats + 2 * problem.with_entropy + 4 * problem.keep_zero_rows,
         "impl (triton)": impl == "triton",
         "chunk_size": problem.chunk_size,
     }

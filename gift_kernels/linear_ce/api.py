@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gift_kernels import checks
 from gift_kernels.implementation import Impl, resolve_impl
-from gift_kernels.linear_ce.op import linear_ce
+from gift_kernels.linear_ce import op as operator
 from gift_kernels.linear_ce.types import (
+    NO_TRANSFORM,
     Guide,
     LinearCE,
     LinearInputs,
@@ -27,9 +28,7 @@ from gift_kernels.linear_ce.types import (
     WeightTransform,
     accumulation_dtype,
 )
-from gift_kernels.reference import normalized, reduce_loss, transform_weight
-
-_IDENTITY = WeightTransform()
+from gift_kernels.reference import normalized, transform_weight
 
 
 @overload
@@ -155,46 +154,49 @@ def weighted_ce(
     checks.one_device(head, target, guide_head, given)
     normalizer = checks.normalizer(normalizer, reduction, head.hidden.device)
 
-    flat_target = target.reshape(-1).long()
-    valid = flat_target != ignore_index
-    row_weight = None
-    if given is not None:
-        row_weight = given.reshape(-1).to(accumulation_dtype(head.hidden.dtype))
-    elif transform is not None and guide is None and token_weight is None:
-        row_weight = valid.to(accumulation_dtype(head.hidden.dtype))
-    if row_weight is not None:
-        # Zero the ignored rows before and after: their weights may be anything, even NaN.
-        row_weight = transform_weight(torch.where(valid, row_weight, 0), transform)
-        row_weight = torch.where(valid, row_weight, 0)
-    weight_grad = torch.is_grad_enabled() and row_weight is not None and row_weight.requires_grad
-    rowwise = reduction == "none"
-    result = _solve(
+    trained_weight = None
+    if given is not None and given.requires_grad and torch.is_grad_enabled():
+        trained_weight = _transformed(given, target != ignore_index, transform, head)
+        transform = None
+    result = _call(
         head,
-        flat_target,
-        row_weight=row_weight.detach() if row_weight is not None and rowwise else row_weight,
+        target,
+        row_weight=given if trained_weight is None else trained_weight,
         guide=guide_head,
         temperature=temperature,
         self_weight=isinstance(token_weight, str),
-        transform=transform or _IDENTITY,
+        transform=transform or NO_TRANSFORM,
         ignore_index=ignore_index,
         grad=torch.is_grad_enabled(),
-        rowwise=rowwise,
-        with_entropy=asked is not None and "entropy" in asked,
-        keep_zero_rows=weight_grad or bool(asked and asked != {"weight"}),
+        rowwise=reduction == "none",
+        asked=asked,
+        keep_zero_rows=trained_weight is not None or bool(asked and asked != {"weight"}),
         shard=shard,
         impl=impl,
         chunk_size=chunk_size,
     )
-    weight = result.weight.detach()
-    if row_weight is not None:
-        weight = row_weight.to(result.nll.dtype)
-    if rowwise:
-        loss = reduce_loss(result.nll, weight, valid, "none").reshape(target.shape)
-    else:
-        loss = normalized(result.total, weight, valid, reduction, normalizer)
+    loss = result.loss
+    if reduction == "none":
+        loss = loss.reshape(target.shape)
+    elif normalizer is not None:
+        loss = normalized(loss, normalizer)
+    elif reduction == "mean":
+        loss = loss / result.row_count
+    elif reduction == "weighted_mean":
+        weight = result.weight if trained_weight is None else trained_weight
+        loss = normalized(loss, weight.sum())
     if asked is None:
         return loss
-    return loss, _statistics(asked, result, valid, weight, target)
+    return loss, _statistics(asked, result, target, ignore_index)
+
+
+def _transformed(
+    weight: Tensor, valid: Tensor, transform: WeightTransform | None, head: LinearInputs
+) -> Tensor:
+    """Weights that require grad, as the operator makes those that do not."""
+    # Ignored rows are 0 before and after: their weights may be anything, even NaN.
+    weight = torch.where(valid, weight.to(accumulation_dtype(head.hidden.dtype)), 0)
+    return torch.where(valid, transform_weight(weight, transform), 0)
 
 
 @overload
@@ -272,32 +274,38 @@ def token_confidence(
     )
     target = checks.target(target, head.hidden)
     checks.one_device(head, target)
-    flat_target = target.reshape(-1).long()
-    valid = flat_target != ignore_index
-    result = _solve(
+    result = _call(
         head,
-        flat_target,
+        target,
         temperature=checks.number("temperature", temperature, "positive number"),
+        # The operator's weight is then the confidence.
+        self_weight=True,
         ignore_index=ignore_index,
-        with_entropy=asked is not None and "entropy" in asked,
+        rowwise=True,
+        asked=asked,
         keep_zero_rows=True,
         shard=shard,
         impl=impl,
         chunk_size=chunk_size,
     )
-    confidence = torch.where(valid, torch.exp(-result.nll), 0).reshape(target.shape)
+    confidence = result.weight.reshape(target.shape)
     if asked is None:
         return confidence
-    return confidence, _statistics(asked, result, valid, valid.to(confidence.dtype), target)
+    found = _statistics(asked, result, target, ignore_index)
+    if "confidence" in asked:
+        found = found._replace(confidence=confidence)
+    if "weight" in asked:
+        found = found._replace(weight=(target != ignore_index).to(confidence.dtype))
+    return confidence, found
 
 
-def _solve(
+def _call(
     head: LinearInputs,
     target: Tensor,
     *,
     temperature: float,
     ignore_index: int,
-    with_entropy: bool,
+    asked: frozenset[str] | None,
     keep_zero_rows: bool,
     shard: VocabParallel | None,
     impl: Impl,
@@ -305,56 +313,59 @@ def _solve(
     row_weight: Tensor | None = None,
     guide: LinearInputs | None = None,
     self_weight: bool = False,
-    transform: WeightTransform = _IDENTITY,
+    transform: WeightTransform = NO_TRANSFORM,
     grad: bool = False,
     rowwise: bool = False,
 ) -> LinearCE:
-    """Calls the operator, whose schema is flat; target is int64 [N]."""
+    """Calls the operator, whose arguments are flat, with flat rows."""
     hidden, lm_head_weight, bias, logit_scale, logit_softcap = head
     no_guide = (None, None, None, 1.0, None)
     guide_hidden, guide_weight, guide_bias, guide_scale, guide_softcap = guide or no_guide
     implementation = resolve_impl(impl, {"hidden": hidden, "guide.hidden": guide_hidden})
-    return LinearCE(
-        *linear_ce(
-            hidden.reshape(-1, hidden.shape[-1]),
-            lm_head_weight,
-            bias,
-            target,
-            row_weight,
-            guide_hidden.reshape(-1, guide_hidden.shape[-1]) if guide_hidden is not None else None,
-            guide_weight,
-            guide_bias,
-            logit_scale,
-            logit_softcap,
-            guide_scale,
-            guide_softcap,
-            temperature,
-            self_weight,
-            transform.power,
-            transform.floor,
-            transform.threshold,
-            ignore_index,
-            grad and hidden.requires_grad,
-            grad and lm_head_weight.requires_grad,
-            grad and bias is not None and bias.requires_grad,
-            rowwise,
-            with_entropy,
-            keep_zero_rows,
-            shard.group.group_name if shard is not None else None,
-            shard.start if shard is not None else 0,
-            implementation,
-            chunk_size,
-        )
+    return operator.call(
+        _matrix(hidden),
+        lm_head_weight,
+        bias,
+        target.flatten().long(),
+        row_weight.flatten() if row_weight is not None else None,
+        _matrix(guide_hidden) if guide_hidden is not None else None,
+        guide_weight,
+        guide_bias,
+        logit_scale,
+        logit_softcap,
+        guide_scale,
+        guide_softcap,
+        temperature,
+        self_weight,
+        transform.power,
+        transform.floor,
+        transform.threshold,
+        ignore_index,
+        grad and hidden.requires_grad,
+        grad and lm_head_weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        rowwise,
+        asked is not None and bool(asked & {"lse", "top1"}),
+        asked is not None and "entropy" in asked,
+        keep_zero_rows,
+        shard.group.group_name if shard is not None else None,
+        shard.start if shard is not None else 0,
+        implementation,
+        chunk_size,
     )
 
 
+def _matrix(hidden: Tensor) -> Tensor:
+    """Hidden states as [N, D]."""
+    return hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
+
+
 def _statistics(
-    asked: frozenset[str], result: LinearCE, valid: Tensor, weight: Tensor, target: Tensor
+    asked: frozenset[str], result: LinearCE, target: Tensor, ignore_index: int
 ) -> TokenStats:
     """The statistics that were asked for, in the shape of the targets."""
-    found = {name: getattr(result, name) for name in asked - {"confidence", "weight"}}
+    found = {name: getattr(result, name) for name in asked - {"confidence"}}
     if "confidence" in asked:
+        valid = target.flatten() != ignore_index
         found["confidence"] = torch.where(valid, torch.exp(-result.nll), 0)
-    if "weight" in asked:
-        found["weight"] = weight
     return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

@@ -77,15 +77,17 @@ def solve(problem: Problem) -> LinearCE:
     )
     chunks = {"shard": problem.shard, "chunk_size": problem.chunk_size}
     rows = (target != problem.ignore_index).nonzero().squeeze(1)  # [n]
+    row_count = max(1, len(rows))
     dtype = accumulation_dtype(head.hidden.dtype)
     if guide is not None:
         guide = guide._replace(hidden=guide.hidden[rows])
         nll = row_stats(guide, target[rows], temperature=problem.temperature, **chunks).nll
         weight = transform_weight(torch.exp(-nll), transform).to(dtype)
     elif problem.row_weight is not None:
-        weight = problem.row_weight[rows].to(dtype)
+        weight = transform_weight(problem.row_weight[rows].to(dtype), transform)
     else:
         weight = torch.ones(rows.shape, dtype=dtype, device=rows.device)
+        weight = weight if problem.self_weight else transform_weight(weight, transform)
     if not problem.keep_zero_rows:
         rows, weight = rows[weight != 0], weight[weight != 0]
     head = head._replace(hidden=head.hidden[rows])
@@ -112,7 +114,7 @@ def solve(problem: Problem) -> LinearCE:
         gradients = Gradients(None, None, None)
     if problem.self_weight:
         weight = transform_weight(torch.exp(-stats.nll), transform)
-    return _scatter(problem, rows, stats, weight, gradients)
+    return _scatter(problem, rows, row_count, stats, weight, gradients)
 
 
 def solve_head_gradient(
@@ -144,7 +146,12 @@ def solve_head_gradient(
 
 
 def _scatter(
-    problem: Problem, rows: Tensor, stats: RowStats, weight: Tensor, gradients: Gradients
+    problem: Problem,
+    rows: Tensor,
+    row_count: int,
+    stats: RowStats,
+    weight: Tensor,
+    gradients: Gradients,
 ) -> LinearCE:
     """Scatters the results of the computed rows to all N rows; the other rows are 0."""
     count = problem.target.shape[0]
@@ -152,20 +159,18 @@ def _scatter(
     def full(values: Tensor) -> Tensor:
         return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
 
-    def or_empty(values: Tensor | None) -> Tensor:
-        return values if values is not None else weight.new_empty(0)
-
-    dh = gradients.dh
+    loss, dh = torch.where(weight == 0, 0, weight * stats.nll), gradients.dh
     return LinearCE(
-        total=torch.where(weight == 0, 0, weight * stats.nll).sum(),
+        loss=full(loss) if problem.rowwise else loss.sum(),
+        row_count=loss.new_full((), row_count),
         nll=full(stats.nll),
-        lse=full(stats.lse),
-        entropy=full(stats.entropy) if problem.with_entropy else or_empty(None),
-        top1=full(stats.top1),
         weight=full(weight),
-        dh=full(dh) if dh is not None else or_empty(None),
-        dw=or_empty(gradients.dw),
-        db=or_empty(gradients.db),
+        lse=full(stats.lse) if problem.with_stats else None,
+        top1=full(stats.top1) if problem.with_stats else None,
+        entropy=full(stats.entropy) if problem.with_entropy else None,
+        dh=full(dh) if dh is not None else None,
+        dw=gradients.dw,
+        db=gradients.db,
     )
 
 

@@ -1,17 +1,22 @@
-"""The operator below `weighted_ce` and `token_confidence`, registered once for all implementations.
+"""The operator below `weighted_ce` and `token_confidence`, one for all implementations.
 
-`gift_kernels::linear_ce` returns the weighted sum of the rows' nll, the rows' statistics and, if
-requested, gradients computed in the forward: dH of every row, unscaled, and dW and db of the
-weighted sum. The backward only scales them: row i of dH by the upstream gradient of that row, dW
-and db by the upstream gradient of the sum.
-Where each row has an upstream gradient of its own (`reduction="none"`) and the head is trainable,
-dW is made in the backward by `gift_kernels::linear_ce_head_gradient`, from recomputed logits.
+It returns the loss, the rows' statistics and, if requested, gradients computed in the forward: dH
+of every row, unscaled, and dW and db of the weighted sum. The backward only scales them: row i of
+dH by its weight and upstream gradient, dW and db by the upstream gradient of the sum. Where each
+row has an upstream gradient of its own (`reduction="none"`) and the head is trainable, dW is made
+in the backward by `gift_kernels::linear_ce_head_gradient`, from recomputed logits.
+
+`linear_ce` is registered as `gift_kernels::linear_ce` for torch.compile and other tracing. Outside
+of it `call` runs the same functions as a plain `autograd.Function`: a registered operator with so
+many arguments takes 0.25 to 0.3 ms more of the host's time for each forward, nearly all of it in
+Python (torch 2.13), where a whole call of few tokens takes as much.
 
 Saved for the backward: dH float32 [N, D], the row weights and, for a trainable head, dW and db.
 Rows that are ignored, and rows of weight 0 unless `keep_zero_rows`, are left out of all products.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,8 +36,23 @@ from gift_kernels.linear_ce.types import (
 )
 
 
-@torch.library.custom_op("gift_kernels::linear_ce", mutates_args=())
-def linear_ce(
+def call(*arguments: Any) -> LinearCE:
+    """The operator with the arguments of `solve`; differentiable in the loss."""
+    if not _is_plain(arguments[0]):
+        return LinearCE(*linear_ce(*arguments))
+    if torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in arguments
+    ):
+        return LinearCE(*_LinearCE.apply(*arguments))  # pyright: ignore[reportArgumentType]
+    return solve(*arguments)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nothing traces this tensor, so that other functions than operators may take it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def solve(
     hidden: Tensor,
     lm_head_weight: Tensor,
     bias: Tensor | None,
@@ -55,13 +75,14 @@ def linear_ce(
     want_dw: bool,
     want_db: bool,
     rowwise: bool,
+    with_stats: bool,
     with_entropy: bool,
     keep_zero_rows: bool,
     group_name: str | None,
     vocab_start: int,
     impl: str,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LinearCE:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
     guide = None
     if guide_hidden is not None:
@@ -82,6 +103,7 @@ def linear_ce(
         want_dw=want_dw,
         want_db=want_db,
         rowwise=rowwise,
+        with_stats=with_stats,
         with_entropy=with_entropy,
         keep_zero_rows=keep_zero_rows,
         shard=None,
@@ -97,15 +119,19 @@ def linear_ce(
     if checks.reads_targets(target):
         for name, vocab_size in vocab_sizes.items():
             checks.target_values(target, vocab_size, ignore_index, name)
-    with _on_device_of(hidden):
-        return _backend(impl).solve(problem)
+    with _prepared(impl, hidden) as backend:
+        return backend.solve(problem)
 
 
 @contextlib.contextmanager
-def _on_device_of(hidden: Tensor) -> Iterator[None]:
-    """Makes the tensors' device current, where Triton launches; switches autocast off."""
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        yield
+def _prepared(impl: str, hidden: Tensor) -> Iterator[Any]:
+    """The implementation, on the device of the tensors and without autocast."""
+    if impl == "eager":
+        with torch.autocast(hidden.device.type, enabled=False):
+            yield _backend(impl)
+    else:
+        with torch.cuda.device_of(hidden):  # Triton launches on the current one
+            yield _backend(impl)
 
 
 def _backend(impl: str) -> Any:
@@ -125,34 +151,40 @@ def _shard(group_name: str, vocab_start: int) -> VocabShard:
     return VocabShard(_resolve_process_group(group_name), vocab_start, 0)  # pyright: ignore
 
 
+def _registered(*arguments: Any) -> tuple[Tensor, ...]:
+    result = solve(*arguments)
+    return tuple(result.nll.new_empty(0) if value is None else value for value in result)
+
+
+_registered.__signature__ = inspect.signature(solve).replace(
+    return_annotation=tuple[(Tensor,) * len(LinearCE._fields)]
+)
+linear_ce = torch.library.custom_op("gift_kernels::linear_ce", _registered, mutates_args=())
+_ARGUMENT_NAMES = [argument.name for argument in linear_ce._opoverload._schema.arguments]
+
+
 @linear_ce.register_fake
 def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
-    names = _ARGUMENT_NAMES[4:]
-    options = dict(zip(names, arguments, strict=True))
+    options = dict(zip(_ARGUMENT_NAMES[4:], arguments, strict=True))
     dtype = accumulation_dtype(hidden.dtype)
     count = hidden.shape[0]
 
-    def rows() -> Tensor:
-        return hidden.new_empty(count, dtype=dtype)
-
-    def wanted(flag: bool, *shape: int) -> Tensor:
-        return hidden.new_empty(shape if flag else (0,), dtype=dtype)
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
 
     head_wanted = not options["rowwise"]
     return LinearCE(
-        total=hidden.new_empty((), dtype=dtype),
-        nll=rows(),
-        lse=rows(),
-        entropy=wanted(options["with_entropy"], count),
-        top1=hidden.new_empty(count, dtype=torch.bool),
-        weight=rows(),
-        dh=wanted(options["want_dh"], *hidden.shape),
-        dw=wanted(options["want_dw"] and head_wanted, *lm_head_weight.shape),
-        db=wanted(options["want_db"] and head_wanted, lm_head_weight.shape[0]),
+        loss=empty(*(count,) * options["rowwise"]),
+        row_count=empty(),
+        nll=empty(count),
+        weight=empty(count),
+        lse=empty(count, wanted=options["with_stats"]),
+        top1=empty(count, dtype=torch.bool) if options["with_stats"] else empty(0),
+        entropy=empty(count, wanted=options["with_entropy"]),
+        dh=empty(*hidden.shape, wanted=options["want_dh"]),
+        dw=empty(*lm_head_weight.shape, wanted=options["want_dw"] and head_wanted),
+        db=empty(lm_head_weight.shape[0], wanted=options["want_db"] and head_wanted),
     )
-
-
-_ARGUMENT_NAMES = [argument.name for argument in linear_ce._opoverload._schema.arguments]
 
 
 @torch.library.custom_op("gift_kernels::linear_ce_head_gradient", mutates_args=())
@@ -177,9 +209,9 @@ def head_gradient(
     if group_name is not None:
         shard = _shard(group_name, vocab_start)
         shard = shard._replace(most=most_rows(lm_head_weight.shape[0], shard))
-    with _on_device_of(hidden):
+    with _prepared(impl, hidden) as backend:
         head = LinearInputs(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-        return _backend(impl).solve_head_gradient(
+        return backend.solve_head_gradient(
             head,
             torch.where(row_factor == 0, ignore_index, target),
             row_factor,
@@ -202,24 +234,32 @@ def _(hidden, lm_head_weight, bias, target, row_factor, *arguments):  # pyright:
 
 
 @torch.library.custom_op("gift_kernels::linear_ce_scaled_rows", mutates_args=())
-def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows float32 [N, D] times factor [N], written in `dtype` by Triton without a float32 copy."""
+def scaled_rows(rows: Tensor, factor: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows float32 [N, D] times factor [N] or [], times weight [N], in `dtype`; for Triton.
+
+    Without a float32 copy.
+    """
+    return _scaled_rows(rows, factor, weight, dtype)
+
+
+def _scaled_rows(rows: Tensor, factor: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     from gift_kernels.linear_ce.triton import forward as triton_ce
 
     with torch.cuda.device_of(rows):
-        return triton_ce.scaled_rows(rows, factor, dtype)
+        return triton_ce.scaled_rows(rows, factor, weight, dtype)
 
 
 @scaled_rows.register_fake
-def _(rows, factor, dtype):  # pyright: ignore
+def _(rows, factor, weight, dtype):  # pyright: ignore
     return rows.new_empty(rows.shape, dtype=dtype)
+
+
+_RECOMPUTE_INPUTS = ("hidden", "lm_head_weight", "bias", "target")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     options = dict(zip(_ARGUMENT_NAMES, inputs, strict=True))
     result = LinearCE(*output)
-    ctx.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-    ctx.dtypes = {name: value.dtype for name, value in options.items() if isinstance(value, Tensor)}
     recompute = options["rowwise"] and (options["want_dw"] or options["want_db"])
     ctx.recompute = recompute
     ctx.save_for_backward(
@@ -227,13 +267,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         result.dw,
         result.db,
         result.weight,
-        result.nll if options["row_weight"] is not None else None,
+        result.nll if ctx.needs_input_grad[_ARGUMENT_NAMES.index("row_weight")] else None,
         *((options[name] if recompute else None) for name in _RECOMPUTE_INPUTS),
     )
+    ctx.dtypes = {name: value.dtype for name, value in options.items() if isinstance(value, Tensor)}
+    ctx.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
     ctx.set_materialize_grads(False)
-
-
-_RECOMPUTE_INPUTS = ("hidden", "lm_head_weight", "bias", "target")
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -245,42 +284,53 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     dh, dw, db, weight, nll, *inputs = ctx.saved_tensors
     options = ctx.options
     gradient: dict[str, Tensor | None] = dict.fromkeys(_ARGUMENT_NAMES)
-    g_total, g_nll = upstream[0], upstream[1]
-    if not options["rowwise"]:
-        factor = g_total * weight if g_total is not None else None
-    else:
-        factor = g_nll
-    if factor is None:
+    loss_gradient = upstream[0]
+    if loss_gradient is None:
         return tuple(gradient.values())
+    scale_rows = _scaled_rows if _is_plain(loss_gradient) else scaled_rows
     if options["want_dh"]:
         dtype = ctx.dtypes["hidden"]
         if options["impl"] == "triton":
-            gradient["hidden"] = scaled_rows(dh, factor, dtype)
+            gradient["hidden"] = scale_rows(dh, loss_gradient, weight, dtype)
         else:
-            gradient["hidden"] = eager.scale_rows(dh, factor).to(dtype)
+            gradient["hidden"] = eager.scale_rows(dh, loss_gradient * weight).to(dtype)
     if ctx.recompute:
         hidden, lm_head_weight, bias, target = inputs
         names = ("logit_scale", "logit_softcap", "ignore_index", "want_dw", "want_db")
         names += ("group_name", "vocab_start", "impl", "chunk_size")
+        factor = loss_gradient * weight
         dw, db = head_gradient(
             hidden, lm_head_weight, bias, target, factor, *(options[name] for name in names)
         )
-    elif g_total is not None:
-        if options["want_dw"] and options["impl"] == "triton":
-            dw = scaled_rows(dw, g_total.expand(dw.shape[0]), ctx.dtypes["lm_head_weight"])
+    elif options["want_dw"]:
+        if options["impl"] == "triton":
+            dw = scale_rows(dw, loss_gradient, None, ctx.dtypes["lm_head_weight"])
         else:
-            dw = dw * g_total
-        db = db * g_total
+            dw = dw * loss_gradient
     if options["want_dw"]:
         gradient["lm_head_weight"] = dw.to(ctx.dtypes["lm_head_weight"])
     if options["want_db"]:
+        db = db if ctx.recompute else db * loss_gradient
         gradient["bias"] = db.to(ctx.dtypes["bias"])
-    if nll is not None and g_total is not None and not options["rowwise"]:
+    if nll is not None:
         # A row of weight 0 whose nll is infinite or NaN adds 0 to the loss: its weight's gradient
         # is 0 too.
         counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
-        gradient["row_weight"] = (g_total * counted).to(ctx.dtypes["row_weight"])
+        gradient["row_weight"] = (loss_gradient * counted).to(ctx.dtypes["row_weight"])
     return tuple(gradient.values())
 
 
 linear_ce.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _LinearCE(torch.autograd.Function):
+    """What `linear_ce` is to autograd, without what a registered operator costs."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> LinearCE:  # pyright: ignore
+        result = solve(*arguments)
+        _save_for_backward(ctx, arguments, result)
+        ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
+        return result
+
+    backward = staticmethod(_backward)  # pyright: ignore

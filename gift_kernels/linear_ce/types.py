@@ -42,6 +42,10 @@ class WeightTransform:
     threshold: float = 0.0
 
 
+# Leaves every weight as it is, negative ones too.
+NO_TRANSFORM = WeightTransform(1.0, -float("inf"), -float("inf"))
+
+
 @dataclass(frozen=True)
 class VocabParallel:
     """A head whose rows are divided over the ranks of a process group.
@@ -95,11 +99,12 @@ class VocabShard(NamedTuple):
 class Problem(NamedTuple):
     """One call of the operator.
 
-    Row weights are `row_weight` [N] as it is; or the transformed confidence of `guide`, or of the
-    model itself with `self_weight`; or 1. `temperature` divides the guide's logits, or the model's
-    own where there is neither guide nor gradient. With `rowwise` each row has its
-    own upstream gradient, so dW and db are computed in the backward. Without `keep_zero_rows` rows
-    of weight 0 may be left out of every product, and their statistics are then 0.
+    Row weights are `row_weight` [N], of any floating-point dtype; or the confidence of `guide`, or
+    of the model itself with `self_weight`; or 1: all of them transformed, and 0 on ignored rows.
+    `temperature` divides the guide's logits, or the model's own where there is neither guide nor
+    gradient. With `rowwise` the loss is one for each row, with its own upstream gradient, so dW and
+    db are computed in the backward. Without `keep_zero_rows` rows of weight 0 may be left out of
+    every product, and their statistics are then 0. `with_stats` asks for lse and top1.
     """
 
     head: LinearInputs
@@ -114,6 +119,7 @@ class Problem(NamedTuple):
     want_dw: bool
     want_db: bool
     rowwise: bool
+    with_stats: bool
     with_entropy: bool
     keep_zero_rows: bool
     shard: VocabShard | None
@@ -126,21 +132,22 @@ class Problem(NamedTuple):
 
 
 class LinearCE(NamedTuple):
-    """What the operator returns; tensors that were not asked for are empty.
+    """What the operator returns; None, or from a registered operator empty, if not asked for.
 
-    Statistics are in accumulation dtype and 0 on rows that were left out. dH is unscaled: the
-    gradient of each row's nll; dW and db are those of `total`.
+    Numbers are in accumulation dtype, and 0 on rows that were left out. dH is unscaled: the
+    gradient of each row's nll; dW and db are those of the sum of the loss.
     """
 
-    total: Tensor  # [] weighted sum of nll
+    loss: Tensor  # [] weighted sum of nll, exactly 0 where a weight is; rowwise its terms [N]
+    row_count: Tensor  # [] rows that are not ignored, at least 1
     nll: Tensor  # [N]
-    lse: Tensor  # [N]
-    entropy: Tensor  # [N] or [0]
-    top1: Tensor  # [N] bool
     weight: Tensor  # [N]
-    dh: Tensor  # [N, D] or [0]
-    dw: Tensor  # [V, D] or [0]
-    db: Tensor  # [V] or [0]
+    lse: Tensor | None = None  # [N]
+    top1: Tensor | None = None  # [N] bool
+    entropy: Tensor | None = None  # [N]
+    dh: Tensor | None = None  # [N, D]
+    dw: Tensor | None = None  # [V, D]
+    db: Tensor | None = None  # [V]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from gift_kernels.linear_ce.types import LinearCE, Problem
 
@@ -52,28 +51,30 @@ def _without_second_row(problem: Problem) -> Problem:
     return problem._replace(target=target)
 
 
-def _zeroed(*names: str) -> Callable[[LinearCE], LinearCE]:
-    return lambda result: result._replace(
-        **{name: torch.zeros_like(getattr(result, name)) for name in names}
-    )
+def _multiplied(factor: float, *names: str) -> Callable[[LinearCE], LinearCE]:
+    def change(result: LinearCE) -> LinearCE:
+        made = {name: getattr(result, name) for name in names}
+        return result._replace(**{n: factor * v for n, v in made.items() if v is not None})
+
+    return change
 
 
 def _sixteen_bit_confidence(result: LinearCE) -> LinearCE:
-    return result._replace(nll=result.nll.bfloat16().to(result.nll.dtype))
+    return result._replace(weight=result.weight.bfloat16().to(result.weight.dtype))
 
 
 _Changes = tuple[Callable[[Problem], Problem], Callable[[LinearCE], LinearCE], float]
 MUTATIONS: dict[str, _Changes] = {
     "weights-ignored": (_without_weights, _same, 1.0),
     "row-skipped": (_without_second_row, _same, 1.0),
-    "hidden-gradient-zeroed": (_same, _zeroed("dh"), 1.0),
-    "head-gradient-zeroed": (_same, _zeroed("dw", "db"), 0.0),
-    "head-gradient-doubled": (_same, lambda r: r._replace(dw=2 * r.dw, db=2 * r.db), 2.0),
+    "hidden-gradient-zeroed": (_same, _multiplied(0, "dh"), 1.0),
+    "head-gradient-zeroed": (_same, _multiplied(0, "dw", "db"), 0.0),
+    "head-gradient-doubled": (_same, _multiplied(2, "dw", "db"), 2.0),
 }
 CONFIDENCE_MUTATIONS: dict[str, _Changes] = {
     "row-skipped": (_without_second_row, _same, 1.0),
     "temperature-ignored": (lambda p: p._replace(temperature=1.0), _same, 1.0),
-    "nll-rounded": (_same, _sixteen_bit_confidence, 1.0),
+    "confidence-rounded": (_same, _sixteen_bit_confidence, 1.0),
 }
 
 

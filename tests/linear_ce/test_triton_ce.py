@@ -29,6 +29,7 @@ from ce_problems import (
     check,
     plans,
     random_problem,
+    tensors,
 )
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def test_hidden_states_of_rows_that_do_not_count_are_never_read(device: str) -> 
     hidden = problem.head.hidden.clone()
     hidden[(problem.target == -100) | (problem.row_weight == 0)] = NAN
     found = ce.solve(problem._replace(head=problem.head._replace(hidden=hidden)))
-    for name, value in found._asdict().items():
+    for name, value in tensors(found).items():
         assert torch.equal(value, getattr(expected, name)), name
 
 
@@ -144,7 +145,7 @@ def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
     assert one_launch.get("_logits_kernel", 0) < launches["_logits_kernel"]
     assert "_two_heads_kernel" not in launches
     assert (together.weight > 0).sum() == (target != -100).sum()
-    for name, value in together._asdict().items():
+    for name, value in tensors(together).items():
         # A GPU has a plan of its own for a guide that goes first, and sums in its order.
         if device == "cpu":
             assert torch.equal(value, getattr(apart, name)), name
@@ -157,7 +158,7 @@ def test_an_answer_is_the_same_bit_by_bit_each_time(dtype: torch.dtype, device: 
     problem = random_problem(100, 40, 300, dtype, device)
     first = ce.solve(problem)
     for _ in range(1 if device == "cpu" else 10):
-        for name, value in ce.solve(problem)._asdict().items():
+        for name, value in tensors(ce.solve(problem)).items():
             assert torch.equal(value, getattr(first, name)), name
 
 
@@ -191,7 +192,7 @@ def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -
     ):
         with poisoned_memory():
             expected, found = ce.solve(one), ce.solve(other)
-        for name, value in found._asdict().items():
+        for name, value in tensors(found).items():
             assert torch.equal(value, getattr(expected, name)), name
     factor = torch.rand(40, device=device)
     options = {"ignore_index": -100, "want_dw": True, "want_db": True, "shard": None}

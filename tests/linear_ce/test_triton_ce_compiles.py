@@ -65,12 +65,13 @@ def logits(
     stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
     names: Any = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
     margin = MARGIN[torch.bfloat16][0]
+    exp = {"exp": operand(dtype, *stored, tma)} if options["EXPONENTIALS"] else {}
     return KernelRequest(
         kernel="gift_kernels.linear_ce.triton.kernels.logits:_logits_kernel",
         signature={
             "hidden": operand(dtype, tiles.BLOCK_N, tiles.BLOCK_D, tma),
             "head": operand(dtype, tiles.BLOCK_V, tiles.BLOCK_D, tma),
-            "exp": operand(dtype, *stored, tma and options["EXPONENTIALS"]),
+            **exp,
             "ptr": Pointers(f"*{dtype}", "*i32", "*fp32", "*fp32", "*fp32"),
             "count_ptr": "*i32",
             **dict.fromkeys(("first_row", "first_v", "C", "slices"), "i32"),
@@ -78,6 +79,7 @@ def logits(
             "factor": Factors(*FP32),
         },
         constexprs={
+            **({} if exp else {"exp": None}),
             "TILES": tiles,
             "FLAGS": Flags(**options, FINAL=False, MARGIN=margin, TMA=tma, DTYPE=names[dtype]),
         },

@@ -15,6 +15,7 @@ from ce_problems import (
     plans,
     problem_of,
     random_problem,
+    tensors,
     truth_of,
 )
 
@@ -56,7 +57,7 @@ def test_a_target_outside_the_vocabulary_spoils_its_row_only(device: str) -> Non
         target = problem.target.clone()
         target[6] = wrong
         found = ce.solve(problem._replace(target=target, row_weight=None))
-        assert found.nll[6].isnan() and found.dh[6].isnan().all() and found.total.isnan()
+        assert found.nll[6].isnan() and found.dh[6].isnan().all() and found.loss.isnan()
         others = torch.arange(40, device=device) != 6
         for name in ("nll", "lse", "entropy", "dh"):
             assert torch.equal(getattr(found, name)[others], getattr(expected, name)[others])
@@ -86,7 +87,7 @@ def test_the_default_dtype_of_pytorch_changes_nothing(default: torch.dtype, devi
         found = ce.solve(problem)
     finally:
         torch.set_default_dtype(FP32)
-    for name, value in found._asdict().items():
+    for name, value in tensors(found).items():
         assert value.dtype == getattr(expected, name).dtype, name
         assert torch.equal(value, getattr(expected, name)), name
 
@@ -99,7 +100,7 @@ def test_rows_of_weight_0_are_shut_out_of_dw_where_the_head_itself_is_nan(
     problem = random_problem(5, size, 130, BF16, device, keep_zero_rows=True)
     problem.head.weight[7] = NAN
     found = ce.solve(problem._replace(row_weight=torch.zeros(5, device=device)))
-    assert not found.dw.any() and not found.db.any() and found.total == 0
+    assert not found.dw.any() and not found.db.any() and found.loss == 0
 
 
 @pytest.mark.parametrize("offset", [10.0, 1000.0])

@@ -17,7 +17,7 @@ from compiling import CompiledKernel, KernelRequest, compile_kernels
 from torch import Tensor
 
 from gift_kernels.linear_ce.triton.tiles import Machine
-from gift_kernels.linear_ce.types import LinearInputs, Problem
+from gift_kernels.linear_ce.types import LinearInputs, Problem, WeightTransform
 
 PACKAGE = "gift_kernels.linear_ce.triton.kernels"
 pytestmark = pytest.mark.xdist_group("cross-entropy kernels compiled")
@@ -105,9 +105,13 @@ def problems() -> list[Problem]:
     gemma = LinearInputs(empty(8192, 3584), empty(256000, 3584), empty(256000), 0.5, 30.0)
     full = plain._replace(head=gemma, with_entropy=True)
     frozen = {"want_dw": False, "want_db": False}
+    weights = {"row_weight": empty(8192, dtype=torch.float32), "with_stats": False, **frozen}
+    own = {"self_weight": True, "transform": WeightTransform(0.5, 0.1, 0.2)}
     return [
         plain,
         plain._replace(**frozen),
+        plain._replace(**weights),
+        plain._replace(**own),
         full,
         full._replace(guide=gemma),
         full._replace(guide=gemma, **frozen),
@@ -125,7 +129,7 @@ def requests_of(arch: int) -> list[KernelRequest]:
         for problem in problems():
             ce.solve(problem)
         rows, factor = empty(8192, 4096, dtype=torch.float32), empty(8192, dtype=torch.float32)
-        ce.scaled_rows(rows, factor, torch.bfloat16)
+        ce.scaled_rows(rows, factor, factor, torch.bfloat16)
     return found
 
 

@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gift.batches import pad_batch
+from gift.batches import make_batch
 from gift.config import MergeOptions, StatisticsConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
@@ -372,8 +372,7 @@ def test_gram_matrices_are_those_of_the_layers_inputs(task_models: Path) -> None
     rows = encode(read_rows(task_models / "rows.jsonl"), tokenizer, max_length=512).kept
     expected = torch.zeros(32, 32)
     for row in rows:
-        ids, attention, _ = pad_batch([row], torch.device("cpu"))
-        body = model.model(input_ids=ids, attention_mask=attention)
+        body = model.model(**make_batch([row], packed=False).inputs)
         hidden = body.last_hidden_state[0].detach()
         expected += hidden.T @ hidden
     torch.testing.assert_close(found["lm_head.weight"], expected, rtol=1e-4, atol=1e-3)

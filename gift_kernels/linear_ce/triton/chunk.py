@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
+from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, cdiv, logit_factors
 from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
 from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
 from gift_kernels.linear_ce.triton.kernels import row_gradients
@@ -50,12 +50,12 @@ class Chunk:
         self.vocab_size, self.hidden_size = head.weight.shape
         tiles, device = plan.logit_tiles, head.hidden.device
         self.width = tiles.BLOCK_V
-        all_columns = triton.cdiv(self.vocab_size, self.width) * self.width
+        all_columns = cdiv(self.vocab_size, self.width) * self.width
         self.columns = min(most[1], all_columns)
         self.slices = self.columns // self.width
         # A step over rows in dW = Eᵀ H reads only rows of E that a tile of logits has written.
         assert tiles.BLOCK_N % plan.dw_tiles.BLOCK_K == 0, plan
-        self.rows = min(most[0], triton.cdiv(max(count, 1), plan.pad) * plan.pad)
+        self.rows = min(most[0], cdiv(max(count, 1), plan.pad) * plan.pad)
         assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
         self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
         self.factors = logit_factors(head, temperature)
@@ -66,8 +66,49 @@ class Chunk:
             dtype=torch.float32,
             device=device,
         )
-        size = (self.rows, self.columns) if exponentials else (0, 0)
-        self.exp = torch.empty(size, dtype=self.dtype, device=device)
+        self._exp = self.exp_stored = None
+        if exponentials:
+            self.exp = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
+        self._prepare_launches()
+
+    def _prepare_launches(self) -> None:
+        """What all launches on this chunk pass alike."""
+        head, tiles, products = self.head, self.plan.logit_tiles, self.plan.product_tiles
+        biased, capped = head.bias is not None, head.logit_softcap is not None
+        self.operands = (
+            operand(self.hidden, (tiles.BLOCK_N, tiles.BLOCK_D), self.tma),
+            operand(head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
+        )
+        self.sizes = triton_logits.Sizes(self.hidden_size, *head.weight.stride(), self.rows)
+        self.kernel_factors = triton_logits.Factors(*self.factors[:3])
+        self.flags = triton_logits.Flags(
+            HAS_BIAS=biased,
+            HAS_CAP=capped,
+            ENTROPY=self.with_entropy,
+            EXPONENTIALS=self.exponentials,
+            FINAL=self.final,
+            MARGIN=self.margin,
+            TMA=self.tma,
+            DTYPE=DTYPES[self.dtype],
+        )
+        self.pointers: triton_logits.Pointers | None = None  # of the rows gathered last
+        if self.exponentials:
+            block = (products.BLOCK_K, products.BLOCK_D)
+            self.head_operand = operand(head.weight, block, self.tma)
+
+    @property
+    def exp(self) -> Tensor:
+        """E [rows, columns] of a chunk of columns; may be replaced by another such buffer."""
+        assert self._exp is not None, "this chunk has no exponentials"
+        return self._exp
+
+    @exp.setter
+    def exp(self, value: Tensor) -> None:
+        tiles, products = self.plan.logit_tiles, self.plan.product_tiles
+        self._exp = value
+        stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
+        self.exp_stored = operand(value, stored, self.tma)
+        self.exp_loaded = operand(value, (products.BLOCK_M, products.BLOCK_K), self.tma)
 
     def gather(
         self,
@@ -79,10 +120,13 @@ class Chunk:
         *,
         guess: bool = False,
     ) -> None:
-        """Copies this chunk's rows and targets; `guess` starts references at target logits."""
+        """Copies this chunk's rows and targets, and starts their state, unless it is known already.
+
+        `guess` starts references at target logits.
+        """
         hidden, weight = self.head.hidden, self.head.weight
         block_n, block_d = self.plan.row_block
-        triton_rows._gather_kernel[(triton.cdiv(self.rows, block_n),)](
+        triton_rows._gather_kernel[(cdiv(self.rows, block_n),)](
             hidden,
             weight,
             self.head.bias,
@@ -91,9 +135,11 @@ class Chunk:
             rows.count,
             self.hidden,
             state.local_target,
-            state.parts,
+            None if state.target_logit is None else state.parts,
+            state.target_logit,
             first_row,
             shard.start if shard is not None else 0,
+            hidden.shape[0],
             triton_rows.GatherSizes(
                 self.vocab_size,
                 self.hidden_size,
@@ -102,13 +148,20 @@ class Chunk:
                 *hidden.stride(),
                 *weight.stride(),
             ),
-            self._factors(),
+            self.kernel_factors,
             GUESS=guess,
             BELOW=self.below,
             HAS_BIAS=self.head.bias is not None,
             HAS_CAP=self.head.logit_softcap is not None,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+        )
+        self.pointers = triton_logits.Pointers(
+            self.head.bias,
+            _from(state.local_target, first_row),
+            _from(state.parts, first_row),
+            None if state.target_logit is None else _from(state.target_logit, first_row),
+            self.partial,
         )
 
     def logits(
@@ -124,81 +177,42 @@ class Chunk:
         With `guide` the same launch fills the guide's partial sums for all of its columns.
         """
         tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
-        hidden, head = self._operands()
-        stored = (tiles.BLOCK_N, tiles.BLOCK_V // tiles.PARTS)
-        exp = operand(self.exp, stored, self.tma and self.exponentials)
-        options = {"FLAGS": self._flags(), **_launch_options(tiles)}
+        options = {"FLAGS": self.flags, **_launch_options(tiles)}
         if guide is None:
             triton_logits._logits_kernel[self._programs(tiles)](
-                hidden,
-                head,
-                exp,
-                self._pointers(state, first_row),
+                *self.operands,
+                self.exp_stored,
+                self.pointers,
                 rows.count,
                 first_row,
                 first_v,
                 columns,
                 self.slices,
-                self._sizes(),
-                self._factors(),
+                self.sizes,
+                self.kernel_factors,
                 **options,
             )
             return
         other = guide.chunk
         assert other.rows == self.rows and other.columns >= other.vocab_size
         triton_logits._two_heads_kernel[self._programs(tiles)](
-            hidden,
-            head,
-            exp,
-            self._pointers(state, first_row),
-            *other._operands(),
-            other._pointers(guide.state, first_row),
+            *self.operands,
+            self.exp_stored,
+            self.pointers,
+            *other.operands,
+            other.pointers,
             rows.count,
             first_row,
             first_v,
             columns,
             self.slices,
             other.vocab_size,
-            self._sizes(),
-            self._factors(),
-            other._sizes(),
-            other._factors(),
-            GUIDE_FLAGS=other._flags(),
+            self.sizes,
+            self.kernel_factors,
+            other.sizes,
+            other.kernel_factors,
+            GUIDE_FLAGS=other.flags,
             **options,
-        )
-
-    def _operands(self) -> tuple[Any, Any]:
-        tiles = self.plan.logit_tiles
-        return (
-            operand(self.hidden, (tiles.BLOCK_N, tiles.BLOCK_D), self.tma),
-            operand(self.head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
-        )
-
-    def _pointers(self, state: RowState, first_row: int) -> triton_logits.Pointers:
-        return triton_logits.Pointers(
-            self.head.bias,
-            state.local_target[first_row:],
-            state.parts[0, first_row:],
-            state.target_logit[first_row:] if state.target_logit is not None else None,
-            self.partial,
-        )
-
-    def _sizes(self) -> triton_logits.Sizes:
-        return triton_logits.Sizes(self.hidden_size, *self.head.weight.stride(), self.rows)
-
-    def _factors(self) -> triton_logits.Factors:
-        return triton_logits.Factors(*self.factors[:3])
-
-    def _flags(self) -> triton_logits.Flags:
-        return triton_logits.Flags(
-            HAS_BIAS=self.head.bias is not None,
-            HAS_CAP=self.head.logit_softcap is not None,
-            ENTROPY=self.with_entropy,
-            EXPONENTIALS=self.exponentials,
-            FINAL=self.final,
-            MARGIN=self.margin,
-            TMA=self.tma,
-            DTYPE=DTYPES[self.dtype],
         )
 
     def merge(
@@ -206,16 +220,16 @@ class Chunk:
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
         block_n = self.plan.row_block[0] * 2
-        triton_rows._merge_kernel[(triton.cdiv(self.rows, block_n),)](
+        triton_rows._merge_kernel[(cdiv(self.rows, block_n),)](
             self.partial,
-            state.parts[:, first_row:],
-            self.exp,
+            state.parts,
+            self._exp,
             dh if first_v > 0 else None,
             rows.index,
             rows.count,
             first_row,
-            state.parts.stride(0),
-            triton.cdiv(self._columns_from(first_v), self.width),
+            state.parts.shape[1],
+            cdiv(self._columns_from(first_v), self.width),
             self.slices,
             self.rows,
             self.hidden_size,
@@ -234,8 +248,8 @@ class Chunk:
         columns = self._columns_from(first_v)
         tiles = self.plan.product_tiles
         triton_products._dh_kernel[self._programs(tiles)](
-            operand(self.exp, (tiles.BLOCK_M, tiles.BLOCK_K), self.tma),
-            operand(self.head.weight, (tiles.BLOCK_K, tiles.BLOCK_D), self.tma),
+            self.exp_loaded,
+            self.head_operand,
             dh,
             rows.index,
             rows.count,
@@ -288,7 +302,7 @@ class Chunk:
     ) -> None:
         """db (+)= the column sums of w G."""
         columns = self._columns_from(first_v)
-        row_gradients._column_sum_kernel[(triton.cdiv(columns, 64),)](
+        row_gradients._column_sum_kernel[(cdiv(columns, 64),)](
             self.exp,
             weights,
             db,
@@ -314,6 +328,11 @@ class Chunk:
 
     def _programs(self, tiles: LogitTiles | ProductTiles) -> tuple[int]:
         return (self.plan.machine.sms * tiles.per_sm,)
+
+
+def _from(values: Tensor, first_row: int) -> Tensor:
+    """The values [..., N] from one row on; views cost time, so none where it is row 0."""
+    return values if first_row == 0 else values[..., first_row:]
 
 
 def _launch_options(tiles: LogitTiles | ProductTiles) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
@@ -39,6 +38,7 @@ from gift_kernels.linear_ce.triton.chunk_size import (
     INTERPRETER_ROW_BLOCK,
     ROW_BLOCK,
     Plan,
+    cdiv,
     default_plan,
 )
 from gift_kernels.linear_ce.triton.head_gradient import (
@@ -51,80 +51,80 @@ from gift_kernels.linear_ce.triton.head_gradient import (
 )
 from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.row_state import (
-    RowResult,
+    Asked,
+    RowFactors,
     Rows,
     RowState,
+    RowStats,
     finish_dh,
     finish_rows,
     new_state,
     valid_tokens,
 )
-from gift_kernels.linear_ce.types import LinearCE, LinearInputs, Problem, VocabShard
-from gift_kernels.reference import transform_weight
+from gift_kernels.linear_ce.types import (
+    NO_TRANSFORM,
+    LinearCE,
+    LinearInputs,
+    Problem,
+    VocabShard,
+    WeightTransform,
+)
 
 
 class Guide(NamedTuple):
-    """A second head whose statistics are wanted of the same rows."""
+    """A second head, whose transformed confidences are the weights of the same rows."""
 
     head: LinearInputs
     temperature: float
+    transform: WeightTransform
 
 
 def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     """Computes one call of the operator on its valid tokens."""
     problem = contiguous(problem)
-    head, target = problem.head, problem.target
+    head, target, transform = problem.head, problem.target, problem.transform
     check_dtype(head.hidden)
-    grad = problem.want_dh or problem.want_dw or problem.want_db
-    want_dw = problem.want_dw and not problem.rowwise
-    want_db = problem.want_db and not problem.rowwise
-    valid = target != problem.ignore_index
-    rows = valid_tokens(target, problem.ignore_index)
-    weight = valid.float()
     together = problem.guide if shares_launches(problem) else None
     plan = plan or default_plan(head, together, with_entropy=problem.with_entropy)
-
-    def confidence(nll: Tensor) -> Tensor:
-        return torch.where(valid, transform_weight(torch.exp(-nll), problem.transform), 0)
-
-    def weigh(found: RowResult) -> Tensor:
-        if found.guide_nll is not None:
-            return confidence(found.guide_nll)
-        return confidence(found.nll) if problem.self_weight else weight
-
+    rows = valid_tokens(
+        target,
+        problem.ignore_index,
+        problem.row_weight,
+        NO_TRANSFORM if problem.self_weight or problem.guide is not None else transform,
+        keep_zero_rows=problem.keep_zero_rows,
+    )
     if problem.guide is not None and together is None:
         first = (problem.guide, target, rows, default_plan(problem.guide), problem.shard)
-        found, _ = row_pass(*first, temperature=problem.temperature)
-        weight = confidence(found.nll)
-    elif problem.row_weight is not None:
-        weight = torch.where(valid, problem.row_weight.float(), 0)
-    weighted = problem.guide is not None or problem.row_weight is not None
-    if weighted and together is None and not problem.keep_zero_rows:
-        rows = valid_tokens(target, problem.ignore_index, weight)
-    options: dict[str, Any] = {
-        "with_entropy": problem.with_entropy,
-        "want_dh": problem.want_dh,
-        "guide": None if together is None else Guide(together, problem.temperature),
-    }
-    call = (head, target, rows, plan, problem.shard)
-    if want_dw or want_db:
-        options |= {"want_dw": want_dw, "want_db": want_db}
-        found, weight, (dh, dw, db) = head_gradients(*call, weigh, **options)
+        row_pass(*first, Asked(confidence=transform), temperature=problem.temperature)
+        if not problem.keep_zero_rows:
+            rows = valid_tokens(target, problem.ignore_index, rows.weight)
+    asked = Asked(
+        stats=problem.with_stats,
+        entropy=problem.with_entropy,
+        dh=problem.want_dh,
+        confidence=transform if problem.self_weight else None,
+    )
+    guide = None if together is None else Guide(together, problem.temperature, transform)
+    call = (head, target, rows, plan, problem.shard, asked)
+    dw, db = None, None
+    if not problem.rowwise and (problem.want_dw or problem.want_db):
+        wanted = {"want_dw": problem.want_dw, "want_db": problem.want_db}
+        found, (dh, dw, db) = head_gradients(*call, **wanted, guide=guide)
     else:
+        grad = problem.want_dh or problem.want_dw or problem.want_db
         own = 1.0 if grad or problem.guide is not None else problem.temperature
-        found, dh = row_pass(*call, temperature=own, **options)
-        weight, dw, db = weigh(found), None, None
-    empty = weight.new_empty(0)
+        found, dh, _ = row_pass(*call, temperature=own, guide=guide)
     return LinearCE(
-        total=torch.where(weight == 0, 0, weight * found.nll).sum(),
+        loss=found.loss if problem.rowwise else found.loss.sum(),
+        row_count=rows.row_count,
         nll=found.nll,
+        weight=rows.weight,
         lse=found.lse,
-        entropy=found.entropy,
         top1=found.top1,
-        weight=weight,
-        dh=dh if dh is not None else empty,
-        dw=dw if dw is not None else empty.clone(),
-        db=db if db is not None else empty.clone(),
+        entropy=found.entropy,
+        dh=dh,
+        dw=dw,
+        db=db,
     )
 
 
@@ -134,43 +134,42 @@ def head_gradients(
     rows: Rows,
     plan: Plan,
     shard: VocabShard | None,
-    weigh: Callable[[RowResult], Tensor],
+    asked: Asked,
     *,
-    with_entropy: bool = False,
-    want_dh: bool = False,
     want_dw: bool = False,
     want_db: bool = False,
     guide: Guide | None = None,
-) -> tuple[RowResult, Tensor, Gradients]:
-    """Statistics, the weights [N] that `weigh` makes of them, and the gradients."""
+) -> tuple[RowStats, Gradients]:
+    """Statistics and gradients, those of the head with the weights `rows.weight`."""
     (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
     new = torch.zeros if count == 0 else torch.empty
     options: dict[str, Any] = {"dtype": torch.float32, "device": head.hidden.device}
     dw = new(vocab_size, hidden_size, **options) if want_dw else None
     db = new(vocab_size, **options) if want_db else None
-    kept = kept_rows(head, plan, count, with_entropy, dw) if dw is not None else None
-    pass_options: dict[str, Any] = {"with_entropy": with_entropy, "kept": kept, "guide": guide}
-    pass_options |= {"want_dh": want_dh and kept is not None}
-    found, dh = row_pass(head, target, rows, plan, shard, **pass_options)
-    if want_dh and dh is None:
+    kept = kept_rows(head, plan, count, asked.entropy, dw) if dw is not None else None
+    first = asked._replace(dh=asked.dh and kept is not None, factors=True)
+    pass_options: dict[str, Any] = {"kept": kept, "guide": guide}
+    found, dh, factors = row_pass(head, target, rows, plan, shard, first, **pass_options)
+    assert factors is not None
+    if asked.dh and dh is None:
         dh = torch.empty(count, hidden_size, **options)
-    weight, into = weigh(found), Gradients(dh, dw, db)
-    found = with_room_above(found, head)
-    order = weights_in_order(head, rows, found, weight)
+    into = Gradients(dh, dw, db)
+    factors = with_room_above(factors, head)
+    order = weights_in_order(head, rows, factors, rows.weight)
     first_rest = 0
     if kept is not None:
-        add_kept_rows(kept, rows, found, order, into)
+        add_kept_rows(kept, rows, factors, order, into)
         first_rest = kept.chunk.rows
         del kept, pass_options  # and their buffers
     if first_rest < count:
         chunk = Chunk(head, plan, count - first_rest, plan.again, final=True)
         for first_row in range(first_rest, count, chunk.rows):
-            add_rows_again(chunk, target, rows, found, order, into, first_row, shard)
+            add_rows_again(chunk, target, rows, factors, order, into, first_row, shard)
     if dh is not None:
-        again = head.logit_scale * found.share
-        factor = torch.where(rows.place < first_rest, found.factor, again)
-        finish_dh(dh, head, plan, rows, found.local_target, factor, found.target_factor, shard)
-    return found, weight, into
+        again = head.logit_scale * factors.share
+        factor = torch.where(rows.place < first_rest, factors.factor, again)
+        finish_dh(dh, head, plan, rows, factors.local_target, factor, factors.target_factor, shard)
+    return found, into
 
 
 def row_pass(
@@ -179,17 +178,16 @@ def row_pass(
     rows: Rows,
     plan: Plan,
     shard: VocabShard | None,
+    asked: Asked,
     *,
     temperature: float = 1.0,
-    with_entropy: bool = False,
-    want_dh: bool = False,
     kept: KeptRows | None = None,
     guide: Guide | None = None,
-) -> tuple[RowResult, Tensor | None]:
-    """Statistics of valid tokens and, if wanted, dH float32 [N, D] of each row's nll.
+) -> tuple[RowStats, Tensor | None, RowFactors | None]:
+    """Statistics of valid tokens and, if asked, dH float32 [N, D] of each row's nll.
 
     With `kept` the exponentials of its rows are kept, dH of all other rows is left undefined, and
-    the caller finishes dH. With `guide` the guide's nll comes from the same launches.
+    the caller finishes dH. With `guide` its confidence, from the same launches, is the weight.
     """
     count = head.hidden.shape[0]
     state = new_state(head)
@@ -198,33 +196,32 @@ def row_pass(
     dh = functools.cache(lambda: state.parts.new_empty(head.hidden.shape))
     first_rest = 0
     if kept is not None:
-        sums = dh if want_dh else None
+        sums = dh if asked.dh else None
         _add_row_chunk(kept.chunk, target, rows, state, sums, 0, shard, guide, beside, kept)
         first_rest = kept.chunk.rows
-    exponentials = want_dh and kept is None
+    exponentials = asked.dh and kept is None
     most = plan.chunk if exponentials else plan.statistics
     if not exponentials and kept is None:
         most = most._replace(columns=ALL)
-    chunk = Chunk(
-        head,
-        plan,
-        count - first_rest,
-        most,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        exponentials=exponentials,
-    )
-    sums = dh if exponentials else None
-    for first_row in range(first_rest, count, chunk.rows):
-        _add_row_chunk(chunk, target, rows, state, sums, first_row, shard, guide, beside)
-    found = finish_rows(state, rows, head, with_entropy, shard, temperature)
+    if first_rest < count:
+        chunk = Chunk(
+            head,
+            plan,
+            count - first_rest,
+            most,
+            temperature=temperature,
+            with_entropy=asked.entropy,
+            exponentials=exponentials,
+        )
+        sums = dh if exponentials else None
+        for first_row in range(first_rest, count, chunk.rows):
+            _add_row_chunk(chunk, target, rows, state, sums, first_row, shard, guide, beside)
     if guide is not None and beside is not None:
-        of_guide = finish_rows(beside, rows, guide.head, False, shard, guide.temperature)
-        found = found._replace(guide_nll=of_guide.nll)
-    if exponentials:
-        factors = (found.factor, found.target_factor)
-        finish_dh(dh(), head, plan, rows, state.local_target, *factors, shard)
-    return found, dh() if want_dh else None
+        confidence = Asked(confidence=guide.transform)
+        finish_rows(beside, rows, guide.head, shard, guide.temperature, confidence)
+    finish = functools.partial(finish_rows, state, rows, head, shard, temperature, asked)
+    found, factors = finish(dh(), plan.row_block) if exponentials else finish()
+    return found, dh() if asked.dh else None, factors
 
 
 def _add_row_chunk(
@@ -300,29 +297,28 @@ def solve_head_gradient(
     check_dtype(head.hidden)
     head, target = with_contiguous_bias(head), target.contiguous()
     plan = plan or default_plan(head)
-    weight = row_factor.float()
-    rows = valid_tokens(target, ignore_index, weight)
-    _, _, (_, dw, db) = head_gradients(
-        head, target, rows, plan, shard, lambda found: weight, want_dw=want_dw, want_db=want_db
-    )
-    empty = weight.new_empty(0)
+    rows = valid_tokens(target, ignore_index, row_factor)
+    wanted = {"want_dw": want_dw, "want_db": want_db}
+    _, (_, dw, db) = head_gradients(head, target, rows, plan, shard, Asked(), **wanted)
+    empty = row_factor.new_empty(0)
     return dw if dw is not None else empty, db if db is not None else empty.clone()
 
 
-def scaled_rows(rows: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows float32 [N, D] times factor [N], rounded once to `dtype`, with no copy in between."""
+def scaled_rows(rows: Tensor, factor: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows float32 [N, D] times factor [N] or [], times weight [N]; rounded once to `dtype`."""
     count, size = rows.shape
     out = torch.empty(count, size, dtype=dtype, device=rows.device)
     if out.numel() > 0:
         block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
-        grid = (triton.cdiv(count, block[0]), triton.cdiv(size, block[1]))
+        grid = (cdiv(count, block[0]), cdiv(size, block[1]))
         row_gradients._scale_rows_kernel[grid](
             rows.contiguous(),
             factor.float(),
+            weight,
             out,
             count,
             size,
-            factor.stride(0),
+            factor.stride(0) if factor.ndim else 0,
             BLOCK_N=block[0],
             BLOCK_D=block[1],
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from gift_kernels.linear_ce.triton.chunk import Chunk, KeptRows
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
 from gift_kernels.linear_ce.triton.kernels.matmul import RowWeights
-from gift_kernels.linear_ce.triton.row_state import RowResult, Rows, RowState
+from gift_kernels.linear_ce.triton.row_state import RowFactors, Rows, RowState
 from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
     db: Tensor | None  # [V] so too
 
 
-def with_room_above(found: RowResult, head: LinearInputs) -> RowResult:
+def with_room_above(found: RowFactors, head: LinearInputs) -> RowFactors:
     """References of rows multiplied again are their largest logits; float16 needs room above."""
     bits = logit_factors(head).bits
     ref = found.ref - MARGIN[head.hidden.dtype][1] / bits
@@ -53,7 +53,7 @@ def with_room_above(found: RowResult, head: LinearInputs) -> RowResult:
 
 
 def weights_in_order(
-    head: LinearInputs, rows: Rows, found: RowResult, weight: Tensor
+    head: LinearInputs, rows: Rows, found: RowFactors, weight: Tensor
 ) -> WeightsInOrder:
     """The weights [N], from the caller's order to that of valid tokens."""
     scale = torch.ones(1, dtype=torch.float32, device=weight.device)
@@ -97,7 +97,7 @@ def kept_rows(
 def add_kept_rows(
     kept: KeptRows,
     rows: Rows,
-    found: RowResult,
+    found: RowFactors,
     order: WeightsInOrder,
     into: Gradients,
 ) -> None:
@@ -118,7 +118,7 @@ def add_rows_again(
     chunk: Chunk,
     target: Tensor,
     rows: Rows,
-    found: RowResult,
+    found: RowFactors,
     order: WeightsInOrder,
     into: Gradients,
     first_row: int,
@@ -140,7 +140,7 @@ def add_rows_again(
 def _add_columns(
     chunk: Chunk,
     rows: Rows,
-    found: RowResult,
+    found: RowFactors,
     factor: Tensor,
     order: WeightsInOrder,
     into: Gradients,

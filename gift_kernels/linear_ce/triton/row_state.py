@@ -7,28 +7,29 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 from triton import knobs
 
-from gift_kernels.linear_ce.triton.chunk_size import Plan, logit_factors
+from gift_kernels.linear_ce.triton.chunk_size import Plan, cdiv, logit_factors
 from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
 from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE
-from gift_kernels.linear_ce.types import LinearInputs, VocabShard
+from gift_kernels.linear_ce.types import NO_TRANSFORM, LinearInputs, VocabShard, WeightTransform
 
 LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
 
 
 class Rows(NamedTuple):
-    """The valid tokens of a call: not ignored and, where weights are known, not of weight 0.
+    """The valid tokens of a call: rows that are not ignored and, unless wanted, not of weight 0.
 
-    Entries of `index` past their number are 0, a row that exists.
+    Entries of `index` past the number of valid tokens are 0, a row that exists.
     """
 
     index: Tensor  # [N] int32, the caller's row of each valid token
     place: Tensor  # [N] int32, where each of the caller's rows is in `index`, or −1
-    count: Tensor  # [1] int32, their number
+    count: Tensor  # [1] int32, the number of valid tokens
+    weight: Tensor  # [N] 0 on ignored rows; a confidence once `finish_rows` has found it
+    row_count: Tensor  # [] rows that are not ignored, at least 1
 
 
 class RowState(NamedTuple):
@@ -39,55 +40,81 @@ class RowState(NamedTuple):
     local_target: Tensor  # [N] int32, row of this head or −1
 
 
-class RowResult(NamedTuple):
-    """Statistics of valid tokens in the caller's order, 0 on other rows; and factors of dH.
+class Asked(NamedTuple):
+    """What a pass is asked for beside each row's nll, its weight and their product."""
+
+    stats: bool = False  # lse and top1
+    entropy: bool = False
+    dh: bool = False
+    factors: bool = False
+    confidence: WeightTransform | None = None  # of confidences, if they are the weights
+
+
+class RowStats(NamedTuple):
+    """Statistics in the caller's order, 0 on rows that are not valid tokens."""
+
+    loss: Tensor  # [N] weight times nll, exactly 0 where the weight is
+    nll: Tensor  # [N]
+    lse: Tensor | None  # [N]
+    top1: Tensor | None  # [N] bool
+    entropy: Tensor | None  # [N]
+
+
+class RowFactors(NamedTuple):
+    """What a head's gradient takes of each row, in the caller's order but for `local_target`.
 
     dH = factor · Σ E W + target_factor · W_y, and share · 2^(bits · (x − ref)) is a probability.
     """
 
-    nll: Tensor  # [N]
-    lse: Tensor  # [N]
-    entropy: Tensor  # [N]
-    top1: Tensor  # [N] bool
     factor: Tensor  # [N]
     target_factor: Tensor  # [N]
     ref: Tensor  # [N]
     share: Tensor  # [N]
     local_target: Tensor  # [N] int32, as in RowState
-    guide_nll: Tensor | None = None  # [N]
 
 
-def valid_tokens(target: Tensor, ignore_index: int, weight: Tensor | None = None) -> Rows:
-    """Finds the rows [N] that are not ignored and, given weights [N], whose weight is not 0.
+def valid_tokens(
+    target: Tensor,
+    ignore_index: int,
+    weight: Tensor | None = None,
+    transform: WeightTransform = NO_TRANSFORM,
+    *,
+    keep_zero_rows: bool = False,
+) -> Rows:
+    """Finds the rows [N] that are not ignored and whose weight, transformed, is not 0.
 
-    Their number stays on the device: nothing waits for it.
+    Without weights [N] all are 1. The number stays on the device: nothing waits for it.
     """
-    count = target.shape[0]
+    count, device = target.shape[0], target.device
     rows = Rows(
-        index=torch.zeros(count, dtype=torch.int32, device=target.device),
-        place=torch.empty(count, dtype=torch.int32, device=target.device),
-        count=torch.empty(1, dtype=torch.int32, device=target.device),
+        index=torch.empty(count, dtype=torch.int32, device=device),
+        place=torch.empty(count, dtype=torch.int32, device=device),
+        count=torch.empty(1, dtype=torch.int32, device=device),
+        weight=torch.empty(count, dtype=torch.float32, device=device),
+        row_count=torch.empty((), dtype=torch.float32, device=device),
     )
     triton_rows._compact_kernel[(1,)](
         target,
-        target if weight is None else weight.contiguous(),
+        None if weight is None else weight.contiguous(),
         *rows,
         count,
         ignore_index,
-        HAS_WEIGHT=weight is not None,
+        triton_rows.Transform(transform.power, transform.floor, transform.threshold),
+        HAS_POWER=transform.power != 1,
+        KEEP_ZERO_ROWS=keep_zero_rows,
         BLOCK=LINE_BLOCK,
     )
     return rows
 
 
 def new_state(head: LinearInputs) -> RowState:
-    """The state of all rows before the first column."""
+    """Memory for the state of all rows; `Chunk.gather` starts it."""
     count, device = head.hidden.shape[0], head.hidden.device
-    parts = torch.zeros(4, count, dtype=torch.float32, device=device)
-    parts[0] = NO_REFERENCE.value
-    parts[3] = -torch.inf
-    target_logit = torch.full((count,), torch.nan, dtype=torch.float32, device=device)
-    return RowState(parts, target_logit, torch.empty(count, dtype=torch.int32, device=device))
+    return RowState(
+        torch.empty(4, count, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.int32, device=device),
+    )
 
 
 def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
@@ -116,40 +143,64 @@ def finish_rows(
     state: RowState,
     rows: Rows,
     head: LinearInputs,
-    with_entropy: bool,
     shard: VocabShard | None,
     temperature: float,
-) -> RowResult:
-    """Statistics and factors once all columns of this rank are seen."""
-    factors_of_logits = logit_factors(head, temperature)
+    asked: Asked,
+    dh: Tensor | None = None,
+    block: tuple[int, int] = (LINE_BLOCK, 1),
+) -> tuple[RowStats, RowFactors | None]:
+    """Statistics and factors once all columns of this rank are seen; writes `rows.weight`, too.
+
+    `dh` [N, D] of this rank's columns is finished in place, a `block` of it at a time, and summed
+    over the ranks.
+    """
+    logits = logit_factors(head, temperature)
     if shard is not None:
-        combine_shards(state, shard, factors_of_logits.bits)
-    count, device = state.parts.shape[1], state.parts.device
-    stats = state.parts.new_zeros(3 if with_entropy else 2, count)
-    top1 = torch.zeros(count, dtype=torch.bool, device=device)
-    factors = state.parts.new_zeros(4, count)
+        combine_shards(state, shard, logits.bits)
+    count, hidden_size = head.hidden.shape
+    transform = asked.confidence or NO_TRANSFORM
+
+    def new(dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=head.hidden.device)
+
+    stats = RowStats(
+        loss=new(),
+        nll=new(),
+        lse=new() if asked.stats else None,
+        top1=new(torch.bool) if asked.stats else None,
+        entropy=new() if asked.entropy else None,
+    )
+    factors = state.parts.new_empty(4, count) if asked.factors else None
     if count > 0:
-        triton_rows._finish_kernel[(triton.cdiv(count, LINE_BLOCK),)](
+        triton_rows._finish_kernel[(cdiv(count, block[0]),)](
             state.parts,
             state.target_logit,
-            rows.index,
-            rows.count,
-            stats,
-            top1,
+            rows.place,
+            rows.weight,
+            *stats,
             factors,
+            dh,
+            state.local_target,
+            head.weight,
             count,
-            factors_of_logits.nats,
-            factors_of_logits.bits,
+            hidden_size,
+            *head.weight.stride(),
+            logits.nats,
+            logits.bits,
             head.logit_scale,
-            factors_of_logits.cap,
+            logits.cap,
+            triton_rows.Transform(transform.power, transform.floor, transform.threshold),
+            HAS_POWER=transform.power != 1,
+            CONFIDENCE=asked.confidence is not None,
             HAS_CAP=head.logit_softcap is not None,
-            ENTROPY=with_entropy,
-            BLOCK_N=LINE_BLOCK,
+            BLOCK_N=block[0],
+            BLOCK_D=block[1],
         )
-    entropy = stats[2].clone() if with_entropy else stats.new_empty(0)
-    return RowResult(
-        stats[0].clone(), stats[1].clone(), entropy, top1, *factors, state.local_target
-    )
+    if dh is not None and shard is not None:
+        dist.all_reduce(dh, group=shard.group)
+    if factors is None:
+        return stats, None
+    return stats, RowFactors(*factors.unbind(), state.local_target)
 
 
 def finish_dh(
@@ -165,9 +216,7 @@ def finish_dh(
     """dH = factor · dH + target_factor · W_y in place, summed over the ranks of a shard."""
     (count, hidden_size), block = dh.shape, plan.row_block
     if count > 0:
-        row_gradients._finish_dh_kernel[
-            (triton.cdiv(count, block[0]), triton.cdiv(hidden_size, block[1]))
-        ](
+        row_gradients._finish_dh_kernel[(cdiv(count, block[0]), cdiv(hidden_size, block[1]))](
             dh,
             head.weight,
             rows.place,

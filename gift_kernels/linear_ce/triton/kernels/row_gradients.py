@@ -83,6 +83,7 @@ def _column_sum_kernel(
 def _scale_rows_kernel(
     rows_ptr,  # [N, D] float32, contiguous
     factor_ptr,  # [N] float32
+    weight_ptr,  # [N] float32, or None: 1
     out_ptr,  # [N, D], contiguous
     N,
     D,
@@ -90,12 +91,15 @@ def _scale_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = factor · rows, rounded once; a factor of 0 gives 0 whatever the row holds."""
+    """out = factor · weight · rows, rounded once; a factor of 0 gives 0 whatever the row holds."""
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = rows < N
     places = rows[:, None] * D + offs_d[None, :]
-    factor = tl.load(factor_ptr + rows * stride_factor, mask=mask_n, other=0.0)[:, None]
+    factor = tl.load(factor_ptr + rows * stride_factor, mask=mask_n, other=0.0)
+    if weight_ptr is not None:
+        factor *= tl.load(weight_ptr + rows, mask=mask_n, other=0.0)
+    factor = factor[:, None]
     mask = (mask_n[:, None] & (offs_d < D)[None, :]) & (factor != 0.0)
     scaled = tl.load(rows_ptr + places, mask=mask, other=0.0) * factor
     mask = mask_n[:, None] & (offs_d < D)[None, :]

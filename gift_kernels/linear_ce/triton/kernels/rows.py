@@ -31,33 +31,70 @@ LN_2_HIGH = tl.constexpr(0.693359375)
 LN_2_LOW = tl.constexpr(-2.1219444005469057e-4)
 
 
+class Transform(NamedTuple):
+    """A `WeightTransform`, as kernels take it."""
+
+    power: float
+    floor: float
+    threshold: float
+
+
+@triton.jit
+def _transformed(w, transform, HAS_POWER: tl.constexpr):
+    """max(w, floor) ** power, and 0 where w < threshold; NaN stays NaN."""
+    is_low = w < transform.threshold
+    base = tl.where((w <= transform.floor) | is_low, transform.floor, w)
+    if HAS_POWER:
+        # In float64: the logarithm's rounding error would be multiplied by its size.
+        powered = tl.exp2(tl.log2(base.to(tl.float64)) * transform.power).to(tl.float32)
+        base = tl.where(transform.power == 0.0, 1.0, powered)
+    return tl.where(is_low, 0.0, base)
+
+
 @triton.jit
 def _compact_kernel(
     target_ptr,  # [N] int64
-    weight_ptr,  # [N], rows of weight 0 are left out
-    index_ptr,  # [N] int32: rows of valid tokens, in order
+    given_ptr,  # [N] weights of any floating-point dtype, or None: 1
+    index_ptr,  # [N] int32: rows of valid tokens, in order; 0 past their number
     place_ptr,  # [N] int32: where a row is in index, or −1
     count_ptr,  # [1] int32
+    weight_ptr,  # [N]: given weights transformed, 0 on ignored rows
+    row_count_ptr,  # []: rows that are not ignored, at least 1
     N,
     ignore_index,
-    HAS_WEIGHT: tl.constexpr,
+    transform,  # Transform
+    HAS_POWER: tl.constexpr,
+    KEEP_ZERO_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, so that the prefix sum and n need one launch."""
+    """Rows of weight 0 are left out, unless KEEP_ZERO_ROWS.
+
+    One program, so that the prefix sum and n need one launch.
+    """
     count = 0
+    targets = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < N
-        kept = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
-        if HAS_WEIGHT:
-            # NaN weights are kept, so that the loss becomes NaN.
-            kept = kept & (tl.load(weight_ptr + offs, mask=mask, other=0.0) != 0.0)
-        ones = kept.to(tl.int32)
+        valid = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
+        targets += valid.to(tl.int32)
+        w = tl.full((BLOCK,), 1.0, tl.float32)
+        if given_ptr is not None:
+            w = tl.load(given_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+        w = tl.where(valid, _transformed(w, transform, HAS_POWER), 0.0)
+        tl.store(weight_ptr + offs, w, mask=mask)
+        # NaN weights are kept, so that the loss becomes NaN.
+        counted = valid if KEEP_ZERO_ROWS else valid & (w != 0.0)
+        ones = counted.to(tl.int32)
         place = count + tl.cumsum(ones, 0) - ones
-        tl.store(index_ptr + place, offs, mask=kept)
-        tl.store(place_ptr + offs, tl.where(kept, place, -1), mask=mask)
+        tl.store(index_ptr + place, offs, mask=counted)
+        tl.store(place_ptr + offs, tl.where(counted, place, -1), mask=mask)
         count += tl.sum(ones, 0)
     tl.store(count_ptr, count)
+    tl.store(row_count_ptr, tl.maximum(tl.sum(targets, 0), 1).to(tl.float32))
+    for first in range(0, N, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        tl.store(index_ptr + offs, 0, mask=(offs >= count) & (offs < N))
 
 
 class GatherSizes(NamedTuple):
@@ -83,9 +120,11 @@ def _gather_kernel(
     count_ptr,  # [1] int32
     out_ptr,  # [rows, D]
     local_target_ptr,  # [N] int32, compact: row of this head, or −1
-    ref_ptr,  # [N], compact
+    state_ptr,  # [4, N] compact, or None: known already
+    target_logit_ptr,  # [N] compact, or None
     first_row,
     vocab_start,
+    N,
     size,  # GatherSizes
     factor,  # Factors
     GUESS: tl.constexpr,
@@ -95,7 +134,7 @@ def _gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copies valid rows and their targets. GUESS: references start at x_y."""
+    """Copies valid rows and their targets, starts their state; GUESS: with x_y as reference."""
     V, D, rows, pad = size.V, size.D, size.rows, size.pad
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,26 +165,32 @@ def _gather_kernel(
                 dot += h.to(tl.float32) * w.to(tl.float32)
     places = first_row + offs_n
     tl.store(local_target_ptr + places, tl.where(found, target, -1).to(tl.int32), mask=mask_n)
-    if GUESS:
-        a = tl.sum(dot, 1)
-        if HAS_BIAS:
-            a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
-        x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
-        # Comparisons with NaN are false; an infinite reference would make NaN later.
-        x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
-        tl.store(ref_ptr + places, x, mask=mask_n)
+    if state_ptr is not None:
+        x = tl.full((BLOCK_N,), NO_REFERENCE, tl.float32)
+        if GUESS:
+            a = tl.sum(dot, 1)
+            if HAS_BIAS:
+                a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
+            x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
+            # Comparisons with NaN are false; an infinite reference would make NaN later.
+            x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
+        tl.store(state_ptr + places, x, mask=mask_n)
+        tl.store(state_ptr + N + places, 0.0, mask=mask_n)
+        tl.store(state_ptr + 2 * N + places, 0.0, mask=mask_n)
+        tl.store(state_ptr + 3 * N + places, float("-inf"), mask=mask_n)
+        tl.store(target_logit_ptr + places, float("nan"), mask=mask_n)
 
 
 @triton.jit
 def _merge_kernel(
     partial_ptr,  # [2 or 3, most_slices, rows]
-    state_ptr,  # [4, N] from this chunk's first row on: ref, S, S2, M
+    state_ptr,  # [4, N]: ref, S, S2, M
     exp_ptr,  # [rows, most_slices * WIDTH]
     dh_ptr,  # [N, D], or None: nothing has been added to it yet
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
     first_row,
-    stride_state,
+    N,
     slices,
     most_slices,
     rows,
@@ -165,14 +210,14 @@ def _merge_kernel(
     if tl.program_id(0) * BLOCK_N >= n:
         return
     mask_n = offs_n < n
-    state_ptrs = state_ptr + offs_n
+    state_ptrs = state_ptr + first_row + offs_n
     ref = tl.load(state_ptrs, mask=mask_n, other=0.0)
-    s = tl.load(state_ptrs + stride_state, mask=mask_n, other=0.0)
-    largest = tl.load(state_ptrs + 3 * stride_state, mask=mask_n, other=0.0)
+    s = tl.load(state_ptrs + N, mask=mask_n, other=0.0)
+    largest = tl.load(state_ptrs + 3 * N, mask=mask_n, other=0.0)
 
     s2 = tl.zeros((BLOCK_N,), tl.float32)
     if ENTROPY:
-        s2 = tl.load(state_ptrs + 2 * stride_state, mask=mask_n, other=0.0)
+        s2 = tl.load(state_ptrs + 2 * N, mask=mask_n, other=0.0)
     # A difference of two infinities would be NaN.
     origin = tl.maximum(largest, NO_REFERENCE)
     new_ref = ref
@@ -201,10 +246,10 @@ def _merge_kernel(
         else:
             new_ref = origin
     tl.store(state_ptrs, new_ref, mask=mask_n)
-    tl.store(state_ptrs + stride_state, s, mask=mask_n)
-    tl.store(state_ptrs + 3 * stride_state, largest, mask=mask_n)
+    tl.store(state_ptrs + N, s, mask=mask_n)
+    tl.store(state_ptrs + 3 * N, largest, mask=mask_n)
     if ENTROPY:
-        tl.store(state_ptrs + 2 * stride_state, s2, mask=mask_n)
+        tl.store(state_ptrs + 2 * N, s2, mask=mask_n)
     if EXPONENTIALS:
         stale = tl.max((mask_n & (lowest < new_ref)).to(tl.int32), 0)
         if stale > 0:
@@ -265,27 +310,44 @@ def _difference(a, b):
 def _finish_kernel(
     state_ptr,  # [4, N] compact: ref of this rank's E; S, S2, M of the whole vocabulary
     target_logit_ptr,  # [N] compact, NaN where no column is the target
-    index_ptr,  # [N] int32
-    count_ptr,  # [1] int32
-    stats_ptr,  # [3, N] in the caller's order: nll, lse, entropy
-    top1_ptr,  # [N] in the caller's order
-    factor_ptr,  # [4, N] so too: of Σ E W, of the target's row of the head; ref, its share
+    place_ptr,  # [N] int32
+    weight_ptr,  # [N], written if CONFIDENCE
+    loss_ptr,  # [N] weight times nll, or None, as all that follow may be
+    nll_ptr,  # [N]
+    lse_ptr,  # [N]
+    top1_ptr,  # [N]
+    entropy_ptr,  # [N]
+    factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share
+    dh_ptr,  # [N, D] Σ E W
+    local_target_ptr,  # [N] int32, compact
+    head_ptr,  # [V, D]
     N,
+    D,
+    stride_head_v,
+    stride_head_d,
     nats,
     bits,
     scale,
     cap,
+    transform,  # Transform
+    HAS_POWER: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs_n < tl.load(count_ptr)
-    rows = tl.load(index_ptr + offs_n, mask=mask, other=0)
-    ref = tl.load(state_ptr + offs_n, mask=mask, other=0.0)
-    s = tl.load(state_ptr + N + offs_n, mask=mask, other=0.0)
-    largest = tl.load(state_ptr + 3 * N + offs_n, mask=mask, other=0.0)
-    x = tl.load(target_logit_ptr + offs_n, mask=mask, other=0.0)
+    """What the state says of the caller's rows; 0 on rows left out. CONFIDENCE: p is the weight.
+
+    dH becomes factor · ΣE W + target_factor · W_y, the latter in float32.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < N
+    place = tl.load(place_ptr + rows, mask=mask, other=-1)
+    counted = place >= 0
+    ref = tl.load(state_ptr + place, mask=counted, other=0.0)
+    s = tl.load(state_ptr + N + place, mask=counted, other=0.0)
+    largest = tl.load(state_ptr + 3 * N + place, mask=counted, other=0.0)
+    x = tl.load(target_logit_ptr + place, mask=counted, other=0.0)
     # A logit of +inf gives NaN, as inf − inf does in nll.
     y = tl.where(x == float("inf"), float("nan"), x)
     gap, error = _difference(largest, y)
@@ -296,15 +358,25 @@ def _finish_kernel(
     small = tl.where(is_likely, u, 1.0 / u)
     log_small = _log1p(small)
     log_s = tl.log(s)
-    not_p = tl.where(is_likely, u, 1.0) / (1.0 + small)
     nll = tl.where(is_likely, 0.0, gap + log_s) + log_small
-    lse = tl.where(is_likely, nats * y, nats * largest + log_s) + log_small
-    tl.store(stats_ptr + rows, nll, mask=mask)
-    tl.store(stats_ptr + N + rows, lse, mask=mask)
-    tl.store(top1_ptr + rows, x >= largest, mask=mask)
-    if ENTROPY:
+    if CONFIDENCE:
+        p = tl.where(is_likely, 1.0, small) / (1.0 + small)
+        w = tl.where(counted, _transformed(p, transform, HAS_POWER), 0.0)
+        tl.store(weight_ptr + rows, w, mask=mask)
+    else:
+        w = tl.load(weight_ptr + rows, mask=mask, other=0.0)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + rows, tl.where(counted & (w != 0.0), w * nll, 0.0), mask=mask)
+    if nll_ptr is not None:
+        tl.store(nll_ptr + rows, tl.where(counted, nll, 0.0), mask=mask)
+    if lse_ptr is not None:
+        lse = tl.where(is_likely, nats * y, nats * largest + log_s) + log_small
+        tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
+    if top1_ptr is not None:
+        tl.store(top1_ptr + rows, counted & (x >= largest), mask=mask)
+    if entropy_ptr is not None:
         # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
-        s2 = tl.load(state_ptr + 2 * N + offs_n, mask=mask, other=0.0) * LN_2
+        s2 = tl.load(state_ptr + 2 * N + place, mask=counted, other=0.0) * LN_2
         from_target = tl.where(u > 0.0, u * (s2 / s + gap), 0.0)
         at_target = tl.where(small > 0.0, s * small * gap, 0.0)
         entropy = tl.where(
@@ -312,14 +384,28 @@ def _finish_kernel(
             log_small - from_target / (1.0 + u),
             log_s + log_small - (s2 - at_target) / (s * (1.0 + small)),
         )
-        tl.store(stats_ptr + 2 * N + rows, entropy, mask=mask)
+        tl.store(entropy_ptr + rows, tl.where(counted, entropy, 0.0), mask=mask)
     slope = scale
     if HAS_CAP:
         tanh = tl.maximum(x, -cap) / cap
         slope = scale * (1.0 - tanh * tanh)
     origin = tl.where(is_likely, y, largest)
     share = tl.exp2((ref - origin) * bits) / (tl.where(is_likely, 1.0, s) * (1.0 + small))
-    tl.store(factor_ptr + rows, scale * share, mask=mask)
-    tl.store(factor_ptr + N + rows, -not_p * slope, mask=mask)
-    tl.store(factor_ptr + 2 * N + rows, ref, mask=mask)
-    tl.store(factor_ptr + 3 * N + rows, share, mask=mask)
+    target_factor = -tl.where(is_likely, u, 1.0) / (1.0 + small) * slope
+    if factor_ptr is not None:
+        tl.store(factor_ptr + rows, tl.where(counted, scale * share, 0.0), mask=mask)
+        tl.store(factor_ptr + N + rows, tl.where(counted, target_factor, 0.0), mask=mask)
+        tl.store(factor_ptr + 2 * N + rows, tl.where(counted, ref, 0.0), mask=mask)
+        tl.store(factor_ptr + 3 * N + rows, tl.where(counted, share, 0.0), mask=mask)
+    if dh_ptr is not None:
+        target = tl.load(local_target_ptr + place, mask=counted, other=-1).to(tl.int64)
+        for first_d in range(0, D, BLOCK_D):
+            steps = (first_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+            in_row = steps < D
+            w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
+            w_y = tl.load(w_ptrs, mask=(target >= 0)[:, None] & in_row, other=0.0).to(tl.float32)
+            dh_ptrs = dh_ptr + rows.to(tl.int64)[:, None] * D + steps
+            dh = tl.load(dh_ptrs, mask=counted[:, None] & in_row, other=0.0)
+            dh = dh * (scale * share)[:, None] + target_factor[:, None] * w_y
+            dh = tl.where(counted[:, None], dh, 0.0)
+            tl.store(dh_ptrs, dh, mask=mask[:, None] & in_row)

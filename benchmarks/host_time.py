@@ -1,0 +1,125 @@
+"""Time of the host for calls of few tokens, on any machine: launches are bound, but nothing runs.
+
+    python -m benchmarks.host_time
+
+Prints, for Llama 3.1 8B's head, launches, calls of PyTorch and microseconds of the calling thread.
+What the CUDA driver takes for a launch, and its allocator for memory, is not in them.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from gift_kernels import Guide, checks, token_confidence, weighted_ce
+from gift_kernels.linear_ce import api
+from gift_kernels.linear_ce.triton import chunk_size
+from gift_kernels.linear_ce.triton.tiles import Machine
+
+HIDDEN_SIZE, VOCAB_SIZE = 4096, 128256
+TOKENS = (256, 512, 1024, 2048, 8192)
+REPEATS = 100
+
+
+class Driver:
+    """Stands for Triton's driver of a Hopper GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Kernel:
+    """Stands for a compiled kernel; counts its launches."""
+
+    function = packed_metadata = None
+    launches = 0
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        """Nothing, as without a profiler."""
+
+    def run(self, *arguments: Any) -> None:
+        Kernel.launches += 1
+
+
+def compiled(self: JITFunction, key: str, *rest: Any) -> Kernel:
+    """Takes the place of `JITFunction._do_compile`."""
+    kernel = self.device_caches[0][0][key] = Kernel()
+    assert self.cache_key  # finds the globals that are compared at each launch
+    return kernel
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations of PyTorch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def cases(tokens: int) -> dict[str, Callable[[], Any]]:
+    """Calls by name."""
+    head = torch.empty(VOCAB_SIZE, HIDDEN_SIZE, dtype=torch.bfloat16)
+    hidden = torch.zeros(1, tokens, HIDDEN_SIZE, dtype=torch.bfloat16, requires_grad=True)
+    target, weight = torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens)
+    guide = Guide(hidden.detach(), head)
+
+    def step(**weights: Any) -> None:
+        # Not `backward`, which would add gradients up.
+        torch.autograd.grad(weighted_ce(hidden, head, target, **weights), hidden)
+
+    return {
+        "frozen head": lambda: step(token_weight=weight),
+        "with a guide": lambda: step(guide=guide),
+        "token_confidence": lambda: token_confidence(hidden, head, target),
+    }
+
+
+def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
+    """Launches, calls of PyTorch, and the least of many times in microseconds."""
+    call()
+    Kernel.launches = 0
+    with Calls() as calls:
+        call()
+    launches, times = Kernel.launches, []
+    for _ in range(REPEATS):
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return launches, calls.count, min(times) * 1e6
+
+
+def main() -> None:
+    """Prints one line a case and number of tokens."""
+    assert os.environ.get("TRITON_INTERPRET") != "1", "TRITON_INTERPRET is set: nothing is bound"
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(Driver())
+    with (
+        mock.patch.object(JITFunction, "_do_compile", compiled),
+        mock.patch.object(api, "resolve_impl", lambda *arguments: "triton"),
+        mock.patch.object(chunk_size, "machine_of", lambda device: Machine(90, 132)),
+        mock.patch.object(checks, "reads_targets", lambda target: False),
+    ):
+        print("| call | tokens | launches | calls | µs |\n|---|---|---|---|---|")
+        for tokens in TOKENS:
+            for name, call in cases(tokens).items():
+                launches, calls, time_taken = measure(call)
+                print(f"| {name} | {tokens} | {launches} | {calls} | {time_taken:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
