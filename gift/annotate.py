@@ -7,6 +7,7 @@ tempered. Rows are packed without padding (`gift.packing`); only target rows rea
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
-from gift.files import hash_json, replacing, sealed_files
+from gift.files import hash_json, replacing, sealed_files, write_json
 from gift.models import (
     check_head,
     folder_context,
@@ -41,6 +42,7 @@ from gift.models import (
 from gift.packing import enable_packing
 from gift.publish import output_folder
 from gift.show import show_rows
+from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift_kernels import token_confidence
 
 
@@ -59,9 +61,16 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
         structure = model_structure(folder)
         data = encode_file(config.data, tokenizer, config, folder_context(folder))
         require_vocabulary(structure, data, config.model)
-        made_from = _made_from(config, folder, tokenizer)
+        clock = Clock()
+        # The files are hashed while the model is loaded from them.
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(model_hash, folder)
+            model, packed = _load_guide(config, folder, data, clock)
+            with clock("hash"):
+                weights = hashing.result()
+        made_from = _made_from(config, weights, tokenizer)
         partial = output.begin(made_from)
-        _annotate_missing(config, folder, data, output.work)
+        done = _annotate_missing(config, model, packed, data, output.work, clock)
         confidence = _collect(data, output.work)
         summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
         manifest = {
@@ -73,8 +82,12 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
             "versions": versions(),
             "summary": summary,
         }
-        write_store(partial, data, confidence, tokenizer, manifest)
-    print_summary(f"Annotated {config.data.name}: {config.output}", summary)
+        with clock("save"):
+            write_store(partial, data, confidence, tokenizer, manifest)
+        speed = stage_speed(clock, model, done)
+        write_json(partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
+    print_summary(f"Annotated {config.data.name}: {config.output}", {**summary, **speed})
+    print_times(clock)
     return summary
 
 
@@ -118,7 +131,7 @@ def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     return summary
 
 
-def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
+def _made_from(config: AnnotateConfig, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that determines the store's content: settings, model, tokenizer and data."""
     inputs = {"output", "overwrite", "model", "tokenizer", "data"}
     device = pick_device(config.device)
@@ -126,7 +139,7 @@ def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str
         **config.model_dump(mode="json", exclude=inputs),
         "device": device.type,
         "dtype": str(pick_dtype(config.dtype, device)),
-        "model": model_hash(folder),
+        "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "data": hash_json(read_rows(config.data, config)),
@@ -143,15 +156,25 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, work: Path) -> None:
-    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`."""
-    if len(_read_parts(work)) == len(data.kept):
-        return
+def _load_guide(
+    config: AnnotateConfig, folder: Path, data: EncodedData, clock: Clock
+) -> tuple[Any, bool]:
+    """The guide, checked, and whether it reads packed rows."""
     device = pick_device(config.device)
-    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+    with clock("load"):
+        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    packed = enable_packing(model, data.kept)
+    return model, enable_packing(model, data.kept)
+
+
+def _annotate_missing(
+    config: AnnotateConfig, model: Any, packed: bool, data: EncodedData, work: Path, clock: Clock
+) -> list[Example]:
+    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`.
+
+    Returns the rows that were annotated now.
+    """
     lengths = [len(example.input_ids) for example in data.kept]
     batches = [
         [data.kept[number] for number in batch]
@@ -168,13 +191,17 @@ def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, w
     with progress("annotate", len(batches), done) as bar:
         for name, part in missing.items():
             confidences = []
-            for batch in part:
-                made = make_batch(batch, packed=packed).to(device)
-                confidences.append(annotate_batch(model, made, config.guide_temperature))
-                bar.advance()
+            with clock("compute"):
+                for batch in part:
+                    made = make_batch(batch, packed=packed).to(model.device)
+                    confidences.append(annotate_batch(model, made, config.guide_temperature))
+                    bar.advance()
+            with clock("wait"):
+                values = torch.cat(confidences).cpu().numpy()
             rows = [example for batch in part for example in batch]
-            with replacing(work / name, sealed=True) as temporary:
-                save_file(_by_row(rows, torch.cat(confidences).cpu().numpy()), temporary)
+            with clock("save"), replacing(work / name, sealed=True) as temporary:
+                save_file(_by_row(rows, values), temporary)
+    return [example for part in missing.values() for batch in part for example in batch]
 
 
 @torch.no_grad()
@@ -203,17 +230,11 @@ def _by_row(rows: Sequence[Example], confidence: np.ndarray) -> dict[str, np.nda
     return values
 
 
-def _read_parts(work: Path) -> dict[str, np.ndarray]:
-    """Confidences of all finished parts, by row."""
+def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
+    """Confidences in row order, from all parts."""
     values: dict[str, np.ndarray] = {}
     for path in sealed_files(work).values():
         values |= load_file(path)
-    return values
-
-
-def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """Confidences in row order, from all parts."""
-    values = _read_parts(work)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "

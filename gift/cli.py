@@ -27,6 +27,7 @@ from gift.config import (
     ImportScoresConfig,
     MergeConfig,
     Options,
+    ReportConfig,
     RunConfig,
     StatisticsConfig,
     StudyConfig,
@@ -214,6 +215,13 @@ _add_command(
     "Compare methods over seeds, pairs and evaluations. The file names pairs, settings, methods, "
     "evaluations and tuning (docs/study.md); every run is annotate, train, merge, evaluate, and "
     "shares what is equal. Finished stages are kept; a killed study resumes where it stopped.",
+)
+_add_command(
+    "report",
+    ReportConfig,
+    "gift.study.report:report",
+    "Write a study's report, one HTML file. It needs no network.",
+    positional=("study",),
 )
 _add_command(
     "demo",
