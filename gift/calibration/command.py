@@ -30,8 +30,10 @@ FIGURE_FILE = "calibration.png"
 CONTEXT_TOKENS = 24  # shown before an example
 
 
-def calibration(config: CalibrationConfig) -> dict[str, Any]:
+def calibration(config: CalibrationConfig, key: str = "") -> dict[str, Any]:
     """Measures the guide of a store; returns the report that it prints and writes.
+
+    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
     InputError: the store has no statistics or is of other data; `correct_field` is in no row, or
     not true or false.
@@ -40,7 +42,7 @@ def calibration(config: CalibrationConfig) -> dict[str, Any]:
         report = _report(config)
         _print(report)
         return report
-    with output_folder(config.output, overwrite=config.overwrite) as output:
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         report = _report(config)
         partial = output.begin()
         write_json(partial / REPORT_FILE, report)

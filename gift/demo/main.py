@@ -149,5 +149,6 @@ def _study(config: DemoConfig, place: Path) -> dict[str, Any]:
             name: {**asked, **options, "data": str(place / f"{{pair}}-{options['data']}.jsonl")}
             for name, options in EVALUATIONS.items()
         },
+        "correct_field": "correct",
         "seeds": list(range(config.seeds)),
     }

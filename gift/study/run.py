@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gift.annotate import annotate
+from gift.calibration.command import calibration
 from gift.config import StudyConfig
 from gift.config.study import INSTRUCT
 from gift.console import console, progress
@@ -33,6 +34,7 @@ from gift.train import train
 
 FUNCTIONS = {
     "annotate": annotate,
+    "calibrate": calibration,
     "train": train,
     "merge": merge,
     "evaluate": evaluate,
