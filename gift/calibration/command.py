@@ -31,7 +31,7 @@ CONTEXT_TOKENS = 24  # shown before an example
 
 
 def calibration(config: CalibrationConfig) -> dict[str, Any]:
-    """Measures the guide of a store; returns the report that it prints and writes, see `measure`."""
+    """Measures a store's guide; returns the report of `measure`, which it prints and writes."""
     if config.output is None:
         report = measure(config)
         _print(report)
