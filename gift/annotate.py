@@ -3,10 +3,13 @@
     q_t = softmax(z_t)[y_t]     z the logits of the instruct model
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
-tempered. Rows are packed without padding (`gift.packing`); only target rows reach the head.
+tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
+for `gift calibration`. Rows are packed without padding (`gift.packing`); only target rows reach the
+head.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gift.batches import Batch, make_batch, plan_batches
-from gift.confidence_store import read_author_scores, write_store
+from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
 from gift.errors import InputError
-from gift.files import hash_json, replacing, sealed_files
+from gift.files import hash_json, replacing, sealed_files, write_json
 from gift.models import (
     check_head,
     folder_context,
@@ -41,6 +44,7 @@ from gift.models import (
 from gift.packing import enable_packing
 from gift.publish import output_folder
 from gift.show import show_rows
+from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift_kernels import token_confidence
 
 
@@ -59,10 +63,20 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
         structure = model_structure(folder)
         data = encode_file(config.data, tokenizer, config, folder_context(folder))
         require_vocabulary(structure, data, config.model)
-        made_from = _made_from(config, folder, tokenizer)
+        clock = Clock()
+        # The files are hashed while the model is loaded from them.
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(model_hash, folder)
+            model, packed = _load_guide(config, folder, data, clock)
+            with clock("hash"):
+                weights = hashing.result()
+        made_from = _made_from(config, weights, tokenizer)
         partial = output.begin(made_from)
-        _annotate_missing(config, folder, data, output.work)
-        confidence = _collect(data, output.work)
+        done = _annotate_missing(config, model, packed, data, output.work, clock)
+        values = _collect(data, output.work)
+        confidence = [row[0] for row in values]
+        largest, top1, entropy = np.concatenate(values, axis=1)[1:]
+        statistics = GuideStatistics(largest, top1.astype(bool), entropy)
         summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
         manifest = {
             "kind": "gift confidence store",
@@ -73,8 +87,12 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
             "versions": versions(),
             "summary": summary,
         }
-        write_store(partial, data, confidence, tokenizer, manifest)
-    print_summary(f"Annotated {config.data.name}: {config.output}", summary)
+        with clock("save"):
+            write_store(partial, data, confidence, tokenizer, manifest, statistics)
+        speed = stage_speed(clock, model, done)
+        write_json(partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
+    print_summary(f"Annotated {config.data.name}: {config.output}", {**summary, **speed})
+    print_times(clock)
     return summary
 
 
@@ -118,7 +136,7 @@ def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     return summary
 
 
-def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
+def _made_from(config: AnnotateConfig, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that determines the store's content: settings, model, tokenizer and data."""
     inputs = {"output", "overwrite", "model", "tokenizer", "data"}
     device = pick_device(config.device)
@@ -126,7 +144,7 @@ def _made_from(config: AnnotateConfig, folder: Path, tokenizer: Any) -> dict[str
         **config.model_dump(mode="json", exclude=inputs),
         "device": device.type,
         "dtype": str(pick_dtype(config.dtype, device)),
-        "model": model_hash(folder),
+        "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "data": hash_json(read_rows(config.data, config)),
@@ -143,15 +161,25 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, work: Path) -> None:
-    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`."""
-    if len(_read_parts(work)) == len(data.kept):
-        return
+def _load_guide(
+    config: AnnotateConfig, folder: Path, data: EncodedData, clock: Clock
+) -> tuple[Any, bool]:
+    """The guide, checked, and whether it reads packed rows."""
     device = pick_device(config.device)
-    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+    with clock("load"):
+        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    packed = enable_packing(model, data.kept)
+    return model, enable_packing(model, data.kept)
+
+
+def _annotate_missing(
+    config: AnnotateConfig, model: Any, packed: bool, data: EncodedData, work: Path, clock: Clock
+) -> list[Example]:
+    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`.
+
+    Returns the rows that were annotated now.
+    """
     lengths = [len(example.input_ids) for example in data.kept]
     batches = [
         [data.kept[number] for number in batch]
@@ -167,59 +195,60 @@ def _annotate_missing(config: AnnotateConfig, folder: Path, data: EncodedData, w
     done = len(batches) - sum(map(len, missing.values()))
     with progress("annotate", len(batches), done) as bar:
         for name, part in missing.items():
-            confidences = []
-            for batch in part:
-                made = make_batch(batch, packed=packed).to(device)
-                confidences.append(annotate_batch(model, made, config.guide_temperature))
-                bar.advance()
+            found = []
+            with clock("compute"):
+                for batch in part:
+                    made = make_batch(batch, packed=packed).to(model.device)
+                    found.append(annotate_batch(model, made, config.guide_temperature))
+                    bar.advance()
+            with clock("wait"):
+                values = torch.cat(found, dim=1).cpu().numpy()
             rows = [example for batch in part for example in batch]
-            with replacing(work / name, sealed=True) as temporary:
-                save_file(_by_row(rows, torch.cat(confidences).cpu().numpy()), temporary)
+            with clock("save"), replacing(work / name, sealed=True) as temporary:
+                save_file(_by_row(rows, values), temporary)
+    return [example for part in missing.values() for batch in part for example in batch]
 
 
 @torch.no_grad()
 def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Confidences float32 [N] of the batch's targets."""
+    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
     head = lm_head(model)
     hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
-    return token_confidence(
+    confidence, stats = token_confidence(
         hidden.index_select(0, batch.predicts).to(head.weight.dtype),
         head.weight,
         batch.targets,
         temperature=temperature,
+        stats=STATISTICS,
         **head.options(),
-    ).float()
+    )
+    found = [confidence, *(getattr(stats, name) for name in STATISTICS)]
+    return torch.stack([values.float() for values in found])
 
 
-def _by_row(rows: Sequence[Example], confidence: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's confidences; InputError where one is not finite."""
+def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
     ends = np.cumsum([example.targets for example in rows])
-    values = {
-        str(example.row): row
-        for example, row in zip(rows, np.split(confidence, ends[:-1]), strict=True)
+    by_row = {
+        str(example.row): np.ascontiguousarray(row)
+        for example, row in zip(rows, np.split(values, ends[:-1], axis=1), strict=True)
     }
-    if bad := [int(row) for row, of_row in values.items() if not np.isfinite(of_row).all()]:
+    if bad := [int(row) for row, of_row in by_row.items() if not np.isfinite(of_row).all()]:
         raise InputError(f"--model: the guide's confidence is not finite in rows {sorted(bad)}")
-    return values
-
-
-def _read_parts(work: Path) -> dict[str, np.ndarray]:
-    """Confidences of all finished parts, by row."""
-    values: dict[str, np.ndarray] = {}
-    for path in sealed_files(work).values():
-        values |= load_file(path)
-    return values
+    return by_row
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """Confidences in row order, from all parts."""
-    values = _read_parts(work)
+    """What `annotate_batch` found, in row order, from all parts."""
+    values: dict[str, np.ndarray] = {}
+    for path in sealed_files(work).values():
+        values |= load_file(path)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "
             "another program changed them"
         )
     return [
-        values[str(example.row)] if example else np.zeros(0, np.float32)
+        values[str(example.row)] if example else np.zeros((4, 0), np.float32)
         for example in data.examples
     ]

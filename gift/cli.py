@@ -21,12 +21,14 @@ from safetensors import SafetensorError
 import gift
 from gift.config import (
     AnnotateConfig,
+    CalibrationConfig,
     DemoConfig,
     DiffConfig,
     EvaluateConfig,
     ImportScoresConfig,
     MergeConfig,
     Options,
+    ReportConfig,
     RunConfig,
     StatisticsConfig,
     StudyConfig,
@@ -154,6 +156,15 @@ _add_command(
     "Turn the authors' scores file into a confidence store. Loads no model.",
 )
 _add_command(
+    "calibration",
+    CalibrationConfig,
+    "gift.calibration.command:calibration",
+    "Show how far the guide's confidence can be trusted. Reliability, confidence by kind of token, "
+    "examples and, where rows say whether they are correct, how well confidence tells. Reads a "
+    "store and its data; loads no model.",
+    positional=("store",),
+)
+_add_command(
     "train",
     TrainConfig,
     "gift.train:train",
@@ -214,6 +225,13 @@ _add_command(
     "Compare methods over seeds, pairs and evaluations. The file names pairs, settings, methods, "
     "evaluations and tuning (docs/study.md); every run is annotate, train, merge, evaluate, and "
     "shares what is equal. Finished stages are kept; a killed study resumes where it stopped.",
+)
+_add_command(
+    "report",
+    ReportConfig,
+    "gift.study.report:report",
+    "Write a study's report, one HTML file. It needs no network.",
+    positional=("study",),
 )
 _add_command(
     "demo",

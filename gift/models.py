@@ -100,7 +100,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> An
 
     Weights that its class does not read are named in a warning. InputError: see `model_structure`.
     """
-    model, unread = _load(folder, dtype=dtype)
+    # Straight to a GPU, without a copy of the model in the host's memory.
+    place = {"device_map": {"": device}} if device.type == "cuda" else {}
+    model, unread = _load(folder, dtype=dtype, **place)
     if unread:
         warn(f"{folder}: {type(model).__name__} does not read {listed(unread)} of the checkpoint")
     return model.to(device).eval()

@@ -247,4 +247,4 @@ def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = Fal
 
 def warn(message: str) -> None:
     """Prints a warning."""
-    error_console.print(f"warning: {message}", markup=False, highlight=False)
+    error_console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)

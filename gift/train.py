@@ -13,6 +13,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from gift.models import (
 )
 from gift.packing import enable_packing
 from gift.publish import WORK_FOLDER, output_folder, partial_path
+from gift.speed import SPEED_FILE, Clock, print_times, speed
 from gift.weighting import (
     GuidedRow,
     check_weighting,
@@ -59,6 +61,7 @@ from gift.weighting import (
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
+RATES = ("tokens_per_second", "useful_tflops", "share_of_peak")
 DIVISORS = {"tokens": "tokens", "weights": "weight"}
 
 
@@ -68,32 +71,32 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
     `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
     """
     with ranks.process_group() as group, _work_folder(config, group, key) as begin:
-        targets = find_targets(config, model_structure(resolve_model(config.model)))
+        clock = Clock()
+        folder = resolve_model(config.model)
+        targets = find_targets(config, model_structure(folder))
         store, tokenizer = _store_and_tokenizer(config)
-        context = folder_context(resolve_model(config.model))
-        if store is not None:
-            context = store.shorter_context(context)
-        data = encode_file(config.data, tokenizer, config, context)
-        if store is not None:
-            require_same_rows(store, data, tokenizer)
-        annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
-        lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
-        rows = guided_rows(config, data.kept, annotated, lines)
+        data, rows = _read_rows(config, folder, store, tokenizer)
         device = group.device or pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
+        # The files are hashed while the model is loaded from them.
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(model_hash, folder)
+            with clock("load"):
+                model, packed = _adapted_model(config, data, dtype, device)
+            with clock("hash"):
+                weights = hashing.result()
         made_from = {
-            **_made_from(config, tokenizer, store),
+            **_made_from(config, weights, tokenizer, store),
             "ranks": group.size,
             "device": device.type,
             "dtype": str(dtype),
         }
-        model, packed = _adapted_model(config, data, dtype, device)
-        split = Split(token_limit(config, device), packed)
         partial = begin(made_from)
         group.barrier()
-        partial_work = partial / WORK_FOLDER
-        split = settle_memory(config, model, rows, split, group, partial_work)
-        history, loss_by_band = _fit(config, model, rows, split, group, partial)
+        split = Split(token_limit(config, device), packed)
+        with clock("trial"):
+            split = settle_memory(config, model, rows, split, group, partial / WORK_FOLDER)
+        history, loss_by_band = _fit(config, model, rows, split, group, partial, clock)
         summary = {
             **data_summary(data),
             **_run_summary(history),
@@ -106,14 +109,32 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 for name, share in zip(BAND_NAMES, _shares(loss_by_band), strict=True)
             }
         if group.is_main:
-            manifest = _manifest(config, tokenizer, summary, hash_json(made_from), store)
-            _write_adapter(model, tokenizer, partial, history, manifest)
+            manifest = _manifest(config, tokenizer, summary, made_from, store)
+            with clock("save"):
+                _write_adapter(model, tokenizer, partial, history, manifest)
+            write_json(partial / SPEED_FILE, {"seconds": clock.seconds})
     if group.is_main:
         if targets.left:
             note = f"Note: no LoRA pair for {', '.join(targets.left)}"
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
+        print_times(clock)
     return summary
+
+
+def _read_rows(
+    config: TrainConfig, folder: Path, store: ConfidenceStore | None, tokenizer: Any
+) -> tuple[EncodedData, list[GuidedRow]]:
+    """The data as tokens, and its kept rows with what the guide says of them."""
+    context = folder_context(folder)
+    if store is not None:
+        context = store.shorter_context(context)
+    data = encode_file(config.data, tokenizer, config, context)
+    if store is not None:
+        require_same_rows(store, data, tokenizer)
+    annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
+    lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
+    return data, guided_rows(config, data.kept, annotated, lines)
 
 
 @contextmanager
@@ -129,7 +150,7 @@ def _work_folder(
 
 
 def _made_from(
-    config: TrainConfig, tokenizer: Any, store: ConfidenceStore | None
+    config: TrainConfig, weights: str, tokenizer: Any, store: ConfidenceStore | None
 ) -> dict[str, Any]:
     """Everything that determines the adapter: settings, model, tokenizer, data and confidences."""
     inputs = {"model", "data", "confidence", "tokenizer"}
@@ -137,7 +158,7 @@ def _made_from(
         **config.model_dump(
             mode="json", exclude={"output", "overwrite", "checkpoint_steps"} | inputs
         ),
-        "model": model_hash(resolve_model(config.model)),
+        "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "data": hash_json(read_rows(config.data, config)),
@@ -152,6 +173,7 @@ def _fit(
     split: Split,
     group: ranks.Group,
     partial: Path,
+    clock: Clock,
 ) -> tuple[list[dict[str, float]], Tensor]:
     """The training loop; returns the metrics of every step and the weighted loss per band."""
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
@@ -173,18 +195,19 @@ def _fit(
         for step in range(first_step, steps):
             started = time.perf_counter()
             batch = _global_batch(config, rows, step, steps_per_epoch)
-            sums, losses = accumulate_gradients(config, model, group.share(batch), split)
-            group.all_reduce_(sums)
-            group.all_reduce_(gradients)
-            divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
-            gradients.div_(torch.where(divisor == 0, 1, divisor))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            scheduler.step()
-            gradients.zero_()
-            # The step's only wait for the device.
-            *totals, gradient_norm = torch.cat([sums, norm.double()[None]]).tolist()
+            with clock("compute"):
+                sums, losses = accumulate_gradients(config, model, group.share(batch), split)
+                group.all_reduce_(sums)
+                group.all_reduce_(gradients)
+                divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
+                gradients.div_(torch.where(divisor == 0, 1, divisor))
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                rate = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                scheduler.step()
+                gradients.zero_()
+            with clock("wait"):  # the step's only one
+                *totals, gradient_norm = torch.cat([sums, norm.double()[None]]).tolist()
             named: dict[str, float] = dict(zip(SUMS, totals, strict=False))
             if named["not_finite"]:
                 _refuse_not_finite(losses)
@@ -196,17 +219,26 @@ def _fit(
                     **_step_metrics(config, named),
                     "learning_rate": rate,
                     "gradient_norm": gradient_norm,
-                    "tokens_per_second": named["tokens"] / (time.perf_counter() - started),
+                    **_step_speed(model, batch, time.perf_counter() - started, group),
                     "peak_memory_gb": group.peak_memory_gb(),
                 }
             )
             bar.advance()
             bar.note(f"loss {history[-1]['loss']:.4f}")
             if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
-                state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
-                if group.is_main:
-                    _write_metrics(partial, history)
+                with clock("save"):
+                    state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
+                    if group.is_main:
+                        _write_metrics(partial, history)
     return history, loss_by_band
+
+
+def _step_speed(
+    model: Any, rows: Sequence[GuidedRow], seconds: float, group: ranks.Group
+) -> dict[str, float]:
+    base, examples = model.get_base_model(), [row.example for row in rows]
+    found = speed(base, examples, seconds, trains=True, devices=group.size)
+    return {"seconds": seconds, **found}
 
 
 def _refuse_not_finite(losses: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
@@ -286,14 +318,14 @@ def _manifest(
     config: TrainConfig,
     tokenizer: Any,
     summary: dict[str, Any],
-    fingerprint: str,
+    made_from: dict[str, Any],
     store: ConfidenceStore | None,
 ) -> dict[str, Any]:
     return {
         "kind": "gift adapter",
-        "fingerprint": fingerprint,
+        "fingerprint": hash_json(made_from),
         "base_model": config.model,
-        "base_model_hash": model_hash(resolve_model(config.model)),
+        "base_model_hash": made_from["model"],
         "guide_model": store.manifest["model"] if store else None,
         "guide_model_hash": store.manifest.get("model_hash") if store else None,
         "data_hash": hash_file(config.data),
@@ -336,10 +368,15 @@ def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
         "last_loss": last["loss"],
         "last_nll": last["nll"],
         "last_token_accuracy": last["token_accuracy"],
-        "tokens_per_second": sum(entry["tokens"] for entry in history)
-        / sum(entry["tokens"] / entry["tokens_per_second"] for entry in history),
+        **{name: _over_time(history, name) for name in RATES if name in last},
         "peak_memory_gb": max(entry["peak_memory_gb"] for entry in history),
     }
+
+
+def _over_time(history: Sequence[dict[str, float]], rate: str) -> float:
+    """The mean of a rate, each step counting by its seconds."""
+    seconds = sum(entry["seconds"] for entry in history)
+    return sum(entry["seconds"] * entry[rate] for entry in history) / seconds
 
 
 def _shares(loss_by_band: Tensor) -> list[float]:

@@ -34,8 +34,8 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = _DTYPES) 
     """Returns a plain tensor of one of `dtypes` that is not inside a `torch.func` transform."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
-    plain = type(value) is Tensor  # most are, and a look at all bases takes time
-    if not plain and any(base.__name__ == "DTensor" for base in type(value).__mro__):
+    subclass = type(value) not in (Tensor, torch.nn.Parameter)
+    if subclass and any(base.__name__ == "DTensor" for base in type(value).__mro__):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor, as parameters of FSDP2 are outside "
             f"their module's forward: call inside that forward, or pass {name}.full_tensor(), or "
@@ -340,8 +340,8 @@ def merge_arguments(
     rows, columns = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     for number_of, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
         which = f"[{number_of}]" * (len(a) > 1)
-        _factor(f"lora_a{which}", a_i, w, ("R", columns), transposed)
-        _factor(f"lora_b{which}", b_i, w, (rows, a_i.shape[-2]), transposed)
+        _factor(f"lora_a{which}", a_i, w, "R", columns, transposed)
+        _factor(f"lora_b{which}", b_i, w, rows, a_i.shape[-2], transposed)
     seed = None
     if stochastic_rounding_seed is not None:
         seed = integer("stochastic_rounding_seed", stochastic_rounding_seed, 0)
@@ -383,20 +383,19 @@ def _tensors(name: str, value: object) -> list[Tensor]:
 
 
 def _factor(
-    name: str, value: object, weight: Tensor, shape: tuple[object, int], transposed: bool
+    name: str, value: object, weight: Tensor, rows: int | str, columns: int, transposed: bool
 ) -> None:
     factor = tensor(name, value)
     if factor.device != weight.device:
         raise ValueError(f"{name} and weight: got {factor.device} and {weight.device}: move one")
-    expected = [*weight.shape[:-2], *shape]
-    fits = factor.ndim == len(expected) and all(
-        size in ("R", found) for size, found in zip(expected, factor.shape, strict=True)
-    )
-    if not fits:
+    found, experts = factor.shape, weight.shape[:-2]
+    fits = len(found) == weight.ndim and found[:-2] == experts and found[-1] == columns
+    if not fits or rows not in ("R", found[-2]):
+        expected = ", ".join(map(str, (*experts, rows, columns)))
         hint = " (one pair of factors for each expert)" if weight.ndim == 3 else ""
         raise ValueError(
-            f"{name} and weight: expected shape [{', '.join(map(str, expected))}]{hint} for "
-            f"{list(weight.shape)} with fan_in_fan_out={transposed}, got {list(factor.shape)}"
+            f"{name} and weight: expected shape [{expected}]{hint} for "
+            f"{list(weight.shape)} with fan_in_fan_out={transposed}, got {list(found)}"
         )
 
 

@@ -13,7 +13,7 @@ Use, in a file `tests/test_<op>_compiles.py`:
 
     REQUESTS = [
         KernelRequest(
-            kernel="gift_kernels.lora_merge.triton:_lora_merge_kernel",
+            kernel="gift_kernels.lora_merge.kernels:lora_merge_kernel",
             signature={"weight_ptr": "*bf16", "n_columns": "i32"},   # all that is no constexpr
             constexprs={"BLOCK_N": 128, "DTYPE": "tl.bfloat16", "stride_k": 1},
             divisible=("n_columns",),              # integers that are multiples of 16 at launch

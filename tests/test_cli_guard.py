@@ -22,7 +22,8 @@ from gift.merge.command import merge
 from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
-FOLDERS = {*MODELS, "adapter", "confidence", "statistics"}
+FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "store", "study"}
+POSITIONAL = ("model_a", "model_b", "store", "study")
 FILES = {"data", "eval_data", "scores", "config"}
 NOBODY = 65534
 
@@ -69,6 +70,7 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
     return {
         "annotate": data,
         "import-scores": {"scores": questions, "tokenizer": model, "output": output},
+        "calibration": {"store": str(folder / "store"), "data": rows, "output": output},
         "train": {**data, "confidence": str(folder / "store"), "lora_rank": "2"},
         "merge": {**adapted, "base": model},
         "merge-statistics": {**data, "kind": "regmean"},
@@ -77,14 +79,15 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
         "evaluate": {"model": model, "data": questions, "output": output, "check": "exact"},
         "run": {"base": model, "instruct": model, "data": rows, "eval_data": questions}
         | {"output": output, "eval_check": "exact"},
+        "report": {"study": model},
         "study": {"config": str(folder / "study.yaml"), "output": output},
         "demo": {"output": output},
     }[command]
 
 
 def command_line(command: str, options: dict[str, str]) -> list[str]:
-    positional = [options[name] for name in ("model_a", "model_b") if name in options]
-    named = {name: value for name, value in options.items() if not name.startswith("model_")}
+    positional = [options[name] for name in POSITIONAL if name in options]
+    named = {name: value for name, value in options.items() if name not in POSITIONAL}
     flags = [
         part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", value)
     ]

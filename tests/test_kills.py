@@ -27,7 +27,7 @@ from gift import figures
 from gift.errors import InputError
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "shutil.copyfile"}
-MEASURED = {"tokens_per_second", "peak_memory_gb"}
+MEASURED = {"tokens_per_second", "useful_tflops", "seconds", "peak_memory_gb"}
 KILLED = 77
 
 
@@ -120,7 +120,8 @@ def unmeasured(value: Any) -> Any:
         return [unmeasured(item) for item in value]
     if not isinstance(value, dict):
         return value
-    hashed = {"metrics.jsonl", "gift_train.json"} if "README.md" in value else set()
+    files = {"metrics.jsonl", "gift_train.json", "speed.json"}
+    hashed = files if "speed.json" in value else set()
     return {name: unmeasured(x) for name, x in value.items() if name not in MEASURED | hashed}
 
 

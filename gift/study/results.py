@@ -15,11 +15,11 @@ from gift.files import read_json, read_record, write_json
 from gift.rows import json_lines
 from gift.study.plan import STAGES_FOLDER
 from gift.study.significance import Estimate, estimate, holm, permute_runs
+from gift.train import BAND_NAMES
 
 STUDY_FILE = "study.json"
 RESULTS_FILE = "results.json"
 LEVEL = 0.05
-LOSS_SHARE = "loss share at "
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Study:
         """The estimate, and in `runs` the accuracy of every run by itself."""
         shares = self.shares(method, evaluation)
         runs = [float(run.mean()) for pair in shares for run in pair]
-        return {**asdict(estimate(shares)), "runs": runs}
+        return {**asdict(estimate(shares, least=0)), "runs": runs}
 
     def differences(self, evaluation: str) -> list[Difference]:
         """The compared method minus every other, then every other minus the instruct model."""
@@ -143,10 +143,9 @@ class Study:
         if method == INSTRUCT or self.settings["methods"][method]["guide"] != "instruct":
             return {}
         summaries = [self._manifest(run)["summary"] for run in self.runs(method)]
-        names = [name for name in summaries[0] if name.startswith(LOSS_SHARE)]
         return {
-            name.removeprefix(LOSS_SHARE): float(np.mean([summary[name] for summary in summaries]))
-            for name in names
+            band: float(np.mean([summary[f"loss share at {band}"] for summary in summaries]))
+            for band in BAND_NAMES
         }
 
     def _manifest(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +168,8 @@ class Study:
         differences = [one for name in self.evaluations for one in self.differences(name)]
         results = {
             "compared": self.record["compared"],
+            "task_evaluations": [name for name in self.evaluations if not self.is_retention(name)],
+            "retention_evaluations": [name for name in self.evaluations if self.is_retention(name)],
             "accuracy": {
                 name: {method: self.accuracy(method, name) for method in self.methods}
                 for name in self.evaluations

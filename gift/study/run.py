@@ -26,6 +26,7 @@ from gift.models import versions
 from gift.publish import remove_published
 from gift.run import is_finished
 from gift.study.plan import STAGES_FOLDER, TUNING, Rates, Run, Stage, plan, plan_tuning
+from gift.study.report import write_report
 from gift.study.results import STUDY_FILE, print_results, read_study
 from gift.train import train
 
@@ -51,13 +52,18 @@ def study(config: StudyConfig) -> dict[str, Any]:
             seconds = execute(config, tried, pool)
             tuning = _tuning(tried)
             if tried:
-                runs = plan(config, _best_rates(tuning))
+                rates = _best_rates(tuning)
+                runs = plan(config, rates)
+                for one in tuning:
+                    one["taken"] = rates[one["pair"], one["method"]] == one["learning_rate"]
             seconds |= execute(config, runs, pool)
         write_json(config.output / STUDY_FILE, _record(config, runs, tuning))
-        results = read_study(config.output).results()
+        finished = read_study(config.output)
+        results = finished.results()
         print_results(results)
+        report = write_report(finished, results)
     took = f"{sum(seconds.values()):.0f} s of stages" if seconds else "all was finished before"
-    console.print(f"Everything is in {config.output} ({took}).", highlight=False, soft_wrap=True)
+    console.print(f"The report is {report} ({took}).", highlight=False, soft_wrap=True)
     return results
 
 

@@ -36,10 +36,11 @@ class Estimate:
     p: float | None
 
 
-def estimate(pairs: Sequence[np.ndarray], seed: int = 0) -> Estimate:
+def estimate(pairs: Sequence[np.ndarray], *, least: float = -1.0, seed: int = 0) -> Estimate:
     """The mean over pairs; an array [seeds, questions] a pair. `seed` is that of the resampling.
 
-    With one seed the interval speaks of other questions only.
+    With one seed the interval speaks of other questions only. It ends at `least` and 1: shares are
+    0 to 1, their differences -1 to 1.
     """
     rng = np.random.default_rng(seed)
     mean = float(np.mean([values.mean() for values in pairs]))
@@ -49,7 +50,7 @@ def estimate(pairs: Sequence[np.ndarray], seed: int = 0) -> Estimate:
         return Estimate(mean, None, None, None)
     degrees = total**2 / sum(term**2 / df for part in parts for term, df in part.terms)
     error = total**0.5 / len(pairs)
-    low, high = stats.t.interval(LEVEL, degrees, mean, error)
+    low, high = np.clip(stats.t.interval(LEVEL, degrees, mean, error), least, 1)
     p = 2 * stats.t.sf(abs(mean) / error, degrees)
     return Estimate(mean, float(low), float(high), float(p))
 

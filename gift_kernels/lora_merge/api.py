@@ -54,7 +54,10 @@ def merge_in_blocks(
     scale: list[float],
     seed: int | None,
 ) -> None:
-    """out = round(weight + Σ scale · B A), weight [E, M, K]; `out` may be `weight`."""
+    """out = round(weight + Σ scale · B A), weight [M, K] or [E, M, K]; `out` may be `weight`."""
+    if weight.dim() == 2:
+        weight, out = weight.unsqueeze(0), out.unsqueeze(0)
+        lora_a, lora_b = [a.unsqueeze(0) for a in lora_a], [b.unsqueeze(0) for b in lora_b]
     wide = torch.float64 in {t.dtype for t in (weight, *lora_a, *lora_b)}
     dtype = torch.float64 if wide else torch.float32
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
@@ -89,10 +92,6 @@ def _merge_into(
     tensors |= {f"lora_a[{i}]": a for i, a in enumerate(lora_a)}
     tensors |= {f"lora_b[{i}]": b for i, b in enumerate(lora_b)}
     implementation = resolve_impl(impl, tensors)
-    if weight.dim() == 2:
-        weight, out = weight.unsqueeze(0), out.unsqueeze(0)
-        lora_a = [a.unsqueeze(0) for a in lora_a]
-        lora_b = [b.unsqueeze(0) for b in lora_b]
     if fan_in_fan_out:
         lora_a, lora_b = [b.mT for b in lora_b], [a.mT for a in lora_a]
     if implementation == "triton":
@@ -187,7 +186,7 @@ def lora_merge(
             for every tensor.
         impl: "triton" (CUDA; on the CPU under TRITON_INTERPRET=1 only), "eager" (anywhere), or
             "auto": Triton on CUDA where it is installed and nothing is float64, else eager. The
-            first call for a new (M, K, ΣR) on a machine times up to four configurations and keeps
+            first call for a new (M, K, ΣR) on a machine times up to three configurations and keeps
             the fastest on disk; GIFT_KERNELS_AUTOTUNE=0 in the environment takes the first.
 
     Returns:
@@ -200,7 +199,7 @@ def lora_merge(
     arguments = checks.merge_arguments(
         weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl
     )
-    return torch.ops.gift_kernels.lora_merge(*arguments)
+    return torch.ops.gift_kernels.lora_merge.default(*arguments)
 
 
 def lora_merge_(
@@ -222,5 +221,5 @@ def lora_merge_(
         weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl
     )
     checks.own_memory(weight)
-    torch.ops.gift_kernels.lora_merge_(*arguments)
+    torch.ops.gift_kernels.lora_merge_.default(*arguments)
     return weight

@@ -1,52 +1,23 @@
-"""Triton kernels of the LoRA merge: out = round(W + scale · B A), one pass over W.
+"""Launches of the merge kernels: which way to multiply, which tiles, and what to remember.
 
-Letters: E experts, M out, K in, R rank. A program makes TILES_M tiles [BLOCK_M, BLOCK_K] of the
-result below one another. Its columns of A stay on the multiprocessor if R ≤ BLOCK_R, so a
-tile reads only W and a few rows of B from L2. W is read once and the result written once, both with
-the evict-first hint: the lower bound is 4 bytes per element for 16-bit weights.
-
-Products are accumulated in float32, the scale multiplies the accumulator (a scaled 16-bit factor
-would be rounded once more), and the sum is rounded once. 16-bit factors of one dtype go to the
-tensor cores as they are ("native"). All others are split once per call into float16 numbers of 11
-bits, a high and a low part ("split", the scheme of Ootomo and Yokota, arXiv 2203.03341):
-
-    x = s (x₀ + x₁) + δ    s a power of two    x₀ = fp16(x / s)    x₁ = fp16(x / s − x₀)
-
-and b a is made of three products: s_b s_a (b₁ a₀ + b₀ a₁ + b₀ a₀). Every row of B and every column
-of A has its own s, which brings its largest entry to [2¹⁴, 2¹⁵), so that
-|δ| ≤ 2⁻²² |x| + 2⁻³⁹ (largest entry), and an entry of B A is off by at most
-
-    3 · 2⁻²² Σ_r |b_r a_r|  +  R · 2⁻³⁸ (largest |b_r|) (largest |a_r|)
-
-beside the rounding of float32 sums, at the speed of 16-bit products (TF32 runs at half of it).
-If W is float32 too, the products are plain float32 instead ("wide"), because the tensor cores' less
-exact sums could be visible.
-
-Several adapters become one: factors are concatenated along R, and unless all scales are equal each
-scale is multiplied into its own B in float32.
-
-Stochastic rounding adds 16 random bits below the last bit of the bfloat16 and truncates the sum.
-The bits are Philox4x32-10 of (row, column // 8, expert) under the seed, whatever the tile sizes and
-the strides: for a weight whose columns are contiguous, which is merged as its transpose, the tile's
-bits are transposed.
+A call is one launch, or two where factors are split first. Python would take longer for them than
+the GPU, so what Triton's binder and autotuner found for a kind of call is kept.
 """
 
 import functools
+import math
 import os
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime.autotuner import Autotuner
 
-from gift_kernels.interpreter import correct_bfloat16
-
-correct_bfloat16()
+from gift_kernels.lora_merge.kernels import Flags, Strides, lora_merge_kernel, split_kernel
 
 AUTOTUNE_VARIABLE = "GIFT_KERNELS_AUTOTUNE"  # "0": always the first configuration
-SPLIT_BLOCK = 32  # rows of B, or columns of A, that a program splits
 Path = Literal["native", "split", "wide"]
 
 
@@ -65,6 +36,9 @@ _CONFIGS: dict[Path, list[triton.Config]] = {
 }
 
 
+SPLIT_BLOCK = 32  # rows of B, or columns of A, that a program splits
+
+
 def configs(path: Path, stochastic: bool) -> list[triton.Config]:
     """What the autotuner may choose."""
     # With random numbers the wide tiles of "split" would not fit in the registers.
@@ -78,245 +52,8 @@ def block_r(rank: int, path: Path) -> int:
     return max(16, triton.next_power_of_2(rank)) if rank <= 128 else 64
 
 
-class Strides(NamedTuple):
-    """Of an expert and of the two dimensions of its matrix."""
-
-    expert: int
-    row: int
-    column: int
-
-
-class Flags(NamedTuple):
-    """What a call needs of the kernel. SPLIT: A and B are what `_split_kernel` stores."""
-
-    SPLIT: bool
-    WIDE: bool
-    STOCHASTIC: bool
-    TRANSPOSED: bool
-
-
-@triton.jit
-def _split(
-    x_ptr,
-    parts_ptr,
-    scale_ptr,
-    size,
-    strides,
-    part_strides,
-    block,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Splits a block of x [items, r] into parts [2, items, padded]; size: items, r, padded."""
-    stride_x_r, stride_part, stride_part_r = strides[1], part_strides[0], part_strides[2]
-    rank, padded = size[1], size[2]
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size[0]
-    offs_r = tl.arange(0, BLOCK_R)
-    x_ptrs = x_ptr + offs[:, None] * strides[0] + offs_r.to(tl.int64)[None, :] * stride_x_r
-    high_ptrs = parts_ptr + offs[:, None] * part_strides[1] + offs_r[None, :] * stride_part_r
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        inside = mask[:, None] & (first + offs_r < rank)[None, :]
-        x = tl.abs(tl.load(x_ptrs + first * stride_x_r, mask=inside, other=0.0).to(tl.float32))
-        largest = tl.maximum(largest, tl.max(tl.where(x < float("inf"), x, 0.0), 1))
-    # 2^-112 keeps the scale and its inverse normal numbers.
-    power = tl.maximum(largest, 2.0**-112).to(tl.int32, bitcast=True) & 0x7F800000
-    scale = power.to(tl.float32, bitcast=True) * 2.0**-14
-    tl.store(scale_ptr + offs, scale, mask=mask)
-    for first in range(0, padded, BLOCK_R):
-        inside = mask[:, None] & (first + offs_r < rank)[None, :]
-        x = tl.load(x_ptrs + first * stride_x_r, mask=inside, other=0.0).to(tl.float32)
-        x *= (1.0 / scale)[:, None]
-        high = x.to(tl.float16)
-        low = (x - high.to(tl.float32)).to(tl.float16)
-        tl.store(high_ptrs + first * stride_part_r, high, mask=mask[:, None])
-        tl.store(high_ptrs + stride_part + first * stride_part_r, low, mask=mask[:, None])
-
-
-@triton.jit
-def _split_kernel(
-    a_ptr,  # [E, R, K]
-    b_ptr,  # [E, M, R]
-    a_parts_ptr,  # [E, 2, RANK, K] float16
-    b_parts_ptr,  # [E, 2, M, RANK] float16
-    a_scale_ptr,  # [E, K] float32
-    b_scale_ptr,  # [E, M] float32
-    M,
-    K,
-    rank,
-    a_strides,
-    b_strides,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """High and low parts of both factors over their scales; zeros from `rank` to RANK."""
-    blocks_m = tl.cdiv(M, BLOCK)
-    blocks = blocks_m + tl.cdiv(K, BLOCK)
-    block = tl.program_id(0) % blocks
-    expert = (tl.program_id(0) // blocks).to(tl.int64)
-    if block < blocks_m:
-        _split(
-            b_ptr + expert * b_strides.expert,
-            b_parts_ptr + expert * 2 * RANK * M,
-            b_scale_ptr + expert * M,
-            (M, rank, RANK),
-            (b_strides.row, b_strides.column),
-            (M.to(tl.int64) * RANK, RANK, 1),
-            block,
-            BLOCK,
-            min(RANK, 64),
-        )
-    else:
-        _split(
-            a_ptr + expert * a_strides.expert,
-            a_parts_ptr + expert * 2 * RANK * K,
-            a_scale_ptr + expert * K,
-            (K, rank, RANK),
-            (a_strides.column, a_strides.row),
-            (K.to(tl.int64) * RANK, 1, K),
-            block - blocks_m,
-            BLOCK,
-            min(RANK, 64),
-        )
-
-
-@triton.jit
-def _load_factor(ptrs, stride_part, mask, SPLIT: tl.constexpr):
-    """A tile of a factor, or of its high and low part."""
-    high = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last")
-    if SPLIT:
-        low = tl.load(ptrs + stride_part, mask=mask, other=0.0, eviction_policy="evict_last")
-    else:
-        low = high
-    return high, low
-
-
-@triton.jit
-def _dot(b, b_low, a, a_low, acc, SPLIT: tl.constexpr, WIDE: tl.constexpr):
-    """acc + b @ a, small terms first."""
-    if WIDE:
-        return tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
-    if SPLIT:
-        acc = tl.dot(b, a_low, tl.dot(b_low, a, acc))
-    return tl.dot(b, a, acc)
-
-
-@triton.jit
-def _random_16_bits(seed, expert, offs_m, offs_group):
-    """Random integers below 2**16, [BLOCK_M, 8 * groups]: eight of one Philox call."""
-    row = offs_m.to(tl.int32)[:, None] + 0 * offs_group[None, :]
-    group = offs_group[None, :] + 0 * row
-    r0, r1, r2, r3 = tl.philox(seed, row, group, expert + 0 * row, 0 * row)
-    words = tl.join(tl.join(r0, r1), tl.join(r2, r3))
-    words = tl.reshape(words, (row.shape[0], row.shape[1] * 4))
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (row.shape[0], row.shape[1] * 8))
-
-
-@triton.jit
-def _round_stochastically(x, random_bits):
-    bits = (x.to(tl.uint32, bitcast=True) + random_bits) & 0xFFFF0000
-    # A NaN's bits may overflow into those of zero.
-    return tl.where(x != x, x, bits.to(tl.float32, bitcast=True)).to(tl.bfloat16)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _lora_merge_kernel(
-    w_ptr,  # [E, M, K]
-    out_ptr,  # [E, M, K]
-    a_ptr,  # [E, R, K] contiguous, or [E, 2, R, K]
-    b_ptr,  # [E, M, R] contiguous, or [E, 2, M, R]
-    a_scale_ptr,  # [E, K] if SPLIT
-    b_scale_ptr,  # [E, M] if SPLIT
-    scale,
-    seed,
-    M,
-    K,
-    w_strides,
-    out_strides,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    FLAGS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILES_M: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    SPLIT: tl.constexpr = FLAGS.SPLIT
-    WIDE: tl.constexpr = FLAGS.WIDE
-    # Triton 3.6 loses the constants of a tuple inside a loop.
-    stride_w_m, stride_w_k = w_strides.row, w_strides.column
-    stride_out_m, stride_out_k = out_strides.row, out_strides.column
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    blocks_m = tl.cdiv(M, BLOCK_M * TILES_M)
-    pid = tl.program_id(0)
-    pid_k = pid % blocks_k
-    pid_m = (pid // blocks_k) % blocks_m
-    expert = pid // (blocks_k * blocks_m)
-    first_a, first_b = expert.to(tl.int64) * K, expert.to(tl.int64) * M
-    w_ptr += expert.to(tl.int64) * w_strides.expert
-    out_ptr += expert.to(tl.int64) * out_strides.expert
-    part_a, part_b = RANK * K.to(tl.int64), RANK * M.to(tl.int64)
-    a_ptr += first_a * RANK * (1 + SPLIT)
-    b_ptr += first_b * RANK * (1 + SPLIT)
-
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    offs_r = tl.arange(0, BLOCK_R)
-    a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
-    if RANK <= BLOCK_R:
-        mask_a = (offs_r < RANK)[:, None] & mask_k[None, :]
-        a, a_low = _load_factor(a_ptrs, part_a, mask_a, SPLIT)
-
-    for tile in tl.range(0, TILES_M, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        offs_m = (pid_m * TILES_M + tile).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        mask = mask_m[:, None] & mask_k[None, :]
-        w_ptrs = w_ptr + offs_m[:, None] * stride_w_m + offs_k.to(tl.int64)[None, :] * stride_w_k
-        w = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
-        b_ptrs = b_ptr + offs_m[:, None] * RANK + offs_r[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        if RANK <= BLOCK_R:
-            mask_b = mask_m[:, None] & (offs_r < RANK)[None, :]
-            b, b_low = _load_factor(b_ptrs, part_b, mask_b, SPLIT)
-            acc = _dot(b, b_low, a, a_low, acc, SPLIT, WIDE)
-        else:
-            for first_r in range(0, RANK, BLOCK_R):
-                mask_r = first_r + offs_r < RANK
-                mask_a = mask_r[:, None] & mask_k[None, :]
-                mask_b = mask_m[:, None] & mask_r[None, :]
-                a, a_low = _load_factor(a_ptrs + first_r * K, part_a, mask_a, SPLIT)
-                b, b_low = _load_factor(b_ptrs + first_r, part_b, mask_b, SPLIT)
-                acc = _dot(b, b_low, a, a_low, acc, SPLIT, WIDE)
-        if SPLIT:
-            a_scale = tl.load(a_scale_ptr + first_a + offs_k, mask=mask_k, other=0.0)
-            b_scale = tl.load(b_scale_ptr + first_b + offs_m, mask=mask_m, other=0.0)
-            # Not one after the other: acc * b_scale could overflow.
-            acc *= b_scale[:, None] * a_scale[None, :]
-        merged = w.to(tl.float32) + scale * acc
-        if FLAGS.STOCHASTIC:
-            if FLAGS.TRANSPOSED:
-                first_group = (pid_m * TILES_M + tile) * (BLOCK_M // 8)
-                offs_group = first_group + tl.arange(0, BLOCK_M // 8)
-                random_bits = tl.trans(_random_16_bits(seed, expert, offs_k, offs_group))
-            else:
-                offs_group = pid_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-                random_bits = _random_16_bits(seed, expert, offs_m, offs_group)
-            merged = _round_stochastically(merged, random_bits)
-        tl.store(
-            out_ptr + offs_m[:, None] * stride_out_m + offs_k.to(tl.int64)[None, :] * stride_out_k,
-            merged.to(out_ptr.dtype.element_ty),
-            mask=mask,
-            eviction_policy="evict_first",
-        )
-
-
 def _autotuning() -> bool:
     return not knobs.runtime.interpret and os.environ.get(AUTOTUNE_VARIABLE) != "0"
-
-
-_chosen: dict[tuple[Any, ...], triton.Config] = {}  # spares the autotuner's own look-up
 
 
 @functools.cache
@@ -328,7 +65,7 @@ def _autotuned(path: Path, stochastic: bool, in_place: bool) -> Any:
         do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=30),
         cache_results=True,
     )
-    return tune(_lora_merge_kernel)
+    return tune(lora_merge_kernel)
 
 
 def _one_adapter(
@@ -355,10 +92,11 @@ def merge(
     """out = round(weight + Σ scale · B A), for valid arguments; `out` may be `weight`.
 
     Args:
-        weight: [E, M, K] bf16, fp16 or fp32, any strides, on CUDA or (interpreted) on the CPU.
+        weight: [M, K] or [E, M, K], bf16, fp16 or fp32, any strides, on CUDA or (interpreted) on
+            the CPU.
         out: as `weight`, with its own strides.
-        lora_a: [E, R, K] of each adapter, bf16, fp16 or fp32; ranks may differ.
-        lora_b: [E, M, R] of each adapter.
+        lora_a: [R, K] or [E, R, K] of each adapter, bf16, fp16 or fp32; ranks may differ.
+        lora_b: [M, R] or [E, M, R] of each adapter.
         scale: of each adapter.
         seed: of the stochastic rounding to bfloat16; None rounds to nearest.
         config: one of `configs`; None: the autotuner's choice, or the first where there is no
@@ -373,69 +111,99 @@ def merge(
     if transposed:
         # Merge the transpose, whose rows are contiguous: (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ.
         weight, out, a, b = weight.mT, out.mT, b.mT, a.mT
+    key = (*map(_kind, (weight, out, a, b)), out.data_ptr() == weight.data_ptr(), transposed)
+    key = (*key, seed is not None, seed is not None and seed >= 1 << 31, config)
+    with torch.cuda.device_of(weight):
+        known = _known.get(key) or _prepare(weight, out, a, b, transposed, seed, config)
+        if known.split is None:
+            split = None
+            factors = a.contiguous(), b.contiguous(), None
+        else:
+            parts = a.new_empty(known.parts, dtype=torch.float16)
+            scales = a.new_empty(known.scales, dtype=torch.float32)
+            split = known.split(a, b, parts, scales)
+            factors = parts, parts, scales
+        merge = known.merge(weight, out, *factors, shared_scale, seed or 0)
+        if merge is not known.merge:
+            _known[key] = known._replace(split=split, merge=merge)
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What a launch depends on, of a tensor."""
+    return x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
+
+
+class Launch(NamedTuple):
+    """`kernel[grid](*tensors, *numbers, **options)`."""
+
+    kernel: Any  # jitted, compiled, or an autotuner
+    grid: Any
+    numbers: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, *tensors: Any) -> "Launch":
+        """Launches. Returns what does the same without the binder and the autotuner of Triton."""
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+        if compiled is None:  # it is compiled already, or interpreted
+            return self
+        if isinstance(self.kernel, Autotuner):
+            tiles = self.kernel.best_config.kwargs
+            return Launch(compiled, self.grid(tiles), (*self.numbers, *tiles.values()), {})
+        return Launch(compiled, self.grid, self.numbers, {})
+
+
+class Known(NamedTuple):
+    """The launches of calls of one kind, and how many numbers the parts of factors have."""
+
+    split: Launch | None
+    merge: Launch
+    parts: int = 0
+    scales: int = 0
+
+
+_known: dict[tuple[Any, ...], Known] = {}
+
+
+def _prepare(
+    weight: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    transposed: bool,
+    seed: int | None,
+    config: triton.Config | None,
+) -> Known:
+    *expert_shape, rows, columns = weight.shape
+    experts, rank = math.prod(expert_shape), a.shape[-2]
     path: Path = "native"
     if a.dtype != b.dtype or a.dtype == torch.float32:
         path = "wide" if weight.dtype == torch.float32 else "split"
+    step = block_r(rank, path)
+    split, parts, scales = None, 0, experts * (rows + columns)
+    if path == "split":
+        strides = (_strides(a), _strides(b))
+        padded = triton.cdiv(rank, step) * step
+        blocks = triton.cdiv(rows, SPLIT_BLOCK) + triton.cdiv(columns, SPLIT_BLOCK)
+        numbers = (rows, columns, rank, *strides, padded, SPLIT_BLOCK)
+        split = Launch(split_kernel, (experts * blocks, 1, 1), numbers, {"num_warps": 4})
+        rank, parts = padded, 2 * padded * scales
     stochastic = seed is not None
     flags = Flags(path == "split", path == "wide", stochastic, transposed and stochastic)
-    with torch.cuda.device_of(weight):
-        factors = (
-            _split_factors(a, b) if flags.SPLIT else (a.contiguous(), b.contiguous(), None, None)
-        )
-        rank = factors[0].shape[-2]
-        arguments = (weight, out, *factors, shared_scale, seed or 0, *weight.shape[1:])
-        strides = (Strides(*weight.stride()), Strides(*out.stride()))
-        _launch(path, (*arguments, *strides, rank, block_r(rank, path), flags), config)
+    numbers = (rows, columns, _strides(weight), _strides(out), rank, step, flags)
+
+    def grid(tiles: dict[str, int]) -> tuple[int, int, int]:
+        blocks_m = triton.cdiv(rows, tiles["BLOCK_M"] * tiles["TILES_M"])
+        return (experts * blocks_m * triton.cdiv(columns, tiles["BLOCK_K"]), 1, 1)
+
+    if config is None and _autotuning():
+        tuner = _autotuned(path, stochastic, out.data_ptr() == weight.data_ptr())
+        return Known(split, Launch(tuner, grid, numbers, {}), parts, scales)
+    config = config or _CONFIGS[path][0]
+    numbers = (*numbers, *config.kwargs.values())
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    merge = Launch(lora_merge_kernel, grid(config.kwargs), numbers, options)
+    return Known(split, merge, parts, scales)
 
 
-def _split_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parts [E, 2, R, K] and [E, 2, M, R] with R padded, their scales [E, K] and [E, M]."""
-    experts, rank, columns = a.shape
-    rows = b.shape[1]
-    step = block_r(rank, "split")
-    padded = -(-rank // step) * step
-    a_parts = a.new_empty((experts, 2, padded, columns), dtype=torch.float16)
-    b_parts = a.new_empty((experts, 2, rows, padded), dtype=torch.float16)
-    a_scale = a.new_empty((experts, columns), dtype=torch.float32)
-    b_scale = a.new_empty((experts, rows), dtype=torch.float32)
-    kernel: Any = _split_kernel
-    blocks = -(-rows // SPLIT_BLOCK) + -(-columns // SPLIT_BLOCK)
-    kernel[experts * blocks,](
-        a,
-        b,
-        a_parts,
-        b_parts,
-        a_scale,
-        b_scale,
-        rows,
-        columns,
-        rank,
-        Strides(*a.stride()),
-        Strides(*b.stride()),
-        padded,
-        SPLIT_BLOCK,
-    )
-    return a_parts, b_parts, a_scale, b_scale
-
-
-def _launch(path: Path, arguments: tuple[Any, ...], config: triton.Config | None) -> None:
-    """Launches the kernel; `arguments` are all but those of the configuration."""
-    weight, out, rank, flags = arguments[0], arguments[1], arguments[-3], arguments[-1]
-    experts, rows, columns = weight.shape
-    in_place = out.data_ptr() == weight.data_ptr()
-    key = (path, flags, in_place, weight.dtype, weight.device, rows, columns, rank)
-    if config is None:
-        config = _chosen.get(key) if _autotuning() else _CONFIGS[path][0]
-
-    def grid(tiles: dict[str, int]) -> tuple[int]:
-        tall = tiles["BLOCK_M"] * tiles["TILES_M"]
-        return (experts * -(-rows // tall) * -(-columns // tiles["BLOCK_K"]),)
-
-    if config is None:
-        tuned = _autotuned(path, flags.STOCHASTIC, in_place)
-        tuned[grid](*arguments)
-        _chosen[key] = tuned.best_config
-    else:
-        kernel: Any = _lora_merge_kernel
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel[grid(config.kwargs)](*arguments, *config.kwargs.values(), **options)
+def _strides(matrix: Tensor) -> Strides:
+    return Strides(*matrix.stride()) if matrix.dim() == 3 else Strides(0, *matrix.stride())

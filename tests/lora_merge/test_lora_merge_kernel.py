@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from merge_cases import (
     make_weight,
     truth,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift_kernels.lora_merge import triton as kernel
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_
@@ -89,13 +91,21 @@ def test_parts_and_scale_give_the_factor_back(layout, dtype, rank, device):
     """Every row of B and column of A to 22 bits, or to 2**-39 of its largest entry."""
     spread = torch.exp2(torch.linspace(-100, 60, 70, device=device))
     a, b, _ = make_adapter((2, 70, 70), rank, "fp32", device)
-    if dtype != "fp16":
-        a, b = a * spread, b * spread.unsqueeze(1)
-    a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
+    b *= spread.unsqueeze(1)
+    a = (a if dtype == "fp16" else a * spread).to(DTYPES[dtype])
     a[0, 0, 3], b[1, 5, 0] = float("inf"), float("nan")
     if layout == "transposed":
         a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
-    a_parts, b_parts, a_scale, b_scale = kernel._split_factors(a, b)
+    padded = 192 if rank > 128 else max(16, kernel.triton.next_power_of_2(rank))
+    parts = torch.full((2, 2, 2 * padded * 70), torch.nan, dtype=torch.float16, device=device)
+    scales = torch.full((2, 2, 70), torch.nan, device=device)
+    weight = make_weight((2, 70, 70), "bf16", device)
+    split = kernel._prepare(weight, weight, a, b, False, None, None).split
+    assert split is not None
+    split(a, b, parts, scales)
+    a_parts, b_parts = (half.view(2, 2, padded, 70) for half in parts.unbind(1))
+    a_scale, b_scale = scales.unbind(1)
+    b_parts = b_parts.view(2, 2, 70, padded)
     for x, parts, scale in ((a.mT, a_parts.mT, a_scale), (b, b_parts, b_scale)):
         given = parts.double().sum(1) * scale.double().unsqueeze(-1)
         finite = x.isfinite()
@@ -127,6 +137,59 @@ def test_addresses_beyond_two_to_the_31(device):
     before = weight.clone()
     lora_merge_(weight, *adapter, impl="triton")
     assert_within_budget(weight, before, [adapter])
+
+
+class _Kernel:
+    """Stands for a kernel and for what it is compiled to, and notes their launches."""
+
+    def __init__(self, name: str, launched: list[str], compiled: Any = None) -> None:
+        self.name, self.launched, self.compiled = name, launched, compiled
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *arguments: Any, **options: Any) -> Any:
+        self.launched.append(self.name)
+        return self.compiled
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factors", ["bf16", "fp32"])
+def test_a_second_call_binds_no_arguments_and_computes_nothing_on_the_host(
+    factors, monkeypatch, device
+):
+    launched: list[str] = []
+    names = ["lora_merge_kernel"] if factors == "bf16" else ["split_kernel", "lora_merge_kernel"]
+    for name in names:
+        compiled = _Kernel(f"compiled {name}", launched)
+        monkeypatch.setattr(kernel, name, _Kernel(name, launched, compiled))
+    monkeypatch.setattr(kernel, "_known", {})
+    weight = make_weight((24, 40), "bf16", device)
+    adapter = make_adapter(weight.shape, 8, factors, device)
+    lora_merge_(weight, *adapter, impl="triton")
+    assert launched == names
+    with _Operators() as operators:
+        lora_merge_(weight, *adapter, impl="triton")
+    assert launched[len(names) :] == [f"compiled {name}" for name in names]
+    work = [name for name in operators.names if not name.startswith(("aten.detach", "gift"))]
+    assert len(work) <= 2 and set(work) <= {"aten.new_empty.default"}
+    odd = torch.cat([weight.view(-1), weight.view(-1)])[1:961].view(24, 40)
+    for other in (weight[:, :8], weight.half(), odd):
+        launched.clear()
+        a, b, scale = make_adapter(other.shape, 8, factors, device)
+        lora_merge_(other, a, b, scale, impl="triton")
+        assert launched == names
 
 
 def test_explicit_requests_are_never_replaced(monkeypatch, device):

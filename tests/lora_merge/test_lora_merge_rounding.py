@@ -12,7 +12,7 @@ from merge_cases import make_adapter, make_weight, truth
 
 from gift_kernels.implementation import Impl
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_
-from gift_kernels.lora_merge.triton import _round_stochastically
+from gift_kernels.lora_merge.kernels import round_stochastically
 
 op: Any = importlib.import_module("gift_kernels.lora_merge.api")
 
@@ -136,7 +136,7 @@ def test_representable_and_non_finite_values_are_kept(impl, device):
 def _round_kernel(x_ptr, out_ptr, random_bits, SIZE: tl.constexpr):
     offs = tl.arange(0, SIZE)
     bits = tl.full((SIZE,), 0, tl.uint32) + random_bits
-    tl.store(out_ptr + offs, _round_stochastically(tl.load(x_ptr + offs), bits))
+    tl.store(out_ptr + offs, round_stochastically(tl.load(x_ptr + offs), bits))
 
 
 def test_no_nan_becomes_a_number(device):

@@ -15,6 +15,7 @@ ASKED = {
     "unfinished": "checked",
     "max_new_tokens": 6,
 }
+SETTINGS = {"lora_rank": 2, "global_batch_size": 6, "device": "cpu"}
 
 
 def make_inputs(folder: Path) -> Path:
@@ -32,12 +33,7 @@ def config(folder: Path, output: Path, **changes: Any) -> StudyConfig:
     """The study of what `make_inputs` made."""
     options: dict[str, Any] = {
         "pairs": {"tiny": {"base": str(folder / "base"), "instruct": str(folder / "instruct")}},
-        "settings": {
-            "data": str(folder / "rows.jsonl"),
-            "lora_rank": 2,
-            "global_batch_size": 6,
-            "device": "cpu",
-        },
+        "settings": {"data": str(folder / "rows.jsonl"), **SETTINGS},
         "methods": {"GIFT": None, "Shadow-FT": {"weighting": "uniform"}},
         "evaluations": {
             "task": {"data": str(folder / "task.jsonl"), "samples": 3, **ASKED},

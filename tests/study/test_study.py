@@ -1,6 +1,7 @@
 """`gift study`: shares what is equal, resumes, tunes every method alike, compares run by run."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,16 +16,8 @@ from gift.study.plan import plan, plan_tuning
 from gift.study.results import read_study
 from gift.study.run import study, worker_places
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return studies.make_inputs(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def finished(folder: Path) -> Path:
-    study(studies.config(folder, folder / "finished"))
-    return folder / "finished"
+# One process makes the study that these tests read.
+pytestmark = pytest.mark.xdist_group("study")
 
 
 @pytest.fixture
@@ -106,19 +99,25 @@ def test_a_finished_study_does_nothing_again(
 
 
 def test_another_merge_makes_only_what_it_changes_and_keeps_no_models(
-    folder: Path, finished: Path, in_this_process: None
+    folder: Path, finished: Path, tmp_path: Path, in_this_process: None
 ) -> None:
     """The adapters of GIFT are there, those of the method that is gone are left alone."""
-    before = stage_names(finished)
+    output = tmp_path / "study"
+    shutil.copytree(finished, output)
+    before = stage_names(output)
     scaled = {"method": "task-arithmetic", "task_weight": 0.5}
     changes = {"methods": {"GIFT": None, "half": scaled}, "keep_models": False}
-    study(studies.config(folder, finished, tuning=None, seeds=[0], workers=1, **changes))
-    made = {*stage_names(finished)} - {*before}
-    record = json.loads((finished / "study.json").read_text())
+    rate = json.loads((output / "study.json").read_text())["runs"][1]["learning_rate"]
+    settings = {"data": str(folder / "rows.jsonl"), "learning_rate": rate, **studies.SETTINGS}
+    changes |= {"settings": settings}
+    study(studies.config(folder, output, tuning=None, seeds=[0], workers=1, **changes))
+    made = {*stage_names(output)} - {*before}
+    record = json.loads((output / "study.json").read_text())
     runs = {run["method"]: run["stages"] for run in record["runs"]}
     assert runs["GIFT"]["train"] == runs["half"]["train"]
     assert runs["GIFT"]["merge"] != runs["half"]["merge"]
-    assert not {runs["GIFT"]["merge"], runs["half"]["merge"]} & {*stage_names(finished)}
+    assert not {runs["GIFT"]["merge"], runs["half"]["merge"]} & {*stage_names(output)}
+    assert {name.split("-")[0] for name in made} == {"evaluate", "diff"}, "GIFT was trained again"
     assert runs["half"]["diff"] in made
 
 

@@ -1,0 +1,107 @@
+"""Where a stage's time goes, and how much of the device's arithmetic it uses.
+
+Useful work counts what the data needs once: products of the blocks for every token, causal
+attention within each row, the head for every target. Not padding, not what is computed again.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gift.console import print_table
+from gift.data import Example
+
+SPEED_FILE = "speed.json"
+# Dense 16-bit products by the makers' data sheets, in TFLOP/s, by a part of the device's name.
+PEAK = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}
+
+
+class Clock:
+    """Seconds of a stage by kind: load, hash, compute, wait (for the device), save."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Adds the block's time to a kind."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - started
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + passed
+
+
+def useful_flops(
+    model: Any, lengths: Sequence[int], targets: int, *, trains: bool = False
+) -> float:
+    """Floating-point operations that rows of these lengths with so many targets need.
+
+    Training needs the gradients of all inputs beside the forward, and of the adapter's weights.
+    """
+    config = model.config.get_text_config()
+    tokens, layers = sum(lengths), config.num_hidden_layers
+    frozen = adapter = 0.0
+    for parameter in model.get_decoder().parameters():
+        if parameter.ndim > 1 and parameter is not model.get_input_embeddings().weight:
+            share = _active_share(config) if parameter.ndim == 3 else 1.0
+            if parameter.requires_grad and trains:
+                adapter += share * parameter.numel()
+            else:
+                frozen += share * parameter.numel()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Scores and values, 2 operations an element, half of the square of each row's length.
+    attention = 2.0 * layers * config.num_attention_heads * width * sum(n * n for n in lengths)
+    head = 2.0 * model.get_output_embeddings().weight.numel() * targets
+    if not trains:
+        return 2 * frozen * tokens + attention + head
+    return (4 * frozen + 6 * adapter) * tokens + 3 * attention + 2 * head
+
+
+def _active_share(config: Any) -> float:
+    """Share of the experts that a token passes."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if experts else 1.0
+
+
+def stage_speed(
+    clock: Clock, model: Any, rows: Sequence[Example], *, trains: bool = False
+) -> dict[str, float]:
+    """`speed` of a stage that computed these rows, over its seconds of compute and wait."""
+    seconds = clock.seconds.get("compute", 0.0) + clock.seconds.get("wait", 0.0)
+    if not rows or not seconds:
+        return {}
+    return speed(model, rows, seconds, trains=trains)
+
+
+def speed(
+    model: Any, rows: Sequence[Example], seconds: float, *, trains: bool = False, devices: int = 1
+) -> dict[str, float]:
+    """Tokens per second, useful TFLOP/s a device, and their share of its peak where it is known."""
+    lengths = [len(row.input_ids) for row in rows]
+    targets = sum(row.targets for row in rows)
+    rate = useful_flops(model, lengths, targets, trains=trains) / seconds / devices / 1e12
+    found = {"tokens_per_second": sum(lengths) / seconds, "useful_tflops": rate}
+    peak = _peak(model.device)
+    return found if peak is None else {**found, "share_of_peak": rate / peak}
+
+
+def print_times(clock: Clock) -> None:
+    """The stage's seconds by kind."""
+    total = sum(clock.seconds.values()) or 1.0
+    rows = [
+        (kind, f"{seconds:.1f}", f"{100 * seconds / total:.0f} %")
+        for kind, seconds in clock.seconds.items()
+    ]
+    print_table("Time", ("", "seconds", "share"), rows)
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK.items() if part in name), None)

@@ -1,0 +1,141 @@
+"""The report's figures, as SVG in data URIs; empty where matplotlib is not installed."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gift.figures import can_draw
+
+COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d405b", "#b56576")
+Palette = Mapping[str, str]
+# Panels by title, in each the points of a line by its name.
+Lines = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+BANDS = ("#b5493c", "#dda15e", "#8fb3a5", "#2f6b5b")
+
+
+def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette) -> str:
+    """A panel an evaluation: every method's accuracy with its interval, dots are runs."""
+    figure, panels = _panels(len(accuracy), 3.4, 0.45 * len(next(iter(accuracy.values()))) + 1.1)
+    for panel, (name, methods) in zip(panels, accuracy.items(), strict=True):
+        for place, (method, value) in enumerate(methods.items()):
+            color = palette[method]
+            panel.barh(place, 100 * value["mean"], height=0.6, color=color, alpha=0.55)
+            if value["low"] is not None:
+                low, high = 100 * value["low"], 100 * value["high"]
+                panel.plot([low, high], [place, place], color="black", linewidth=1.6)
+            runs = [100 * run for run in value["runs"]]
+            panel.plot(runs, [place] * len(runs), "o", color=color, markersize=3)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlim(0, 100)
+        panel.set_yticks(range(len(methods)), methods, fontsize=8)
+        panel.invert_yaxis()
+        panel.set_xlabel("right answers, %", fontsize=8)
+    return _embedded(figure)
+
+
+def draw_retention(
+    points: Mapping[str, tuple[float, float]], task: str, retention: str, palette: Palette
+) -> str:
+    """Task accuracy against what is retained, a point a method."""
+    figure, (panel,) = _panels(1, 4.6, 3.4)
+    for method, (x, y) in points.items():
+        panel.plot(100 * x, 100 * y, "o", color=palette[method], markersize=8)
+        panel.annotate(method, (100 * x, 100 * y), (6, 4), textcoords="offset points", fontsize=8)
+    panel.set_xlabel(f"{task}: right answers, %", fontsize=8)
+    panel.set_ylabel(f"{retention}: right answers, %", fontsize=8)
+    panel.margins(0.2)
+    panel.grid(alpha=0.3)
+    return _embedded(figure)
+
+
+def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> str:
+    """A panel a name, in it a line a method through its points (x, y)."""
+    figure, axes = _panels(len(panels), 3.6, 2.9)
+    for panel, (name, lines) in zip(axes, panels.items(), strict=True):
+        for method, points in lines.items():
+            panel.plot(*zip(*points, strict=True), marker=".", color=palette[method], label=method)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel(x_label, fontsize=8)
+        panel.set_ylabel(y_label, fontsize=8)
+        panel.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return _embedded(figure)
+
+
+def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """A bar a method: the share of each confidence band."""
+    figure, (panel,) = _panels(1, 7.0, 0.42 * len(shares) + 1.2)
+    left = [0.0] * len(shares)
+    for color, band in zip(BANDS, next(iter(shares.values())), strict=True):
+        widths = [100 * values[band] for values in shares.values()]
+        panel.barh(list(shares), widths, left=left, color=color, label=band)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    panel.set_xlim(0, 100)
+    panel.invert_yaxis()
+    panel.set_xlabel("share of the weighted loss, %", fontsize=8)
+    panel.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _embedded(figure)
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its panels, at most three in a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False
+    )
+    panels = axes.flatten()
+    for unused in panels[count:]:
+        unused.axis("off")
+    return figure, panels[:count]
+
+
+def _embedded(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    with pyplot.rc_context({"svg.hashsalt": "gift"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figures_of(results: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, str]:
+    """Every figure by name; none where matplotlib is not installed."""
+    if not can_draw():
+        return {}
+    accuracy, bands = results["accuracy"], {k: v for k, v in results["loss_by_band"].items() if v}
+    curves = {
+        name: {
+            method: [(n, 100 * value) for n, value in enumerate(curve, 1)]
+            for method, curve in by_method.items()
+        }
+        for name, by_method in results["pass"].items()
+        if len(next(iter(by_method.values()))) > 1
+    }
+    methods = list(next(iter(accuracy.values())))
+    palette = {method: COLORS[n % len(COLORS)] for n, method in enumerate(methods)}
+    tasks, retained = results["task_evaluations"], results["retention_evaluations"]
+    figures = {"accuracy": draw_accuracies(accuracy, palette)}
+    if tasks and retained:
+        points = {
+            method: (accuracy[tasks[0]][method]["mean"], accuracy[retained[0]][method]["mean"])
+            for method in methods
+        }
+        figures["retention"] = draw_retention(points, tasks[0], retained[0], palette)
+    if curves:
+        figures["pass"] = draw_lines(curves, "N", "right in at least one of N, %", palette)
+    if bands:
+        figures["bands"] = draw_bands(bands)
+    if layers:
+        figures["layers"] = draw_lines({"": layers}, "layer", "mean ‖Δ‖ / ‖A‖", palette)
+    return figures

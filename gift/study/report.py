@@ -1,0 +1,187 @@
+"""`gift report`: a study as one HTML file, which needs no network."""
+
+import re
+from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from gift.config import ReportConfig
+from gift.config.study import INSTRUCT
+from gift.console import console
+from gift.files import read_json, read_record, replacing
+from gift.study.figures import figures_of
+from gift.study.results import Study, in_percent, read_study, shown_p
+
+REPORT_FILE = "report.html"
+SHOWN_QUESTIONS = 5
+LAYER = re.compile(r"\.(\d+)\.")
+WARNING = re.compile(r"^warning: (.*)$", re.M)
+HASHES = ("base_model_hash", "guide_model_hash", "tokenizer_hash", "template_hash", "data_hash")
+
+
+def report(config: ReportConfig) -> Path:
+    """Writes report.html into the study's folder; returns its path.
+
+    InputError: the folder is no finished study, or lacks a stage.
+    """
+    study = read_study(config.study)
+    path = write_report(study, study.results())
+    console.print(f"The report is {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def write_report(study: Study, results: dict[str, Any]) -> Path:
+    """Writes report.html from a study and its results; returns its path."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": in_percent, "p": shown_p}
+    template = environment.from_string(
+        files("gift.study").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    layers = changes_by_layer(study)
+    html = template.render(
+        study=study,
+        results=results,
+        figures=figures_of(results, layers),
+        layers=layers,
+        calibrations=[],
+        questions={name: questions_decided(study, name) for name in study.evaluations},
+        health=_health(study),
+        warnings=_warnings(study),
+        identities=_identities(study),
+        settings=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
+        instruct=INSTRUCT,
+        shown=SHOWN_QUESTIONS,
+    )
+    path = study.folder / REPORT_FILE
+    with replacing(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return path
+
+
+def changes_by_layer(study: Study) -> dict[str, list[tuple[int, float]]]:
+    """Each method's mean relative change ‖Δ‖ / ‖A‖ of a layer's changed tensors, from gift diff."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in study.record["runs"]:
+        if "diff" not in run["stages"]:
+            continue
+        layers = found.setdefault(run["method"], defaultdict(list))
+        for tensor in read_json(study.stage(run["stages"]["diff"]) / "diff.json")["tensors"]:
+            layer = LAYER.search(tensor["name"])
+            if layer and tensor["relative_change"] > 0:
+                layers[int(layer[1])].append(tensor["relative_change"])
+    return {
+        method: [(layer, float(np.mean(layers[layer]))) for layer in sorted(layers)]
+        for method, layers in found.items()
+        if layers
+    }
+
+
+def questions_decided(study: Study, evaluation: str) -> dict[str, list[dict[str, Any]]]:
+    """The questions that the compared method wins and loses against the instruct model.
+
+    In each list the largest differences in the share of right answers first, with a reply of each.
+    """
+    decided: dict[str, list[dict[str, Any]]] = {"wins": [], "losses": []}
+    for pair in study.settings["pairs"]:
+        ours = [
+            study.answers(run, evaluation) for run in study.runs(study.record["compared"], pair)
+        ]
+        theirs = [study.answers(run, evaluation) for run in study.runs(INSTRUCT, pair)]
+        for number in range(len(theirs[0])):
+            # All seeds' replies to one question.
+            one, other = (
+                [sample for answers in side for sample in answers[number]]
+                for side in (ours, theirs)
+            )
+            share, other_share = (np.mean([s["correct"] for s in side]) for side in (one, other))
+            if share == other_share:
+                continue
+            won = bool(share > other_share)
+            decided["wins" if won else "losses"].append(
+                {
+                    "pair": pair,
+                    "prompt": one[0]["prompt"],
+                    "answer": one[0]["answer"],
+                    "share": float(share),
+                    "other_share": float(other_share),
+                    "reply": _reply(one, correct=won),
+                    "other_reply": _reply(other, correct=not won),
+                }
+            )
+    return {
+        name: sorted(entries, key=lambda e: -abs(e["share"] - e["other_share"]))
+        for name, entries in decided.items()
+    }
+
+
+def _reply(samples: list[dict[str, Any]], *, correct: bool) -> str:
+    """A reply that is right, or wrong; for a multiple choice the letter."""
+    sample = next(one for one in samples if one["correct"] == correct)
+    return sample["reply"] if "reply" in sample else sample["chosen"]
+
+
+def _health(study: Study) -> list[dict[str, Any]]:
+    """Shares of replies without an end or an answer, by evaluation and method."""
+    rows = []
+    for evaluation in study.evaluations:
+        for method in study.methods:
+            metrics = [study.metrics(run, evaluation) for run in study.runs(method)]
+            if "unfinished" in metrics[0]:
+                rows.append(
+                    {
+                        "evaluation": evaluation,
+                        "method": method,
+                        **{
+                            name: float(np.mean([one[name] for one in metrics]))
+                            for name in ("unfinished", "no_answer_found", "mean_reply_tokens")
+                        },
+                    }
+                )
+    return rows
+
+
+def _stage_names(study: Study) -> list[str]:
+    """The folders of all stages that the runs have, each once."""
+    return list(
+        dict.fromkeys(
+            name
+            for run in study.record["runs"]
+            for name in (*run["stages"].values(), *run["evaluations"].values())
+        )
+    )
+
+
+def _warnings(study: Study) -> list[tuple[str, str]]:
+    """What the stages warned of: (stage, message)."""
+    logs = ((name, study.stage(name).with_suffix(".log")) for name in _stage_names(study))
+    return [
+        (name, message)
+        for name, path in logs
+        if path.exists()
+        for message in WARNING.findall(path.read_text(encoding="utf-8"))
+    ]
+
+
+def _identities(study: Study) -> list[tuple[str, str, str]]:
+    """(pair, what, sha256) of models, tokenizers and data."""
+    found: dict[tuple[str, str, str], None] = {}
+    for run in study.record["runs"]:
+        for evaluation in run["evaluations"]:
+            metrics = study.metrics(run, evaluation)
+            found[run["pair"], f"questions of {evaluation}", metrics["data_hash"]] = None
+            if run["method"] == INSTRUCT:
+                found[run["pair"], "instruct model", metrics["model_hash"]] = None
+        if "train" in run["stages"]:
+            path = study.stage(run["stages"]["train"]) / "gift_train.json"
+            manifest = read_record(path, HASHES)
+            for name in HASHES:
+                what = "trained model" if name == "base_model_hash" else name.removesuffix("_hash")
+                found[run["pair"], what.replace("_", " "), manifest[name]] = None
+    return sorted(found)

@@ -1,0 +1,149 @@
+"""The report: one file with every section, that asks nothing of the network and runs nothing."""
+
+import base64
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gift.config import ReportConfig
+from gift.errors import InputError
+from gift.study import figures
+from gift.study.report import changes_by_layer, questions_decided, report
+from gift.study.results import read_study
+
+# One process makes the study that these tests read.
+pytestmark = pytest.mark.xdist_group("study")
+SECTIONS = (
+    *("result", "words", "methods", "accuracy", "differences", "retention", "pass", "bands"),
+    *("calibration", "layers", "questions", "tuning", "runs", "settings"),
+)
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """The tags of a page, what they refer to, and the text of each section."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sections: dict[str, str] = {}
+        self.references: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.references += [str(given[name]) for name in ("src", "href") if name in given]
+        if tag == "section":
+            self.sections[str(given["id"])] = ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} closed where it is not open"
+
+    def handle_data(self, data: str) -> None:
+        if "section" in self.open:
+            self.sections[list(self.sections)[-1]] += f" {data}"
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> Page:
+    return Page(finished / "report.html")
+
+
+def test_every_section_is_there_and_says_something(page: Page) -> None:
+    assert tuple(page.sections) == SECTIONS
+    for name, text in page.sections.items():
+        assert len(text.split()) > 10, name
+    for method in ("Instruct", "GIFT", "Shadow-FT"):
+        for name in ("accuracy", "differences", "pass", "runs"):
+            assert method in page.sections[name], (method, name)
+
+
+def test_nothing_is_fetched_or_run(page: Page) -> None:
+    assert not {"script", "link", "iframe", "object"} & {*page.tags}
+    linked = [f"#{name}" for name in SECTIONS]
+    for reference in page.references:
+        assert reference in linked or reference.startswith("data:image/svg+xml;base64,"), reference
+
+
+def test_figures_are_whole_drawings(page: Page) -> None:
+    drawn = [reference for reference in page.references if reference.startswith("data:")]
+    assert len(drawn) >= 5
+    for reference in drawn:
+        assert b"</svg>" in base64.b64decode(reference.partition(",")[2])
+
+
+def test_the_tables_are_the_results(finished: Path, page: Page) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("task", "other"):
+        for value in results["accuracy"][name].values():
+            shown = (
+                f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+            )
+            assert shown in page.sections["accuracy"]
+    rates = page.sections["tuning"].split()
+    assert rates.count("yes") == 2 and rates.count("no") == 2
+    record = json.loads((finished / "study.json").read_text())
+    assert record["versions"]["torch"] in page.sections["settings"]
+    metrics = next((finished / "stages").glob("evaluate-*/metrics.json"))
+    assert json.loads(metrics.read_text())["data_hash"] in page.sections["settings"]
+
+
+def test_questions_won_and_lost_show_a_right_and_a_wrong_reply(finished: Path) -> None:
+    study = read_study(finished)
+    decided = questions_decided(study, "task")
+    assert len(decided["wins"]) + len(decided["losses"]) > 0
+    for kind, entries in decided.items():
+        gaps = [abs(one["share"] - one["other_share"]) for one in entries]
+        assert gaps == sorted(gaps, reverse=True)
+        for one in entries:
+            assert (one["share"] > one["other_share"]) == (kind == "wins")
+            # What `studies.ASKED` looks for.
+            assert ("e" in one["reply"]) == (kind == "wins")
+            assert ("e" in one["other_reply"]) == (kind == "losses")
+
+
+def test_the_change_of_a_layer_is_the_mean_of_its_tensors(finished: Path) -> None:
+    study = read_study(finished)
+    run = study.runs("GIFT")[0]
+    tensors = json.loads((study.stage(run["stages"]["diff"]) / "diff.json").read_text())["tensors"]
+    changed = [one["relative_change"] for one in tensors if one["relative_change"] > 0]
+    assert len(changed) == 7
+    assert changes_by_layer(study)["GIFT"] == [(0, pytest.approx(sum(changed) / 7))]
+
+
+def test_a_reply_is_text_whatever_it_holds(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    for path in folder.glob("stages/evaluate-*/samples.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, "reply": "<script>alert(1)</script>"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(ReportConfig(study=folder))
+    page = Page(folder / "report.html")
+    assert "script" not in page.tags and "<script>" in page.sections["questions"]
+
+
+def test_without_matplotlib_the_tables_remain(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "can_draw", lambda: False)
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    report(ReportConfig(study=folder))
+    page = Page(folder / "report.html")
+    assert "img" not in page.tags and "pip install matplotlib" in page.sections["accuracy"]
+    assert tuple(page.sections) == SECTIONS
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no study\.json, so this is not a finished study"):
+        report(ReportConfig(study=tmp_path))
