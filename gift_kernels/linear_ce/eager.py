@@ -46,12 +46,13 @@ VOCAB_BLOCK = 8192
 
 
 class RowStats(NamedTuple):
-    """nll, lse and entropy float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
+    """Float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
 
     nll: Tensor
     lse: Tensor
     entropy: Tensor
     top1: Tensor
+    largest: Tensor
 
 
 class Exponentials(NamedTuple):
@@ -171,6 +172,7 @@ def _scatter(
         weight=full(weight),
         lse=full(stats.lse) if problem.with_stats else None,
         top1=full(stats.top1) if problem.with_stats else None,
+        largest=full(stats.largest) if problem.with_stats else None,
         entropy=full(stats.entropy) if problem.with_entropy else None,
         dh=full(dh) if dh is not None else None,
         dw=gradients.dw,
@@ -389,7 +391,8 @@ def _chunk_stats(
     if with_entropy:
         entropy = log_total - (moment + torch.where(own > 0, own * gap, 0)) / total
     slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
-    stats = RowStats(log_total - gap, log_total + largest / temperature, entropy, top1)
+    lse = log_total + largest / temperature
+    stats = RowStats(log_total - gap, lse, entropy, top1, torch.exp(-log_total))
     return stats, Exponentials(logits, rest, total, slope)
 
 
@@ -415,4 +418,4 @@ def _concatenate(parts: list[RowStats], head: LinearInputs, target: Tensor) -> R
     if parts:
         return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
     empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)
-    return RowStats(empty, empty, empty, empty.bool())
+    return RowStats(empty, empty, empty, empty.bool(), empty)
