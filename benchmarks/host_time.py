@@ -2,8 +2,9 @@
 
     python -m benchmarks.host_time
 
-Prints, for Llama 3.1 8B's head and for merges, launches, calls of PyTorch and microseconds of the calling thread.
-What the CUDA driver takes for a launch, and its allocator for memory, is not in them.
+Prints, for Llama 3.1 8B's head and for merges, launches, calls of PyTorch and microseconds
+of the calling thread. What the CUDA driver takes for a launch, and its allocator for memory, is not
+in them.
 """
 
 import os
