@@ -15,6 +15,7 @@ from benchmarks.providers import CE_OPS, Provider, gift_ce, needs_triton
 from gift_kernels.linear_ce.triton import forward as triton_ce
 from gift_kernels.linear_ce.triton.chunk_size import Plan, Shape, default_plan
 from gift_kernels.linear_ce.triton.tiles import (
+    DW_TILES,
     LOGIT_TILES,
     NARROW_LOGIT_TILES,
     PRODUCT_TILES,
@@ -29,6 +30,8 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
     default = default_plan(head)
     changes: dict[str, dict[str, Any]] = {"default": {}}
     tables = {"logit_tiles": (LOGIT_TILES, NARROW_LOGIT_TILES), "product_tiles": (PRODUCT_TILES,)}
+    if case.trainable:
+        tables["dw_tiles"] = (DW_TILES,)
     for field, known in tables.items():
         for table in known:
             for tiles in tiles_for(table, default.machine, case.torch_dtype):

@@ -119,7 +119,7 @@ def weighted_ce(
             the count over a global batch. A loss of 0 divided by 0 is 0.
         ignore_index: rows with this target cost nothing and have zero loss and gradient.
         stats: names of the `TokenStats` to return: "nll", "confidence", "lse", "entropy", "top1",
-            "weight". Others are not computed where that saves work.
+            "largest", "weight". Others are not computed where that saves work.
         impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
             where nothing is float64, else eager.
         chunk_size: rows of logits the eager implementation holds at once; by default as many as
@@ -345,7 +345,7 @@ def _call(
         grad and lm_head_weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
         rowwise,
-        asked is not None and bool(asked & {"lse", "top1"}),
+        asked is not None and bool(asked & {"lse", "top1", "largest"}),
         asked is not None and "entropy" in asked,
         keep_zero_rows,
         shard.group.group_name if shard is not None else None,

@@ -180,6 +180,7 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
         weight=empty(count),
         lse=empty(count, wanted=options["with_stats"]),
         top1=empty(count, dtype=torch.bool) if options["with_stats"] else empty(0),
+        largest=empty(count, wanted=options["with_stats"]),
         entropy=empty(count, wanted=options["with_entropy"]),
         dh=empty(*hidden.shape, wanted=options["want_dh"]),
         dw=empty(*lm_head_weight.shape, wanted=options["want_dw"] and head_wanted),

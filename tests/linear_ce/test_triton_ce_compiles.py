@@ -19,8 +19,9 @@ from compiling import (
 
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN
 from gift_kernels.linear_ce.triton.kernels.logits import Factors, Flags, Pointers, Sizes
-from gift_kernels.linear_ce.triton.kernels.matmul import ProductFlags, ProductSizes
+from gift_kernels.linear_ce.triton.kernels.matmul import ProductFlags, ProductSizes, RowWeights
 from gift_kernels.linear_ce.triton.tiles import (
+    DW_TILES,
     FLOAT32,
     HOPPER_TILES,
     LOGIT_TILES,
@@ -118,37 +119,50 @@ def two_heads(
     )
 
 
+def dh(
+    arch: int, tiles: ProductTiles, dtype: str = "bf16", tma: bool | None = None
+) -> KernelRequest:
+    return product("dh", arch, tiles, (tiles.BLOCK_M, tiles.BLOCK_K), dtype, tma)
+
+
+def dw(
+    arch: int, tiles: ProductTiles, dtype: str = "bf16", tma: bool | None = None
+) -> KernelRequest:
+    return product("dw", arch, tiles, (tiles.BLOCK_K, tiles.BLOCK_M), dtype, tma)
+
+
 def product(
+    name: str,
     arch: int,
     tiles: ProductTiles,
-    transposed: bool,
-    dtype: str = "bf16",
-    tma: bool | None = None,
+    block: tuple[int, int],
+    dtype: str,
+    tma: bool | None,
 ) -> KernelRequest:
+    """dH or dW, which is first written and then added to."""
     tma = (arch >= 90 and dtype != "fp32") if tma is None else tma
-    block = (tiles.BLOCK_K, tiles.BLOCK_M) if transposed else (tiles.BLOCK_M, tiles.BLOCK_K)
+    other, own = {
+        "dh": ("head", {"index_ptr": "*i32"}),
+        "dw": ("hidden", {"weights": RowWeights("*fp32", "*fp32", "*i32"), "scale_ptr": "*fp32"}),
+    }[name]
     sizes = ("D", "stride_other_k", "rows", "columns")
     return KernelRequest(
-        kernel="gift_kernels.linear_ce.triton.kernels.matmul:_product_kernel",
+        kernel=f"gift_kernels.linear_ce.triton.kernels.matmul:_{name}_kernel",
         signature={
             "exp": operand(dtype, *block, tma),
-            "other": operand(dtype, tiles.BLOCK_K, tiles.BLOCK_D, tma),
-            "out_ptr": "*fp32",
-            "index_ptr": "*i32",
+            other: operand(dtype, tiles.BLOCK_K, tiles.BLOCK_D, tma),
+            f"{name}_ptr": "*fp32",
             "count_ptr": "*i32",
-            "scale_ptr": "*fp32",
+            **own,
             **dict.fromkeys(("first_row", "first_v", "C"), "i32"),
             "size": ProductSizes(I32, I32, 1, I32, I32),
         },
-        constexprs={
-            "TILES": tiles,
-            "FLAGS": ProductFlags(TRANSPOSED=transposed, ACCUMULATE=True, TMA=tma),
-        },
+        constexprs={"TILES": tiles, "FLAGS": ProductFlags(ACCUMULATE=True, TMA=tma)},
         divisible=("first_row", "first_v", "C", *(f"size.{name}" for name in sizes)),
         arch=arch,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        label=f"{'dW' if transposed else 'dH'}-{dtype}-{label(tiles)}",
+        label=f"{name}-{dtype}-{label(tiles)}",
     )
 
 
@@ -170,9 +184,8 @@ def requests() -> list[KernelRequest]:
         for options in GUIDED_OPTIONS if arch == 90 else [ALL_OPTIONS]:
             tiles = tiles_of(machine, options, tma=tma, guided=True)[0]
             found.append(two_heads(arch, tiles, options))
-        products = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)
-        found += [product(arch, tiles, transposed=False) for tiles in products]
-        found.append(product(arch, products[0], transposed=True))
+        for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
+            found += [of(arch, tiles) for tiles in tiles_for(table, machine, torch.bfloat16)]
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
     hopper = Machine(90, 132)
     for options in (LOSS, ALL_OPTIONS):
@@ -182,7 +195,7 @@ def requests() -> list[KernelRequest]:
     found.append(two_heads(90, guided, ALL_OPTIONS, tma=False))
     found.append(two_heads(90, HOPPER_TILES, CONFIDENCE))
     found.append(logits(90, LOGIT_TILES[FLOAT32][0], ALL_OPTIONS, "fp32"))
-    found.append(product(90, PRODUCT_TILES[FLOAT32][0], False, "fp32"))
+    found += [of(90, PRODUCT_TILES[FLOAT32][0], "fp32") for of in (dh, dw)]
     return found
 
 
@@ -221,11 +234,10 @@ def odd_requests() -> list[KernelRequest]:
     found = []
     for arch in (80, 90):
         machine = Machine(arch, 132)
-        tiles = tiles_for(PRODUCT_TILES, machine, torch.bfloat16)[0]
-        for transposed in (False, True):
-            found.append(odd_sizes(product(arch, tiles, transposed)))
-            plain = product(arch, tiles, transposed, tma=False)
-            found.append(odd_sizes(plain, "D", "stride_other_k"))
+        for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
+            tiles = tiles_for(table, machine, torch.bfloat16)[0]
+            found.append(odd_sizes(of(arch, tiles)))
+            found.append(odd_sizes(of(arch, tiles, tma=False), "D", "stride_other_k"))
         narrow = tiles_of(machine, LOSS, tma=False, guided=False)[0]
         found.append(odd_sizes(logits(arch, narrow, LOSS, tma=False), "D", "stride_head_v"))
     return found
@@ -251,11 +263,11 @@ def test_where_a_chunk_lies_is_never_specialised(name: str) -> None:
     """A chunk of 1 column had a kernel of its own, whose operands did not fit."""
     tiles = PRODUCT_TILES[90][0]
     with pytest.raises(RuntimeError, match=f"arguments \\['{name}'\\] are never specialised"):
-        compile_kernels([odd_sizes(product(90, tiles, False), name)])
+        compile_kernels([odd_sizes(dh(90, tiles), name)])
 
 
 def test_at_most_eight_candidates() -> None:
-    for table in (LOGIT_TILES, PRODUCT_TILES):
+    for table in (LOGIT_TILES, PRODUCT_TILES, DW_TILES):
         assert all(1 <= len(candidates) <= 8 for candidates in table.values())
 
 

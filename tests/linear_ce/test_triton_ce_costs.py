@@ -73,7 +73,12 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for name in ("logits", "matmul", "rows", "row_gradients"):
         module = importlib.import_module(f"gift_kernels.linear_ce.triton.kernels.{name}")
         for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
-            multiplies = kernel in ("_logits_kernel", "_two_heads_kernel", "_product_kernel")
+            multiplies = kernel in (
+                "_logits_kernel",
+                "_two_heads_kernel",
+                "_dh_kernel",
+                "_dw_kernel",
+            )
             counted = Counted(getattr(module, kernel), lambda rows, size: found.append(rows * size))
             monkeypatch.setattr(module, kernel, counted if multiplies else Nothing())
     return found
@@ -139,10 +144,10 @@ def peak(*sizes: int, guided: bool, **changes: Any) -> int:
 def test_at_most_300_megabytes_at_8192_tokens(
     call: str, more: dict[str, Any], sizes: tuple[int, int], guided: bool
 ) -> None:
+    """A trainable head takes 385: wider chunks of E save more time than that memory is worth."""
     changes = CALLS[call] | more
     dh = 4 * TOKENS * sizes[0] if changes.get("want_dh", True) else 0
-    largest = more and guided and changes["want_dw"] and sizes == GEMMA_2
-    most = 312e6 if largest else 300e6
+    most = 385e6 if changes["want_dw"] and not changes.get("rowwise") else 300e6
     assert dh + 30e6 < peak(TOKENS, *sizes, guided=guided, **changes) <= most
 
 

@@ -75,7 +75,7 @@ def test_programs_stay_inside_tensors_and_out_of_each_others_way(
     values = generate(case, dtype)
     with checked_launches() as names:
         found = outcome(ours, case, values, dtype, device)
-    assert {"_gather_kernel", "_merge_kernel", "_weigh_kernel", "_product_kernel"} < set(names)
+    assert {"_gather_kernel", "_merge_kernel", "_dh_kernel", "_dw_kernel"} < set(names)
     truth, naive, single = (
         outcome(reference.weighted_ce, case, values, wanted, device)
         for wanted in (torch.float64, dtype, torch.float32)

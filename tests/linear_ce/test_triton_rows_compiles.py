@@ -36,7 +36,7 @@ KERNELS = [
     if name.endswith("_kernel")
 ]
 # They have tests of their own, with all of their tiles.
-MATRIX_KERNELS = {"_logits_kernel", "_two_heads_kernel", "_product_kernel"}
+MATRIX_KERNELS = {"_logits_kernel", "_two_heads_kernel", "_dh_kernel", "_dw_kernel"}
 
 
 class Recorder:

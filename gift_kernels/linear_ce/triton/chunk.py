@@ -54,7 +54,7 @@ class Chunk:
         self.columns = min(most[1], all_columns)
         self.slices = self.columns // self.width
         # A step over rows in dW = Eᵀ H reads only rows of E that a tile of logits has written.
-        assert tiles.BLOCK_N % plan.product_tiles.BLOCK_K == 0, plan
+        assert tiles.BLOCK_N % plan.dw_tiles.BLOCK_K == 0, plan
         self.rows = min(most[0], cdiv(max(count, 1), plan.pad) * plan.pad)
         assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
         self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
@@ -247,80 +247,64 @@ class Chunk:
         """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
         columns = self._columns_from(first_v)
         tiles = self.plan.product_tiles
-        triton_products._product_kernel[self._programs(tiles)](
+        triton_products._dh_kernel[self._programs(tiles)](
             self.exp_loaded,
             self.head_operand,
             dh,
             rows.index,
             rows.count,
-            None,
             first_row,
             first_v,
             columns,
             self._product_sizes(self.head.weight),
-            FLAGS=triton_products.ProductFlags(False, first_v > 0, self.tma),
+            FLAGS=triton_products.ProductFlags(first_v > 0, self.tma),
             **_launch_options(tiles),
         )
 
-    def weigh(
+    def add_to_dw(
         self,
         rows: Rows,
-        local_target: Tensor,
-        factor: Tensor,
-        target_factor: Tensor,
+        weights: triton_products.RowWeights,
+        dw: Tensor,
+        scale: Tensor,
         first_row: int,
         first_v: int,
     ) -> None:
-        """Turns E into dlogits in place: scales rows and writes the targets' entries.
+        """dW (+)= (w G)ᵀ H for the columns of this chunk; the first rows overwrite.
 
-        Factors [rows] are those of this chunk's rows, in their order.
+        Weights [rows] are those of this chunk's rows, in their order.
         """
-        columns, block = self._columns_from(first_v), (16, 256)
-        grid = (cdiv(self.rows, block[0]), cdiv(columns, block[1]))
-        row_gradients._weigh_kernel[grid](
-            self.exp,
-            local_target[first_row:],
-            factor,
-            target_factor,
-            rows.count,
-            first_row,
-            first_v,
-            columns,
-            self.rows,
-            self.columns,
-            self.plan.pad,
-            BLOCK_N=block[0],
-            BLOCK_C=block[1],
-        )
-
-    def add_to_dw(
-        self, rows: Rows, dw: Tensor, scale: Tensor, first_row: int, first_v: int
-    ) -> None:
-        """dW += Eᵀ H for the columns of this chunk."""
         columns = self._columns_from(first_v)
-        tiles = self.plan.product_tiles
-        triton_products._product_kernel[self._programs(tiles)](
+        tiles = self.plan.dw_tiles
+        triton_products._dw_kernel[self._programs(tiles)](
             operand(self.exp, (tiles.BLOCK_K, tiles.BLOCK_M), self.tma),
             operand(self.hidden, (tiles.BLOCK_K, tiles.BLOCK_D), self.tma),
             dw,
-            rows.index,
+            weights,
             rows.count,
             scale,
             first_row,
             first_v,
             columns,
             self._product_sizes(self.hidden),
-            FLAGS=triton_products.ProductFlags(True, first_row > 0, self.tma),
+            FLAGS=triton_products.ProductFlags(first_row > 0, self.tma),
             **_launch_options(tiles),
         )
 
     def add_to_db(
-        self, rows: Rows, db: Tensor, scale: Tensor, first_row: int, first_v: int
+        self,
+        rows: Rows,
+        weights: triton_products.RowWeights,
+        db: Tensor,
+        scale: Tensor,
+        first_row: int,
+        first_v: int,
     ) -> None:
-        """db += the column sums of E."""
+        """db (+)= the column sums of w G."""
         columns = self._columns_from(first_v)
         row_gradients._column_sum_kernel[(cdiv(columns, 64),)](
             self.exp,
+            weights,
             db,
             scale,
             rows.count,

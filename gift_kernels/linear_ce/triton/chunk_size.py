@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gift_kernels.linear_ce.triton.tiles import (
+    DW_TILES,
     PRODUCT_TILES,
     LogitTiles,
     Machine,
@@ -24,7 +25,7 @@ from gift_kernels.linear_ce.types import LinearInputs
 # CHUNK_BYTES: a chunk's E, hidden states and partial sums; GUIDE_BYTES: what a guide may add.
 # LEAST_BYTES: lower bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
 CHUNK_BYTES, GUIDE_BYTES = 143_000_000, 13_000_000
-LEAST_BYTES, HEAD_BYTES = 64_000_000, 88_000_000
+LEAST_BYTES, HEAD_BYTES = 64_000_000, 168_000_000
 # Of calls with more rows than the first. With fewer rows the head is read too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
@@ -65,14 +66,15 @@ class Plan(NamedTuple):
     again: Shape
     statistics: Shape
     logit_tiles: LogitTiles
-    product_tiles: ProductTiles
+    product_tiles: ProductTiles  # of dH
+    dw_tiles: ProductTiles
     row_block: tuple[int, int]
     slice_block: int
 
     @property
     def pad(self) -> int:
         """Rows of a chunk up to a multiple of this are zeros, so that every tile is whole."""
-        return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.product_tiles.BLOCK_K)
+        return max(self.logit_tiles.BLOCK_N, self.product_tiles.BLOCK_M, self.dw_tiles.BLOCK_K)
 
 
 def default_plan(
@@ -124,7 +126,8 @@ def _plan(
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
-    return Plan(machine, *shapes, tiles, product_tiles, *blocks)
+    dw_tiles = tiles_for(DW_TILES, machine, dtype)[0]
+    return Plan(machine, *shapes, tiles, product_tiles, dw_tiles, *blocks)
 
 
 class Work(NamedTuple):

@@ -10,8 +10,8 @@ From a row's weight to its gradient:
    row's nll: dH = factor · ΣE W + target_factor · W_y. No weight has entered yet.
 4. `weigh` in `solve` makes the weights of the statistics, the guide's confidence or the argument.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
-   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights (`Chunk.weigh`), then
-   by the hidden states (`Chunk.add_to_dw`); see `head_gradient`.
+   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights and the hidden states
+   (`Chunk.add_to_dw`); see `head_gradient`.
 
 Statistics alone are step 2 without E. A trainable head costs three products for rows whose E is
 kept until the weights are known, and where only dW is wanted; four for all other rows.
@@ -121,6 +121,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         weight=rows.weight,
         lse=found.lse,
         top1=found.top1,
+        largest=found.largest,
         entropy=found.entropy,
         dh=dh,
         dw=dw,

@@ -5,10 +5,10 @@
 G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
-  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.weigh` turns E into w G in place, and
-  `Chunk.add_to_dw` multiplies it by the hidden states: three products in all. E of chunk c is
-  stored where dW of chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from
-  the last chunk to the first, so each chunk of dW overwrites an E that is no longer needed.
+  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G on the way to
+  the product with the hidden states: three products in all. E of chunk c is stored where dW of
+  chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from the last chunk to
+  the first, so each chunk of dW overwrites an E that is no longer needed.
 - Again: logits of all other rows are computed a second time, with the final references: four
   products.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gift_kernels.linear_ce.triton.chunk import Chunk, KeptRows
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, logit_factors
+from gift_kernels.linear_ce.triton.kernels.matmul import RowWeights
 from gift_kernels.linear_ce.triton.row_state import RowFactors, Rows, RowState
 from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
@@ -146,13 +147,13 @@ def _add_columns(
     first_row: int,
     first_v: int,
 ) -> None:
-    """Turns E into dlogits of the weighted sum, in place, and multiplies them."""
-    target_factor = order.target_factor[first_row:]
-    chunk.weigh(rows, found.local_target, factor, target_factor, first_row, first_v)
+    """Adds the products of dlogits of the weighted sum for a chunk."""
+    target_factor, target = order.target_factor[first_row:], found.local_target[first_row:]
+    weights = RowWeights(factor, target_factor, target)
     if into.dw is not None:
-        chunk.add_to_dw(rows, into.dw, order.scale, first_row, first_v)
+        chunk.add_to_dw(rows, weights, into.dw, order.scale, first_row, first_v)
     if into.db is not None:
-        chunk.add_to_db(rows, into.db, order.scale, first_row, first_v)
+        chunk.add_to_db(rows, weights, into.db, order.scale, first_row, first_v)
 
 
 def _zero_hidden_of_weight_0(chunk: Chunk, order: WeightsInOrder, first_row: int) -> None:

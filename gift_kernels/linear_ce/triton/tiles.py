@@ -103,6 +103,12 @@ PRODUCT_TILES = {
     120: (ProductTiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
 }
 
+# Weights enter dW in registers: wider tiles spill on 80 and 100.
+DW_TILES = PRODUCT_TILES | {
+    80: (ProductTiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
+    100: (ProductTiles(128, 128, 64, 8, 8, 4, 2, 1, False),),
+}
+
 
 def machine_of(device: torch.device) -> Machine:
     """The machine that kernels on this device run on."""

@@ -1,13 +1,14 @@
-"""Row kernels of the gradients: scaling of dH, dlogits of a chunk, db.
+"""Row kernels of the gradients: scaling of dH, and db.
 
 Letters: N rows of the caller, D hidden, `rows` and `columns` of a chunk's buffer E, C of these
-columns in use. The weighted gradient of a logit is factor · E, and target_factor at the target.
+columns in use; w G as in `matmul`.
 """
 
 import triton
 import triton.language as tl
 
 from gift_kernels.interpreter import correct_bfloat16
+from gift_kernels.linear_ce.triton.kernels.matmul import dlogits
 
 correct_bfloat16()
 
@@ -45,45 +46,9 @@ def _finish_dh_kernel(
 
 
 @triton.jit
-def _weigh_kernel(
-    exp_ptr,  # [rows, columns]: 0 at the target
-    local_target_ptr,  # [rows] int32
-    factor_ptr,  # [rows]
-    target_factor_ptr,  # [rows]
-    count_ptr,  # [1] int32
-    first_row,
-    first_v,
-    C,
-    rows,
-    columns,
-    pad,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Turns E into dlogits in place: scales rows by factor, writes target_factor at targets."""
-    n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_n = offs_n < n
-    mask = mask_n[:, None] & (offs_c < C)[None, :]
-    factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
-    at_target = tl.load(target_factor_ptr + offs_n, mask=mask_n, other=0.0)
-    target = tl.load(local_target_ptr + offs_n, mask=mask_n, other=-1) - first_v
-    exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
-    e = tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    # A weight of 0 gives 0 even where E is NaN. A factor also underflows to 0 where a chunk's
-    # logits are far below the others; the target's entry does not depend on it.
-    e = tl.where((factor == 0.0)[:, None], 0.0, e)
-    e = tl.where(offs_c[None, :] == target[:, None], at_target[:, None], e)
-    # The last tile is filled up with zeros, as in `_gather_kernel`: 0 times NaN is NaN.
-    mask = (offs_n < tl.cdiv(tl.maximum(n, 1), pad) * pad)[:, None] & (offs_c < C)[None, :]
-    e = tl.where(mask_n[:, None], e, 0.0)
-    tl.store(exp_ptrs, e.to(exp_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _column_sum_kernel(
     exp_ptr,  # [rows, columns]
+    weights,  # RowWeights
     db_ptr,  # [V] float32
     scale_ptr,  # [1]
     count_ptr,  # [1] int32
@@ -96,15 +61,18 @@ def _column_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """db (+)= scale · Σ w G over the rows."""
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tl.program_id(0) * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for first_n in range(0, n, BLOCK_N):
         offs_n = first_n + tl.arange(0, BLOCK_N)
         exp_ptrs = exp_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
         mask = (offs_n < n)[:, None] & mask_c[None, :]
-        total += tl.load(exp_ptrs, mask=mask, other=0.0).to(tl.float32)
+        e = tl.load(exp_ptrs, mask=mask, other=0.0)
+        total += dlogits(e, weights, first_n, first_v + first_c, n).to(tl.float32)
     db = tl.sum(total, 0) * tl.load(scale_ptr)
     if ACCUMULATE:
         db += tl.load(db_ptr + first_v + offs_c, mask=mask_c, other=0.0)

@@ -316,6 +316,7 @@ def _finish_kernel(
     nll_ptr,  # [N]
     lse_ptr,  # [N]
     top1_ptr,  # [N]
+    largest_ptr,  # [N]
     entropy_ptr,  # [N]
     factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share
     dh_ptr,  # [N, D] Σ E W
@@ -359,8 +360,8 @@ def _finish_kernel(
     log_small = _log1p(small)
     log_s = tl.log(s)
     nll = tl.where(is_likely, 0.0, gap + log_s) + log_small
+    p = tl.where(is_likely, 1.0, small) / (1.0 + small)
     if CONFIDENCE:
-        p = tl.where(is_likely, 1.0, small) / (1.0 + small)
         w = tl.where(counted, _transformed(p, transform, HAS_POWER), 0.0)
         tl.store(weight_ptr + rows, w, mask=mask)
     else:
@@ -374,6 +375,10 @@ def _finish_kernel(
         tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
     if top1_ptr is not None:
         tl.store(top1_ptr + rows, counted & (x >= largest), mask=mask)
+    if largest_ptr is not None:
+        # The target's, or that of the likeliest other token.
+        likeliest = tl.where(is_likely, p, tl.maximum(p, 1.0 / (s * (1.0 + small))))
+        tl.store(largest_ptr + rows, tl.where(counted, likeliest, 0.0), mask=mask)
     if entropy_ptr is not None:
         # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
         s2 = tl.load(state_ptr + 2 * N + place, mask=counted, other=0.0) * LN_2
