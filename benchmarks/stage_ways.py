@@ -32,9 +32,8 @@ def annotate_ours(
 ) -> list[Tensor]:
     """Confidences of all targets in batches of so many tokens, as `gift annotate` does it."""
     groups = _groups(examples, tokens, packed)
-    found = [
-        annotate_batch(model, make_batch(group, packed=packed).to(model.device)) for group in groups
-    ]
+    batches = [make_batch(group, packed=packed).to(model.device) for group in groups]
+    found = [annotate_batch(model, batch)[0] for batch in batches]
     return [_in_order(groups, torch.cat(found))]
 
 
