@@ -234,6 +234,12 @@ def test_packed_rows_in_one_kernel_give_what_they_give_alone(architecture: str) 
     )
 
 
+def test_where_flash_attention_fails_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gift.packing, "_attentions", lambda: ["flash_attention_2", NAME])
+    model, rows = make_model(LlamaConfig), make_rows()
+    assert enable_packing(model, rows) and model.config._attn_implementation == NAME
+
+
 def test_packing_imports_without_varlen_attn() -> None:
     code = (
         "import sys; sys.modules['torch.nn.attention.varlen'] = None; import gift.packing as p;"
