@@ -31,17 +31,13 @@ CONTEXT_TOKENS = 24  # shown before an example
 
 
 def calibration(config: CalibrationConfig) -> dict[str, Any]:
-    """Measures the guide of a store; returns the report that it prints and writes.
-
-    InputError: the store has no statistics or is of other data; `correct_field` is in no row, or
-    not true or false.
-    """
+    """Measures a store's guide; returns the report of `measure`, which it prints and writes."""
     if config.output is None:
-        report = _report(config)
+        report = measure(config)
         _print(report)
         return report
     with output_folder(config.output, overwrite=config.overwrite) as output:
-        report = _report(config)
+        report = measure(config)
         partial = output.begin()
         write_json(partial / REPORT_FILE, report)
         plot(report, partial / FIGURE_FILE)
@@ -49,7 +45,12 @@ def calibration(config: CalibrationConfig) -> dict[str, Any]:
     return report
 
 
-def _report(config: CalibrationConfig) -> dict[str, Any]:
+def measure(config: CalibrationConfig) -> dict[str, Any]:
+    """The figures of `measures`, examples of tokens and, with `correct_field`, AUROCs of rows.
+
+    InputError: the store has no statistics or is of other data; `correct_field` is in no row, or
+    not true or false.
+    """
     store = load_store(config.store, "STORE")
     statistics = load_statistics(store, "STORE")
     data = _encode(config, store)
@@ -59,6 +60,7 @@ def _report(config: CalibrationConfig) -> dict[str, Any]:
         "store": str(config.store),
         "guide": store.manifest["model"],
         "tokens": len(store.confidence),
+        "mean_largest": float(statistics.largest.mean(dtype=np.float64)),
         "mean_entropy": float(statistics.entropy.mean(dtype=np.float64)),
         "expected_calibration_error": calibration_error(bands),
         "reliability": bands,
