@@ -30,13 +30,16 @@ FIGURE_FILE = "calibration.png"
 CONTEXT_TOKENS = 24  # shown before an example
 
 
-def calibration(config: CalibrationConfig) -> dict[str, Any]:
-    """Measures a store's guide; returns the report of `measure`, which it prints and writes."""
+def calibration(config: CalibrationConfig, key: str = "") -> dict[str, Any]:
+    """Measures a store's guide; returns the report of `measure`, which it prints and writes.
+
+    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
+    """
     if config.output is None:
         report = measure(config)
         _print(report)
         return report
-    with output_folder(config.output, overwrite=config.overwrite) as output:
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         report = measure(config)
         partial = output.begin()
         write_json(partial / REPORT_FILE, report)
