@@ -12,6 +12,7 @@ from gift.console import console, error_console, progress, quiet
 from gift.demo import world
 from gift.demo.pair import make_pair
 from gift.errors import InputError
+from gift.lock import owned
 from gift.study.run import study, worker_pool
 
 FIRST_PAIR_SEED = 10
@@ -71,21 +72,22 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     InputError: the output has other files, or pairs with other settings.
     """
     place = config.output / WORLD_FOLDER
-    if config.output.exists() and not place.exists() and any(config.output.iterdir()):
-        raise InputError(f"--output: {config.output} exists and is not a demo; choose another")
-    references = "clean" if config.clean else "noisy"
-    console.print(INTRODUCTION.format(references=references), highlight=False)
-    error_console.print(
-        f"Making {config.pairs} pairs of tiny models and adapting each {config.seeds} times in "
-        f"{len(METHODS)} ways: about two minutes on two cores.",
-        highlight=False,
-    )
-    _make_world(config, place)
-    settings = _study(config, place)
-    path = config.output / STUDY_FILE
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    options = {"output": config.output / STUDY_FOLDER, "overwrite": config.overwrite}
-    return study(StudyConfig(**settings, workers=config.workers, **options))
+    with owned(config.output):
+        if config.output.exists() and not place.exists() and any(config.output.iterdir()):
+            raise InputError(f"--output: {config.output} exists and is not a demo; choose another")
+        references = "clean" if config.clean else "noisy"
+        console.print(INTRODUCTION.format(references=references), highlight=False)
+        error_console.print(
+            f"Making {config.pairs} pairs of tiny models and adapting each {config.seeds} times in "
+            f"{len(METHODS)} ways: about two minutes on two cores.",
+            highlight=False,
+        )
+        _make_world(config, place)
+        settings = _study(config, place)
+        path = config.output / STUDY_FILE
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        options = {"output": config.output / STUDY_FOLDER, "overwrite": config.overwrite}
+        return study(StudyConfig(**settings, workers=config.workers, **options))
 
 
 def _pairs(config: DemoConfig) -> dict[str, int]:
