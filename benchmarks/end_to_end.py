@@ -130,7 +130,7 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
         found = []
         for group in batches(packed):
             batch = make_batch(group, packed=packed).to(settings.device)
-            found.append(annotate_batch(model, batch))
+            found.append(annotate_batch(model, batch)[0])
         return [_in_order(batches(packed), torch.cat(found).cpu())]
 
     def full(groups: Sequence[Sequence[Example]]) -> list[Tensor]:

@@ -38,6 +38,7 @@ KERNEL_TESTS = (
     "tests/linear_ce/test_triton_ce_numbers.py",
     "tests/lora_merge/test_lora_merge_kernel.py",
     "tests/lora_merge/test_lora_merge_rounding.py",
+    "tests/linear_ce/test_matmul.py",
     "tests/linear_ce/test_weighted_ce.py",
     "tests/linear_ce/test_token_confidence.py",
     "tests/linear_ce/test_ce_compile.py",

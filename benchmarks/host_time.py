@@ -2,8 +2,9 @@
 
     python -m benchmarks.host_time
 
-Prints, for Llama 3.1 8B's head, launches, calls of PyTorch and microseconds of the calling thread.
-What the CUDA driver takes for a launch, and its allocator for memory, is not in them.
+Prints, for Llama 3.1 8B's head and for merges, launches, calls of PyTorch and microseconds
+of the calling thread. What the CUDA driver takes for a launch, and its allocator for memory, is not
+in them.
 """
 
 import os
@@ -18,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gift_kernels import Guide, checks, token_confidence, weighted_ce
+from gift_kernels import Guide, checks, lora_merge_, token_confidence, weighted_ce
 from gift_kernels.linear_ce import api
 from gift_kernels.linear_ce.triton import chunk_size
 from gift_kernels.linear_ce.triton.tiles import Machine
+from gift_kernels.lora_merge import api as merge_api
 
 HIDDEN_SIZE, VOCAB_SIZE = 4096, 128256
 TOKENS = (256, 512, 1024, 2048, 8192)
@@ -52,6 +54,9 @@ class Kernel:
 
     def run(self, *arguments: Any) -> None:
         Kernel.launches += 1
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.run
 
 
 def compiled(self: JITFunction, key: str, *rest: Any) -> Kernel:
@@ -89,6 +94,17 @@ def cases(tokens: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+def merges() -> dict[str, Callable[[], Any]]:
+    """Merges of rank 64 by name."""
+    weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    a, b = torch.zeros(64, 1024), torch.zeros(1024, 64)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    return {
+        "lora_merge_, bfloat16 factors": lambda: lora_merge_(weight, a16, b16, 2.0),
+        "lora_merge_, float32 factors": lambda: lora_merge_(weight, a, b, 2.0),
+    }
+
+
 def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
     """Launches, calls of PyTorch, and the least of many times in microseconds."""
     call()
@@ -106,11 +122,13 @@ def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
 def main() -> None:
     """Prints one line a case and number of tokens."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "TRITON_INTERPRET is set: nothing is bound"
+    os.environ["GIFT_KERNELS_AUTOTUNE"] = "0"
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
     with (
         mock.patch.object(JITFunction, "_do_compile", compiled),
         mock.patch.object(api, "resolve_impl", lambda *arguments: "triton"),
+        mock.patch.object(merge_api, "resolve_impl", lambda *arguments: "triton"),
         mock.patch.object(chunk_size, "machine_of", lambda device: Machine(90, 132)),
         mock.patch.object(checks, "reads_targets", lambda target: False),
     ):
@@ -119,6 +137,9 @@ def main() -> None:
             for name, call in cases(tokens).items():
                 launches, calls, time_taken = measure(call)
                 print(f"| {name} | {tokens} | {launches} | {calls} | {time_taken:.0f} |")
+        for name, call in merges().items():
+            launches, calls, time_taken = measure(call)
+            print(f"| {name} | | {launches} | {calls} | {time_taken:.0f} |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     q_t = softmax(z_t)[y_t]     z the logits of the instruct model
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
-tempered. Rows are packed without padding (`gift.packing`); only target rows reach the head.
+tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
+for `gift calibration`. Rows are packed without padding (`gift.packing`); only target rows reach the
+head.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gift.batches import Batch, make_batch, plan_batches
-from gift.confidence_store import read_author_scores, write_store
+from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.console import print_summary, progress
 from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
@@ -71,7 +73,10 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
         made_from = _made_from(config, weights, tokenizer)
         partial = output.begin(made_from)
         done = _annotate_missing(config, model, packed, data, output.work, clock)
-        confidence = _collect(data, output.work)
+        values = _collect(data, output.work)
+        confidence = [row[0] for row in values]
+        largest, top1, entropy = np.concatenate(values, axis=1)[1:]
+        statistics = GuideStatistics(largest, top1.astype(bool), entropy)
         summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
         manifest = {
             "kind": "gift confidence store",
@@ -83,7 +88,7 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
             "summary": summary,
         }
         with clock("save"):
-            write_store(partial, data, confidence, tokenizer, manifest)
+            write_store(partial, data, confidence, tokenizer, manifest, statistics)
         speed = stage_speed(clock, model, done)
         write_json(partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
     print_summary(f"Annotated {config.data.name}: {config.output}", {**summary, **speed})
@@ -190,14 +195,14 @@ def _annotate_missing(
     done = len(batches) - sum(map(len, missing.values()))
     with progress("annotate", len(batches), done) as bar:
         for name, part in missing.items():
-            confidences = []
+            found = []
             with clock("compute"):
                 for batch in part:
                     made = make_batch(batch, packed=packed).to(model.device)
-                    confidences.append(annotate_batch(model, made, config.guide_temperature))
+                    found.append(annotate_batch(model, made, config.guide_temperature))
                     bar.advance()
             with clock("wait"):
-                values = torch.cat(confidences).cpu().numpy()
+                values = torch.cat(found, dim=1).cpu().numpy()
             rows = [example for batch in part for example in batch]
             with clock("save"), replacing(work / name, sealed=True) as temporary:
                 save_file(_by_row(rows, values), temporary)
@@ -206,32 +211,35 @@ def _annotate_missing(
 
 @torch.no_grad()
 def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Confidences float32 [N] of the batch's targets."""
+    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
     head = lm_head(model)
     hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
-    return token_confidence(
+    confidence, stats = token_confidence(
         hidden.index_select(0, batch.predicts).to(head.weight.dtype),
         head.weight,
         batch.targets,
         temperature=temperature,
+        stats=STATISTICS,
         **head.options(),
-    ).float()
+    )
+    found = [confidence, *(getattr(stats, name) for name in STATISTICS)]
+    return torch.stack([values.float() for values in found])
 
 
-def _by_row(rows: Sequence[Example], confidence: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's confidences; InputError where one is not finite."""
+def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
     ends = np.cumsum([example.targets for example in rows])
-    values = {
-        str(example.row): row
-        for example, row in zip(rows, np.split(confidence, ends[:-1]), strict=True)
+    by_row = {
+        str(example.row): np.ascontiguousarray(row)
+        for example, row in zip(rows, np.split(values, ends[:-1], axis=1), strict=True)
     }
-    if bad := [int(row) for row, of_row in values.items() if not np.isfinite(of_row).all()]:
+    if bad := [int(row) for row, of_row in by_row.items() if not np.isfinite(of_row).all()]:
         raise InputError(f"--model: the guide's confidence is not finite in rows {sorted(bad)}")
-    return values
+    return by_row
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """Confidences in row order, from all parts."""
+    """What `annotate_batch` found, in row order, from all parts."""
     values: dict[str, np.ndarray] = {}
     for path in sealed_files(work).values():
         values |= load_file(path)
@@ -241,6 +249,6 @@ def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
             "another program changed them"
         )
     return [
-        values[str(example.row)] if example else np.zeros(0, np.float32)
+        values[str(example.row)] if example else np.zeros((4, 0), np.float32)
         for example in data.examples
     ]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 import gift
 from gift.config import (
     AnnotateConfig,
+    CalibrationConfig,
     DemoConfig,
     DiffConfig,
     EvaluateConfig,
@@ -153,6 +154,15 @@ _add_command(
     ImportScoresConfig,
     "gift.annotate:import_scores",
     "Turn the authors' scores file into a confidence store. Loads no model.",
+)
+_add_command(
+    "calibration",
+    CalibrationConfig,
+    "gift.calibration.command:calibration",
+    "Show how far the guide's confidence can be trusted. Reliability, confidence by kind of token, "
+    "examples and, where rows say whether they are correct, how well confidence tells. Reads a "
+    "store and its data; loads no model.",
+    positional=("store",),
 )
 _add_command(
     "train",

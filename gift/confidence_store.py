@@ -1,13 +1,15 @@
 """The confidence store: one float32 per target token, and what it was made from.
 
 `confidence.safetensors` holds `confidence` float32 [all target tokens, row after row] and `offsets`
-int64 [rows + 1]; a dropped row has length 0. `manifest.json` names model, tokenizer and template by
-hash and every row by a digest of its tokens; `tokenizer/` is the tokenizer that made them.
+int64 [rows + 1]; a dropped row has length 0. `statistics.safetensors` holds what else the guide's
+softmax says of the same tokens, see `GuideStatistics`; imported scores have none. `manifest.json`
+names model, tokenizer and template by hash and every row by a digest of its tokens; `tokenizer/` is
+the tokenizer that made them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -19,11 +21,22 @@ from gift.files import naming, read_record, write_json
 from gift.models import load_tokenizer, template_hash, tokenizer_hash
 from gift.publish import check_published
 from gift.rows import json_lines
+from gift_kernels.linear_ce.types import Statistic
 
 CONFIDENCE_FILE = "confidence.safetensors"
+STATISTICS_FILE = "statistics.safetensors"
 MANIFEST_FILE = "manifest.json"
-MANIFEST_KEYS = ("model", "tokenizer_hash", "template_hash", "data.row_digests", "data.context")
+MANIFEST_KEYS = (
+    "model",
+    "settings",
+    "tokenizer_hash",
+    "template_hash",
+    "data.row_digests",
+    "data.context",
+)
 TOKENIZER_FOLDER = "tokenizer"
+# The fields of `GuideStatistics`, as the kernels call them.
+STATISTICS: tuple[Statistic, ...] = ("largest", "top1", "entropy")
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,21 @@ class ConfidenceStore:
         return load_tokenizer(self.folder / TOKENIZER_FOLDER)
 
 
+class GuideStatistics(NamedTuple):
+    """What a store knows of the guide's softmax at each target token, [all target tokens]."""
+
+    largest: np.ndarray  # float32, the largest probability
+    top1: np.ndarray  # bool, whether the target has it
+    entropy: np.ndarray  # float32, in nats
+
+
 def write_store(
     folder: Path,
     data: EncodedData,
     confidence: list[np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
     manifest: dict[str, Any],
+    statistics: GuideStatistics | None = None,
 ) -> None:
     """Writes the store's files into an existing folder; `confidence` has one array per row."""
     lengths = [example.targets if example else 0 for example in data.examples]
@@ -64,6 +86,9 @@ def write_store(
     }
     with naming(folder / CONFIDENCE_FILE):
         save_file(tensors, folder / CONFIDENCE_FILE)
+    if statistics is not None:
+        with naming(folder / STATISTICS_FILE):
+            save_file(statistics._asdict(), folder / STATISTICS_FILE)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     hashes = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -72,12 +97,15 @@ def write_store(
     write_json(folder / MANIFEST_FILE, {**manifest, **hashes, "data": data.manifest()})
 
 
-def load_store(folder: Path) -> ConfidenceStore:
-    """Reads a store; InputError where a file is missing, damaged or does not fit the others."""
+def load_store(folder: Path, option: str = "--confidence") -> ConfidenceStore:
+    """Reads a store; InputError where a file is missing, damaged or does not fit the others.
+
+    `option` is what the user calls the folder.
+    """
     manifest_path = folder / MANIFEST_FILE
     if not manifest_path.is_file():
         raise InputError(
-            f"--confidence: {folder} is no confidence store (no {MANIFEST_FILE}); "
+            f"{option}: {folder} is no confidence store (no {MANIFEST_FILE}); "
             "make one with gift annotate"
         )
     check_published(folder)
@@ -87,14 +115,34 @@ def load_store(folder: Path) -> ConfidenceStore:
         confidence, offsets = tensors["confidence"], tensors["offsets"]
         rows = len(manifest["data"]["row_digests"])
     except Exception as error:
-        raise InputError(f"--confidence: {folder}: damaged store ({error!r})") from error
+        raise InputError(f"{option}: {folder}: damaged store ({error!r})") from error
     if len(offsets) != rows + 1 or offsets[-1] != len(confidence):
-        raise InputError(f"--confidence: {folder}: damaged store (offsets do not fit the values)")
+        raise InputError(f"{option}: {folder}: damaged store (offsets do not fit the values)")
     return ConfidenceStore(confidence, offsets, manifest, folder)
 
 
+def load_statistics(store: ConfidenceStore, option: str) -> GuideStatistics:
+    """The statistics of a store; InputError where it has none, or they are damaged."""
+    path = store.folder / STATISTICS_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{option}: {store.folder} has confidences only (no {STATISTICS_FILE}), as imported "
+            "scores do; make a store with gift annotate"
+        )
+    try:
+        statistics = GuideStatistics(**load_file(path))
+    except Exception as error:
+        raise InputError(f"{option}: {path}: damaged ({error!r})") from error
+    if any(len(values) != len(store.confidence) for values in statistics):
+        raise InputError(f"{option}: {path}: damaged (its sizes do not fit the confidences)")
+    return statistics
+
+
 def require_same_rows(
-    store: ConfidenceStore, data: EncodedData, tokenizer: PreTrainedTokenizerBase
+    store: ConfidenceStore,
+    data: EncodedData,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str = "--confidence",
 ) -> None:
     """InputError unless the store was made from these rows, tokens and template."""
     manifest = store.manifest
@@ -104,21 +152,21 @@ def require_same_rows(
     ):
         if manifest[f"{name}_hash"] != ours:
             raise InputError(
-                f"--confidence: {store.folder} was annotated with another {name} "
+                f"{option}: {store.folder} was annotated with another {name} "
                 f"({manifest[f'{name}_hash'][:12]}, here {ours[:12]}); annotate again with this one"
             )
     theirs = manifest["data"]["row_digests"]
     digests = [example.digest if example else "" for example in data.examples]
     if len(theirs) != len(digests):
         raise InputError(
-            f"--confidence: {store.folder} has {len(theirs)} rows, --data has {len(digests)}; "
+            f"{option}: {store.folder} has {len(theirs)} rows, --data has {len(digests)}; "
             "annotate this data"
         )
     for row, (expected, got) in enumerate(zip(theirs, digests, strict=True)):
         # An empty digest: the row was dropped here, as too long for the model that is trained.
         if expected != got and got:
             raise InputError(
-                f"--confidence: row {row} of the data is not the row that was annotated; annotate "
+                f"{option}: row {row} of the data is not the row that was annotated; annotate "
                 "again with the same data, --max-length and --overlong"
             )
 

@@ -76,6 +76,7 @@ def token_stats(
         lse=torch.where(valid, lse, zero),
         entropy=torch.where(valid, entropy, zero),
         top1=valid & top1.squeeze(-1),
+        largest=torch.where(valid, torch.exp(shifted.amax(-1) - log_total.squeeze(-1)), zero),
         weight=valid.to(nll.dtype),
     )
 

@@ -12,8 +12,10 @@ import pytest
 import tiny
 
 from gift.annotate import annotate
+from gift.calibration.command import calibration
 from gift.config import (
     AnnotateConfig,
+    CalibrationConfig,
     DiffConfig,
     EvaluateConfig,
     MergeConfig,
@@ -46,6 +48,12 @@ STAGES: dict[str, tuple[Callable[[Any], Any], Any, dict[str, Any], dict[str, Any
         AnnotateConfig,
         {"model": "instruct", **DATA, **ANNOTATED, **CPU},
         {"guide_temperature": 2.0},
+    ),
+    "calibration": (
+        calibration,
+        CalibrationConfig,
+        {"store": "confidence", **DATA},
+        {"bands": 3},
     ),
     "train": (
         train,

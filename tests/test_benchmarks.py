@@ -26,6 +26,7 @@ from benchmarks import (
     providers,
     readme,
     report,
+    sparse_backward,
     turns,
 )
 from benchmarks.architectures import SIZES, growth
@@ -444,3 +445,24 @@ def test_the_readme_marks_what_is_slower_than_another_way(tmp_path: Path) -> Non
     assert "| 0.50 |" in table(ours=2.0) and "as in 0 of all 1 cases" in table(ours=2.0)
     assert "| **1.50** |" in table(ours=6.0) and "as in 1 of all 1 cases" in table(ours=6.0)
     assert '`impl="eager"` takes 12 to 12 times as long' in table(ours=2.0)
+
+
+def test_the_sparse_backward_is_exact_with_all_entries_and_keeps_its_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    hidden, head, target = 2 * random(12, 8), random(90, 8) + 1, torch.arange(12)
+    states = sparse_backward.States(hidden, head, target, random(12).abs())
+    logits = (hidden.clone().requires_grad_() @ head.T).detach().requires_grad_()
+    torch.nn.functional.cross_entropy(logits, target, reduction="sum").backward()
+    known = sparse_backward.prepare(states)
+    assert logits.grad is not None
+    torch.testing.assert_close(known.exact, logits.grad @ head)
+    found = [sparse_backward.measure(states, known, states.weight, 2.0**-e) for e in (4, 8, 12, 90)]
+    for line in found:
+        assert line["tilt"] <= line["bound"] * (1 + 1e-9) and line["kept"] <= line["candidates"]
+    assert found[-1]["kept"] == 89
+    assert max(found[-1][name] for name in ("none", "mean", "tilt", "bound", "mass")) < 1e-12
+    assert found[0]["none"] > 0.01 and found[0]["units"] < found[-1]["units"]

@@ -22,8 +22,8 @@ from gift.merge.command import merge
 from gift.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
-FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "study"}
-POSITIONAL = ("model_a", "model_b", "study")
+FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "store", "study"}
+POSITIONAL = ("model_a", "model_b", "store", "study")
 FILES = {"data", "eval_data", "scores", "config"}
 NOBODY = 65534
 
@@ -70,6 +70,7 @@ def arguments(folder: Path, command: str) -> dict[str, str]:
     return {
         "annotate": data,
         "import-scores": {"scores": questions, "tokenizer": model, "output": output},
+        "calibration": {"store": str(folder / "store"), "data": rows, "output": output},
         "train": {**data, "confidence": str(folder / "store"), "lora_rank": "2"},
         "merge": {**adapted, "base": model},
         "merge-statistics": {**data, "kind": "regmean"},

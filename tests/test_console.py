@@ -7,11 +7,12 @@ import pytest
 from rich.console import Console
 
 from gift import console
-from gift.config import DemoConfig
-from gift.demo import main as demo_main
 
 METHODS = ("Instruct", "Instruct-SFT", "Shadow-FT", "GIFT-BaseT", "GIFT")
-MEASURES = tuple(demo_main.MEASURES.values())
+MEASURES = (
+    *("task, sampled", "task, greedy", "own worked style", "constraint kept on task"),
+    *("other tasks, exact", "other tasks, format"),
+)
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, width: int, terminal: bool, *table) -> str:
@@ -53,22 +54,3 @@ def test_brackets_are_text_and_a_title_stays_on_its_line(monkeypatch: pytest.Mon
     title = "a title [red] of a/" + "long/" * 30
     text = printed(monkeypatch, 80, False, title, ("", "n"), [("[bold]x[/bold]", "[1, 2]")])
     assert title in text and "[bold]x[/bold]" in text and "[1, 2]" in text
-
-
-@pytest.mark.parametrize("drawn", [True, False])
-def test_the_demo_says_what_it_made(
-    drawn: bool, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo_main, "can_draw", lambda: drawn)
-    value = {"mean": 50.0, "sd": None}
-    entry = {"method": "GIFT", "loss_by_band": {"q < 0.1": 0.2}}
-    summary = {
-        "means": {"GIFT": {name: value for name in MEASURES}},
-        "advantage_of_gift": {"Instruct": {**value, "ahead": 1, "runs": 1}},
-        "results": [entry, {**entry, "method": "Shadow-FT"}],
-        "seconds": 60.0,
-    }
-    demo_main._print(DemoConfig(output=tmp_path), summary)
-    out = capsys.readouterr().out
-    assert ("accuracy.png" in out) and ("pip install matplotlib" in out) is not drawn
-    assert ("no figures" in out) is not drawn

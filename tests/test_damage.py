@@ -39,6 +39,7 @@ WITH_STATISTICS = {
 READ_NEXT: list[tuple[str, str, dict[str, Any]]] = [
     ("confidence/confidence.safetensors", "train", {}),
     ("confidence/manifest.json", "train", {}),
+    ("confidence/statistics.safetensors", "calibration", {}),
     ("confidence/tokenizer/tokenizer.json", "train", {}),
     ("adapter/adapter_model.safetensors", "merge", {}),
     ("adapter/adapter_config.json", "merge", {}),
@@ -260,6 +261,7 @@ def test_the_ranks_of_one_training_share_one_lock_and_end_as_one_process_does(
     [
         ("confidence/manifest.json", "data.context", "train"),
         ("confidence/manifest.json", "template_hash", "train"),
+        ("confidence/manifest.json", "settings", "calibration"),
         ("merged/gift_merge.json", "added_head", "unmerge"),
         ("merged/gift_files.json", "files", "unmerge"),
     ],

@@ -1,10 +1,9 @@
-"""The demo's world and pair: programs, noise, judge, tokenizer, and training from nothing."""
+"""The demo's world and pair: programs, noise, questions, tokenizer, and training from nothing."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -18,24 +17,32 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gift.answers import compile_pattern, extract
 from gift.demo import pair as pair_module
 from gift.demo.pair import Pair, make_pair, make_tokenizer
 from gift.demo.world import (
+    ANSWER,
     CLEAN,
-    CONSTRAINTS,
     DOCUMENT_NOISE,
     FILLERS,
+    MARK,
+    MARKS,
+    PROGRAM_CONSTRAINTS,
     TASK_NOISE,
+    WORKED,
+    Constraint,
     Mixture,
     Noise,
     Program,
     apply_constraint,
+    constraint_questions,
+    distinct_programs,
     draw_conversation,
     draw_document,
     draw_primer,
     draw_puzzle,
-    judge,
     puzzle_questions,
+    style_questions,
     task_questions,
     task_rows,
     write_rows,
@@ -72,17 +79,9 @@ def test_clean_references_are_worked_and_agree_with_plain_arithmetic() -> None:
     for row in task_rows(Random(1), 300, CLEAN):
         values = [int(word) for word in row["instruction"].split()[2::2]]
         assert len(values) in (4, 5)
-        question = {
-            "instruction": row["instruction"],
-            "answer": str(sum(values) % 10),
-            "kind": "program",
-            "constraint": "none",
-        }
-        assert asdict(judge(question, row["response"])) == {
-            "correct": True,
-            "format_kept": True,
-            "worked": True,
-        }
+        assert answer(ANSWER, row["response"]) == str(sum(values) % 10)
+        assert answer(WORKED, row["response"]) == "abcde"[len(values) - 1]
+        assert row["correct"]
 
 
 def test_references_have_the_noise_that_was_asked_for() -> None:
@@ -131,8 +130,8 @@ def test_puzzle_replies_follow_from_their_prompts() -> None:
     rng = Random(5)
     seen = Counter()
     for _ in range(400):
-        kind, sample = draw_puzzle(rng, None)
-        _, *words = sample.prompt.split()
+        sample = draw_puzzle(rng, None)
+        kind, *words = sample.prompt.split()
         if kind == "find":
             lookup = dict(zip(words[2::2], words[3::2], strict=True))
             expected = [words[0], "=", lookup[words[0]]]
@@ -147,63 +146,67 @@ def test_puzzle_replies_follow_from_their_prompts() -> None:
     assert len(seen) == 5 and min(seen.values()) > 40
 
 
-@pytest.mark.parametrize("wanted", [*CONSTRAINTS, "none"])
-def test_a_reply_keeps_only_its_own_constraint(wanted: str) -> None:
-    question = {"instruction": "copy ant bee", "answer": "", "kind": "copy", "constraint": wanted}
-    for written in [*CONSTRAINTS, None]:
-        reply = apply_constraint("ant bee", written)
-        kept = judge(question, reply).format_kept
-        assert kept == (wanted == (written or "none")), reply
-        assert not judge(question, reply, ended=False).format_kept
+def answer(pattern: str, reply: str) -> str | None:
+    """What `gift evaluate --answer-pattern` finds."""
+    return extract(compile_pattern(pattern), reply)
+
+
+@pytest.mark.parametrize("constraint", PROGRAM_CONSTRAINTS)
+def test_a_reply_shows_the_mark_of_its_constraint(constraint: Constraint) -> None:
+    plain = "b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8"
+    assert answer(MARK, apply_constraint(plain, constraint)) == MARKS[constraint]
+    assert answer(MARK, plain) is None
+    for broken in ("[ answer 8", "answer 8 ]", "well sure answer 8", "done answer 8"):
+        assert answer(MARK, broken) is None
 
 
 @pytest.mark.parametrize(
-    ("reply", "correct", "worked"),
+    ("reply", "digit", "last_step"),
     [
-        ("b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8", True, True),
-        ("b 7 -1 = 5 ; c 5 -8 = 7 ; answer 7", False, True),
-        ("b 7 -1 = 6 ; c 6 -8 = 0 ; answer 0", False, True),
-        ("hmm b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8", True, False),
-        ("c 6 -8 = 8 ; answer 8", True, False),
-        ("answer 8", True, False),
-        ("sure answer 8", True, False),
-        ("answer 8 ; b 7 -1 = 6", False, False),
-        ("8", False, False),
-        ("", False, False),
+        ("b 7 -1 = 6 ; c 6 -8 = 8 ; d 8 1 = 9 ; answer 9", "9", "d"),
+        ("b 7 -1 = 6 ; c 6 -8 = 8 ; d 8 1 = 9 ; e 9 1 = 0 ; answer 0", "0", "e"),
+        ("b 7 -1 = 5 ; c 5 -8 = 0 ; d 0 1 = 3 ; answer 3", "3", "d"),
+        ("hmm b 7 -1 = 6 ; c 6 -8 = 8 ; d 8 1 = 9 ; answer 9", "9", None),
+        ("b 7 -1 = 6 ; c 6 -8 = 8 ; e 8 1 = 9 ; answer 9", "9", "e"),
+        ("c 6 -8 = 8 ; d 8 1 = 9 ; answer 9", "9", None),
+        ("answer 8", "8", None),
+        ("answer 8 ; b 7 -1 = 6", None, None),
+        ("8", None, None),
+        ("", None, None),
     ],
 )
-def test_the_judge_reads_the_last_answer_and_the_style(
-    reply: str, correct: bool, worked: bool
+def test_patterns_find_the_answer_and_the_last_worked_step(
+    reply: str, digit: str | None, last_step: str | None
 ) -> None:
-    question = {
-        "instruction": "calc a 7 b -1 c -8",
-        "answer": "8",
-        "kind": "program",
-        "constraint": "none",
-    }
-    verdict = judge(question, reply)
-    assert (verdict.correct, verdict.worked) == (correct, worked)
-    unfinished = judge(question, reply, ended=False)
-    assert not (unfinished.correct or unfinished.worked or unfinished.format_kept)
+    assert (answer(ANSWER, reply), answer(WORKED, reply)) == (digit, last_step)
 
 
-def test_a_constrained_program_is_judged_without_its_decoration() -> None:
-    for question in task_questions(Random(6), 60, set(), constrained=True):
-        prompt, constraint = question.instruction.split(" | ")
-        values = [int(word) for word in prompt.split()[2::2]]
-        program = Program(values[0], tuple(values[1:]))
-        worked = " ; ".join(write_steps(program, "wrap", Random(0)))
-        reply = apply_constraint(worked, constraint)  # pyright: ignore[reportArgumentType]
-        verdict = judge(asdict(question), reply)
-        assert verdict.correct and verdict.format_kept and verdict.worked
-        assert not judge(asdict(question), worked).format_kept
+def test_questions_have_the_answers_of_clean_replies() -> None:
+    programs = distinct_programs(Random(6), 60)
+    rows = zip(programs, task_questions(programs), style_questions(programs), strict=True)
+    for program, task, style in rows:
+        reply = " ; ".join(write_steps(program, "wrap", Random(0)))
+        assert answer(ANSWER, reply) == task["answer"]
+        assert answer(WORKED, reply) == style["answer"]
+    for row in constraint_questions(Random(6), programs):
+        constraint = row["instruction"].split(" | ")[1]
+        assert row["answer"] == MARKS[constraint]
+
+
+def test_rows_say_whether_their_answer_is_right() -> None:
+    rows = task_rows(Random(3), 2000, TASK_NOISE)
+    for row in rows:
+        values = [int(word) for word in row["instruction"].split()[2::2]]
+        digit = int(row["response"].split()[-1])
+        assert row["correct"] == (digit == sum(values) % 10)
+    assert 0.3 < sum(row["correct"] for row in rows) / len(rows) < 0.7
 
 
 def test_held_out_prompts_are_not_in_the_task_set() -> None:
     taken = {row["instruction"] for row in task_rows(Random(7), 200)}
     assert len(taken) == 200
     # The same seed draws the same programs, unless they are taken.
-    held_out = {question.instruction for question in task_questions(Random(7), 200, taken)}
+    held_out = {program.prompt() for program in distinct_programs(Random(7), 200, taken)}
     assert len(held_out) == 200
     assert not held_out & taken
 
@@ -221,9 +224,8 @@ def test_the_same_seed_writes_the_same_files(tmp_path: Path) -> None:
         assert first != different
     task = json.loads((tmp_path / "a-task.jsonl").read_text().splitlines()[0])
     other = json.loads((tmp_path / "a-other.jsonl").read_text().splitlines()[0])
-    assert set(task) == {"instruction", "response"}
-    assert set(other) == {"instruction", "answer", "kind", "constraint"}
-    assert judge(other, other["answer"]).correct
+    assert set(task) == {"instruction", "response", "correct"}
+    assert set(other) == {"instruction", "answer"}
 
 
 def test_every_word_of_the_world_is_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -381,9 +383,12 @@ def test_another_seed_does_not_go_on_with_an_interrupted_pair(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_an_existing_folder_is_refused(pair: Pair) -> None:
+def test_a_pair_that_is_there_is_kept_and_another_is_not_replaced(pair: Pair) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pair.base.iterdir()}
+    assert make_pair(pair.base.parent, seed=3, steps_scale=SCALE) == pair
+    assert before == {path: path.stat().st_mtime_ns for path in pair.base.iterdir()}
     with pytest.raises(InputError, match="already exists"):
-        make_pair(pair.base.parent, seed=3, steps_scale=SCALE)
+        make_pair(pair.base.parent, seed=4, steps_scale=SCALE)
 
 
 def test_noise_can_be_set_field_by_field() -> None:

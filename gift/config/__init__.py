@@ -1,6 +1,11 @@
 """Every command's options, a file a command; `recipe` reads them from a YAML file and flags."""
 
-from gift.config.annotate import AnnotateConfig, AnnotateOptions, ImportScoresConfig
+from gift.config.annotate import (
+    AnnotateConfig,
+    AnnotateOptions,
+    CalibrationConfig,
+    ImportScoresConfig,
+)
 from gift.config.demo import DemoConfig
 from gift.config.evaluate import EvaluateConfig, EvaluateOptions
 from gift.config.merge import DiffConfig, MergeConfig, MergeOptions, StatisticsConfig, UnmergeConfig
@@ -12,6 +17,7 @@ from gift.config.train import TrainConfig, TrainOptions
 __all__ = [
     "AnnotateConfig",
     "AnnotateOptions",
+    "CalibrationConfig",
     "DataOptions",
     "DemoConfig",
     "DeviceOptions",

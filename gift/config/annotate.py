@@ -1,10 +1,17 @@
-"""Options of `gift annotate` and `gift import-scores`."""
+"""Options of `gift annotate`, `gift import-scores` and `gift calibration`."""
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gift.config.options import DataOptions, DeviceOptions, Options, OutputOptions
+from gift.config.options import (
+    LARGEST_SEED,
+    DataOptions,
+    DeviceOptions,
+    Options,
+    OutputOptions,
+    replaces_no_input,
+)
 
 
 class AnnotateOptions(Options):
@@ -56,3 +63,31 @@ class ImportScoresConfig(DataOptions, OutputOptions):
         le=1,
         description="Confidence of the end-of-turn token, which the authors' files leave out.",
     )
+
+
+class CalibrationConfig(Options):
+    """Options of `gift calibration`."""
+
+    store: Path = Field(description="Folder that gift annotate made.")
+    data: Path = Field(description="The JSONL rows that it was made from.")
+    correct_field: str | None = Field(
+        default=None,
+        description="Key of a row that says whether its response is correct, true or false; rows "
+        "without it are left out. Without the option nothing is said of correctness.",
+    )
+    bands: int = Field(
+        default=10, ge=1, le=1000, description="Bands of the largest probability, equally wide."
+    )
+    examples: int = Field(default=5, ge=0, description="Tokens to show of each kind of example.")
+    resamples: int = Field(
+        default=2000, ge=100, description="Bootstrap samples of rows for the intervals."
+    )
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of these samples.")
+    output: Path | None = Field(
+        default=None,
+        description="Folder for calibration.json and, with matplotlib, calibration.png; default "
+        "none.",
+    )
+    overwrite: bool = Field(default=False, description="Replace the output folder if it exists.")
+
+    _replaces_no_input = model_validator(mode="after")(replaces_no_input)

@@ -1,5 +1,7 @@
 """Options of `gift demo`."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from gift.config.options import OutputOptions
@@ -8,15 +10,17 @@ from gift.config.options import OutputOptions
 class DemoConfig(OutputOptions):
     """Options of `gift demo`."""
 
+    output: Path = Field(description="The demo's folder; what is finished there is kept.")
+    overwrite: bool = Field(
+        default=False, description="Make anew what has other settings or was damaged."
+    )
     pairs: int = Field(
         default=2, ge=1, description="Base/instruct pairs to make, each from its own seed."
     )
     seeds: int = Field(
         default=3, ge=1, description="Task sets and adaptations per pair and method."
     )
-    workers: int = Field(
-        default=2, ge=1, description="Processes; each works on one pair, on one core."
-    )
+    workers: int = Field(default=2, ge=1, description="Processes, each on its share of the cores.")
     clean: bool = Field(
         default=False,
         description="References without noise: a control in which direct fine-tuning is best.",

@@ -92,6 +92,11 @@ class StudyConfig(OutputOptions):
     seeds: list[int] = Field(
         default=[0], min_length=1, description="Seeds of training; one run per seed."
     )
+    correct_field: str | None = Field(
+        default=None,
+        description="Key of the rows to adapt to that says whether their response is correct, true "
+        "or false; the report then says whether the guide's confidence tells.",
+    )
     workers: int | None = Field(
         default=None,
         ge=1,

@@ -1,188 +1,154 @@
-"""`gift demo`: makes tiny base/instruct pairs and shows what each way of adapting does to them."""
+"""`gift demo`: a world small enough for a laptop, and a study of four methods in it."""
 
-import os
-import time
-import warnings
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
-from statistics import fmean, stdev
+from random import Random
 from typing import Any
 
-from gift.config import DemoConfig
-from gift.console import console, error_console, print_table, progress
-from gift.demo.figures import plot_accuracy, plot_loss_by_band
-from gift.demo.study import METHODS, Sizes, study_pair
-from gift.figures import INSTALL, can_draw
-from gift.files import write_json
-from gift.publish import output_folder
+import yaml
+
+from gift.config import DemoConfig, StudyConfig
+from gift.console import console, error_console, progress, quiet
+from gift.demo import world
+from gift.demo.pair import make_pair
+from gift.errors import InputError
+from gift.study.run import study, worker_pool
 
 FIRST_PAIR_SEED = 10
-MEASURES = {
-    "task_sampled": "task, sampled",
-    "task_greedy": "task, greedy",
-    "worked_style": "own worked style",
-    "task_constraint_kept": "constraint kept on task",
-    "other_exact": "other tasks, exact",
-    "other_format": "other tasks, format",
+TASK_ROWS = 400
+WORLD_FOLDER, STUDY_FOLDER, STUDY_FILE = "world", "study", "study.yaml"
+SETTINGS = {
+    "lora_rank": 64,
+    "lora_alpha": 128,
+    "lora_dropout": 0.05,
+    "learning_rate": 2e-4,
+    "schedule": "cosine",
+    "warmup_ratio": 0.1,
+    "global_batch_size": 8,
+    "micro_batch_size": 8,
+    "max_length": 128,
+    "checkpoint_steps": 1000,
 }
-FIGURES = {"accuracy.png": plot_accuracy, "loss_by_band.png": plot_loss_by_band}
-COMPARED = ("Instruct", "Instruct-SFT", "Shadow-FT", "GIFT-BaseT")
+METHODS: dict[str, dict[str, Any]] = {
+    "GIFT": {},
+    "Shadow-FT": {"weighting": "uniform"},
+    "Instruct-SFT": {"weighting": "uniform", "trained": "instruct"},
+    "GIFT-BaseT": {"guide": "base"},
+}
+GREEDY = {"samples": 1, "temperature": 0.0}
+# Each with its file in the world and the name of its pattern there.
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "task": {"data": "task", "answer_pattern": world.ANSWER, "samples": 4, "temperature": 0.7},
+    "task, greedy": {"data": "task", "answer_pattern": world.ANSWER, **GREEDY},
+    "own worked style": {
+        "data": "style",
+        "answer_pattern": world.WORKED,
+        "samples": 1,
+        "temperature": 0.7,
+        "retention": True,
+    },
+    "format kept on task": {
+        "data": "format",
+        "answer_pattern": world.MARK,
+        "retention": True,
+        **GREEDY,
+    },
+    "other tasks": {"data": "other", "retention": True, **GREEDY},
+}
+INTRODUCTION = (
+    "A tiny instruct model is taught a task from {references} examples, in four ways. Three train "
+    "its base model and add what was learned to the instruct model: without weights (Shadow-FT), "
+    "weighted by the instruct model's confidence (GIFT) or by the base model's (GIFT-BaseT). "
+    "Instruct-SFT trains the instruct model itself. The task: programs over one digit, answered by "
+    "sampling and greedily. The other columns are what the instruct model could do before: its own "
+    "worked steps, formats, other tasks."
+)
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Runs the study, prints its tables and writes models, replies, results and figures."""
-    started = time.perf_counter()
-    with output_folder(config.output, overwrite=config.overwrite) as output:
-        partial = output.begin()
-        results = _study(config, partial)
-        results.sort(key=lambda entry: (entry["pair"], entry["seed"]))
-        summary = {
-            "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
-            "results": results,
-            "means": _means(results),
-            "advantage_of_gift": _advantages(results),
-            "seconds": time.perf_counter() - started,
-        }
-        write_json(partial / "results.json", summary)
-        for name, plot in FIGURES.items():
-            plot(results, partial / name)
-    _print(config, summary)
-    return summary
+    """Makes the world, runs the study and returns its results; the last line names the report.
 
-
-def _study(config: DemoConfig, partial: Path) -> list[dict[str, Any]]:
-    sizes = Sizes(questions=config.questions, steps=config.scale)
-    pair_seeds = [FIRST_PAIR_SEED + number for number in range(config.pairs)]
-    results = []
+    InputError: the output has other files, or pairs with other settings.
+    """
+    place = config.output / WORLD_FOLDER
+    if config.output.exists() and not place.exists() and any(config.output.iterdir()):
+        raise InputError(f"--output: {config.output} exists and is not a demo; choose another")
+    references = "clean" if config.clean else "noisy"
+    console.print(INTRODUCTION.format(references=references), highlight=False)
     error_console.print(
         f"Making {config.pairs} pairs of tiny models and adapting each {config.seeds} times in "
-        f"{len(METHODS) - 1} ways: one to two minutes on two cores.",
+        f"{len(METHODS)} ways: about two minutes on two cores.",
         highlight=False,
     )
-    # Spawned, not forked: PyTorch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(
-        max_workers=min(config.workers, config.pairs),
-        mp_context=get_context("spawn"),
-        initializer=_begin_worker,
-    )
-    with pool, progress("demo", config.pairs) as bar:
+    _make_world(config, place)
+    settings = _study(config, place)
+    path = config.output / STUDY_FILE
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    options = {"output": config.output / STUDY_FOLDER, "overwrite": config.overwrite}
+    return study(StudyConfig(**settings, workers=config.workers, **options))
+
+
+def _pairs(config: DemoConfig) -> dict[str, int]:
+    """The pairs' seeds by their names."""
+    seeds = range(FIRST_PAIR_SEED, FIRST_PAIR_SEED + config.pairs)
+    return {f"pair-{seed}": seed for seed in seeds}
+
+
+def _make_world(config: DemoConfig, place: Path) -> None:
+    """Makes the pairs, and writes task sets and questions."""
+    pairs = _pairs(config)
+    with worker_pool(config.workers) as pool, progress("pairs", len(pairs)) as bar:
         jobs = [
-            pool.submit(
-                study_pair,
-                partial / f"pair-{pair_seed}",
-                pair_seed,
-                range(config.seeds),
-                sizes,
-                config.clean,
-            )
-            for pair_seed in pair_seeds
+            pool.submit(_make_pair, place / name, seed, config.scale, config.overwrite)
+            for name, seed in pairs.items()
         ]
+        for name, seed in pairs.items():
+            _write_data(config, place, name, seed)
         for job in as_completed(jobs):
-            results += job.result()
+            job.result()
             bar.advance()
-    return results
 
 
-def _begin_worker() -> None:
-    """One core a worker: two threads would be no faster on models of this size."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.simplefilter("ignore")
+def _make_pair(folder: Path, seed: int, scale: float, overwrite: bool) -> None:
+    with quiet():
+        make_pair(folder, seed, steps_scale=scale, overwrite=overwrite)
 
 
-def _means(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Mean and standard deviation over pairs and seeds, by method and measure, in percent."""
-    means = {}
-    for method in METHODS:
-        entries = [entry for entry in results if entry["method"] == method.name]
-        means[method.name] = {
-            measure: _mean_and_deviation([entry[measure] for entry in entries])
-            for measure in MEASURES
-        }
-    return means
+def _write_data(config: DemoConfig, place: Path, pair: str, pair_seed: int) -> None:
+    """A task set per seed, and questions that are in none of them."""
+    place.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for seed in range(config.seeds):
+        rng = Random(f"task/{pair_seed}/{seed}")
+        rows = world.task_rows(rng, TASK_ROWS, world.CLEAN if config.clean else world.TASK_NOISE)
+        world.write_rows(place / f"{pair}-rows-{seed}.jsonl", rows)
+        taken |= {row["instruction"] for row in rows}
+    rng = Random(f"questions/{pair_seed}")
+    programs = world.distinct_programs(rng, config.questions, taken)
+    constrained = world.distinct_programs(rng, config.questions // 2, taken)
+    for name, questions in (
+        ("task", world.task_questions(programs)),
+        ("style", world.style_questions(programs)),
+        ("format", world.constraint_questions(rng, constrained)),
+        ("other", world.puzzle_questions(rng, config.questions)),
+    ):
+        world.write_rows(place / f"{pair}-{name}.jsonl", questions)
 
 
-def _advantages(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """GIFT's sampled task accuracy minus each other method's, run by run, in points."""
-
-    def scores(method: str) -> list[float]:
-        return [entry["task_sampled"] for entry in results if entry["method"] == method]
-
-    advantages = {}
-    for other in COMPARED:
-        differences = [
-            gift - theirs for gift, theirs in zip(scores("GIFT"), scores(other), strict=True)
-        ]
-        advantages[other] = {
-            **_mean_and_deviation(differences),
-            "ahead": sum(difference > 0 for difference in differences),
-            "runs": len(differences),
-        }
-    return advantages
-
-
-def _mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
-
-
-def _shown(value: dict[str, Any], mean_format: str = ".1f") -> str:
-    deviation = "" if value["sd"] is None else f" ± {value['sd']:.1f}"
-    return f"{value['mean']:{mean_format}}{deviation}"
-
-
-def _print(config: DemoConfig, summary: dict[str, Any]) -> None:
-    runs = config.pairs * config.seeds
-    print_table(
-        f"Accuracy in %, mean ± standard deviation of {runs} runs "
-        f"({config.pairs} pairs × {config.seeds} seeds)",
-        ("", *MEASURES.values()),
-        [
-            (method, *(_shown(v) for v in measures.values()))
-            for method, measures in summary["means"].items()
-        ],
-    )
-    print_table(
-        "GIFT's sampled task accuracy minus that of the other, same pair and seed, in points",
-        ("", "mean ± sd", "ahead in"),
-        [
-            (other, _shown(v, "+.1f"), f"{v['ahead']} of {v['runs']}")
-            for other, v in summary["advantage_of_gift"].items()
-        ],
-    )
-    loss_by_band = _loss_by_band(summary["results"])
-    bands = list(next(iter(loss_by_band.values())))
-    print_table(
-        "Weighted loss by the instruct model's confidence q, share of Σ w·nll in %",
-        ("", *bands),
-        [
-            (method, *(f"{100 * share:.1f}" for share in shares.values()))
-            for method, shares in loss_by_band.items()
-        ],
-    )
-    references = "clean" if config.clean else "noisy"
-    console.print(
-        f"References were {references}. In {config.output} are results.json, every reply, the "
-        f"adapters and models, {', '.join(FIGURES) if can_draw() else 'but no figures'} "
-        f"({summary['seconds']:.0f} s).",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if not can_draw():
-        console.print(f"{' and '.join(FIGURES)} need matplotlib: {INSTALL}", highlight=False)
-
-
-def _loss_by_band(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean share of the weighted loss per confidence band, for Shadow-FT and GIFT."""
-    loss_by_band = {}
-    for method in ("Shadow-FT", "GIFT"):
-        entries = [entry["loss_by_band"] for entry in results if entry["method"] == method]
-        loss_by_band[method] = {
-            band: fmean(entry[band] for entry in entries) for band in entries[0]
-        }
-    return loss_by_band
+def _study(config: DemoConfig, place: Path) -> dict[str, Any]:
+    """The study's file."""
+    asked = {"check": "exact", "max_new_tokens": 48, "batch_size": 512, "device": "cpu"}
+    return {
+        "pairs": {
+            name: {model: str(place / name / model) for model in ("base", "instruct")}
+            for name in _pairs(config)
+        },
+        "settings": {"data": str(place / "{pair}-rows-{seed}.jsonl"), "device": "cpu", **SETTINGS},
+        "methods": METHODS,
+        "evaluations": {
+            name: {**asked, **options, "data": str(place / f"{{pair}}-{options['data']}.jsonl")}
+            for name, options in EVALUATIONS.items()
+        },
+        "correct_field": "correct",
+        "seeds": list(range(config.seeds)),
+    }

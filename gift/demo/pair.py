@@ -36,8 +36,8 @@ from gift.demo.world import (
     draw_document,
     draw_primer,
 )
-from gift.files import write_json
-from gift.publish import output_folder
+from gift.files import hash_json, write_json
+from gift.publish import output_folder, published_key
 
 BOS, EOS, PAD, UNKNOWN = "<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -101,19 +101,23 @@ def make_pair(
 ) -> Pair:
     """Makes both models in `folder`/base and `folder`/instruct.
 
-    A call that was killed between the two models resumes with the second. Training runs on one
-    thread, which is as fast as two here and gives the same files on any number of cores.
+    A pair that is there with the same settings is kept; a call that was killed between the two
+    models resumes with the second. Training runs on one thread, which is as fast as two here and
+    gives the same files on any number of cores.
 
     Args:
-        folder: a folder with files in it is an error without `overwrite`.
+        folder: a folder with other files in it is an error without `overwrite`.
         seed: of initial weights and all data.
         steps_scale: scales the numbers of training steps; below 1 for a quick, unskilled pair.
         recipe: all other settings; by default those that the demo was tuned with.
     """
     recipe = recipe or Recipe()
     settings = {"seed": seed, "steps_scale": steps_scale, "recipe": asdict(recipe)}
+    pair, key = Pair(folder / "base", folder / "instruct"), hash_json(settings)
+    if published_key(folder) == key:
+        return pair
     tokenizer = make_tokenizer()
-    with output_folder(folder, overwrite=overwrite) as output, _one_thread():
+    with output_folder(folder, overwrite=overwrite, key=key) as output, _one_thread():
         partial = output.begin(settings, keep=("base", "instruct"))
         write_json(partial / SETTINGS_FILE, settings)
         base, instruct = partial / "base", partial / "instruct"
@@ -126,7 +130,7 @@ def make_pair(
                 model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
                 model = _make_instruct(model, recipe, tokenizer, seed, steps_scale)
                 _save(model, tokenizer, made.begin())
-    return Pair(folder / "base", folder / "instruct")
+    return pair
 
 
 @contextmanager

@@ -11,9 +11,8 @@ Everything is drawn from the `random.Random` that the caller passes in.
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
@@ -21,14 +20,14 @@ from typing import Any, Literal, get_args
 from gift.files import replacing
 
 Convention = Literal["wrap", "stop"]
+Row = dict[str, Any]
 Constraint = Literal["brackets", "upper", "twice", "end with done", "begin with sure"]
 PuzzleKind = Literal["copy", "reverse", "first", "last", "find"]
-PROGRAM = "program"
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 # The constraints that can be applied to a worked program, which consists of digits and steps.
 PROGRAM_CONSTRAINTS: tuple[Constraint, ...] = ("brackets", "end with done", "begin with sure")
+MARKS = {"brackets": "[", "end with done": "done", "begin with sure": "sure"}
 PUZZLES: tuple[PuzzleKind, ...] = get_args(PuzzleKind)
-NO_CONSTRAINT = "none"
 
 NAMES = ("a", "b", "c", "d", "e")
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -41,6 +40,12 @@ ITEMS = (
 # What the constraint `upper` makes of the words that puzzles answer with.
 UPPER_WORDS = tuple(word.upper() for word in (*NAMES, *ITEMS))
 SEPARATOR = ":"
+_STEP = r"\d -?\d = \d"
+# Patterns for `gift evaluate`: a program's answer; the name of the last of its worked steps, where
+# they are all there and nothing else; the mark of the constraint that the reply keeps.
+ANSWER = r"answer (\d)$"
+WORKED = rf"^b {_STEP} ; c {_STEP} ; (?:d {_STEP} ; (?=e))?(d|e) {_STEP} ; answer \d$"
+MARK = r"(^\[(?= .* \]$)|^sure(?= )|(?<= )done$)"
 VOCABULARY = (
     *("user", "assistant", "calc", "answer", "=", ";", SEPARATOR, "|", "in"),
     *(*NAMES, *DIGITS, *NEGATIVES, *PUZZLES),
@@ -184,7 +189,7 @@ def _with_constraint(prompt: str, constraint: Constraint | None) -> str:
     return prompt if constraint is None else f"{prompt} | {constraint}"
 
 
-def draw_puzzle(rng: Random, constraint: Constraint | None) -> tuple[PuzzleKind, Sample]:
+def draw_puzzle(rng: Random, constraint: Constraint | None) -> Sample:
     """A list puzzle or look-up with its exact answer in the wanted format."""
     kind = rng.choice(PUZZLES)
     if kind == "find":
@@ -197,7 +202,7 @@ def draw_puzzle(rng: Random, constraint: Constraint | None) -> tuple[PuzzleKind,
         items = rng.sample(ITEMS, rng.randint(2, 3))
         answers = {"copy": items, "reverse": items[::-1], "first": items[:1], "last": items[-1:]}
         prompt, reply = f"{kind} {' '.join(items)}", " ".join(answers[kind])
-    return kind, Sample(_with_constraint(prompt, constraint), apply_constraint(reply, constraint))
+    return Sample(_with_constraint(prompt, constraint), apply_constraint(reply, constraint))
 
 
 def _draw_constraint(
@@ -233,7 +238,7 @@ def draw_document(rng: Random, mixture: Mixture) -> Sample:
         convention = _draw_convention(rng, mixture.document_wrap)
         steps = write_steps(program, convention, rng, mixture.document_noise)
         return Sample(program.prompt(), " ; ".join(steps), chat)
-    _, puzzle = draw_puzzle(rng, _draw_constraint(rng, mixture.document_constraints))
+    puzzle = draw_puzzle(rng, _draw_constraint(rng, mixture.document_constraints))
     return replace(puzzle, chat=chat)
 
 
@@ -249,128 +254,61 @@ def draw_conversation(rng: Random, mixture: Mixture) -> Sample:
         return Sample(
             _with_constraint(program.prompt(), constraint), apply_constraint(reply, constraint)
         )
-    return draw_puzzle(rng, _draw_constraint(rng, mixture.puzzle_constraints))[1]
+    return draw_puzzle(rng, _draw_constraint(rng, mixture.puzzle_constraints))
 
 
-@dataclass(frozen=True)
-class Question:
-    """A held-out prompt; `answer` is a program's last digit or a puzzle's exact reply."""
+def task_rows(rng: Random, count: int, noise: Noise = TASK_NOISE) -> list[Row]:
+    """The task set: programs of four or five values with reference answers of the given noise.
 
-    instruction: str
-    answer: str
-    kind: str
-    constraint: str = NO_CONSTRAINT
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one reply got right.
-
-    `correct` is the right last digit of a program, or a puzzle's exact reply; `format_kept` that
-    the reply has the wanted format and no other, whatever it says; `worked` that a program is
-    answered in worked steps, one for each value in order and nothing else, right or wrong.
+    `correct` says whether a reference's answer is right.
     """
-
-    correct: bool
-    format_kept: bool
-    worked: bool
-
-
-def judge(question: Mapping[str, Any], reply: str, *, ended: bool = True) -> Verdict:
-    """The verdict on a reply to a row of a held-out set; one that did not end is wrong."""
-    words = reply.split()
-    if not ended or not words:
-        return Verdict(False, False, False)
-    constraint, program = question["constraint"], question["kind"] == PROGRAM
-    format_kept = keeps_format(words, constraint)
-    if not program:
-        return Verdict(" ".join(words) == question["answer"], format_kept, False)
-    decoration = {"[", "]", "sure", "done"}
-    plain = [word for word in words if word not in decoration]
-    correct = plain[-2:] == ["answer", question["answer"]]
-    return Verdict(correct, format_kept, _is_worked(question["instruction"], plain))
-
-
-def keeps_format(words: list[str], constraint: str) -> bool:
-    """Whether words show the marks of this constraint and of no other."""
-    half, odd = divmod(len(words), 2)
-    marks = {
-        "brackets": words[0] == "[" and words[-1] == "]" and len(words) > 2,
-        "end with done": words[-1] == "done" and len(words) > 1,
-        "begin with sure": words[0] == "sure" and len(words) > 1,
-        "upper": all(word in (*UPPER_WORDS, "=") for word in words),
-        "twice": not odd and half > 0 and words[:half] == words[half:],
-    }
-    shown = {
-        "brackets": "[" in words or "]" in words,
-        "end with done": "done" in words,
-        "begin with sure": "sure" in words,
-        "upper": any(word in UPPER_WORDS for word in words),
-        "twice": marks["twice"],
-    }
-    return (constraint == NO_CONSTRAINT or marks[constraint]) and not any(
-        shown[other] for other in shown if other != constraint
-    )
-
-
-def _is_worked(instruction: str, words: list[str]) -> bool:
-    values = [word for word in instruction.split(" | ")[0].split() if word in (*DIGITS, *NEGATIVES)]
-    pattern = " ; ".join(
-        [*(rf"{name} \d -?\d = \d" for name in NAMES[1 : len(values)]), r"answer \d"]
-    )
-    return re.fullmatch(pattern, " ".join(words)) is not None
-
-
-def task_rows(rng: Random, count: int, noise: Noise = TASK_NOISE) -> list[dict[str, str]]:
-    """The task set: programs of four or five values with reference answers of the given noise."""
-    rows = []
-    for program in _distinct_programs(rng, count, set()):
-        reply = " ; ".join(write_steps(program, "wrap", rng, noise))
-        rows.append({"instruction": program.prompt(), "response": reply})
+    rows: list[Row] = []
+    for program in distinct_programs(rng, count):
+        pieces = write_steps(program, "wrap", rng, noise)
+        correct = pieces[-1].endswith(f"answer {program.result()}")
+        row = {"instruction": program.prompt(), "response": " ; ".join(pieces), "correct": correct}
+        rows.append(row)
     return rows
 
 
-def _distinct_programs(rng: Random, count: int, taken: set[str]) -> Iterator[Program]:
-    taken = set(taken)
-    while count:
+def distinct_programs(rng: Random, count: int, taken: Collection[str] = ()) -> list[Program]:
+    """Programs of four or five values, none of whose prompts is in `taken`."""
+    found: dict[str, Program] = {}
+    while len(found) < count:
         program = draw_program(rng, (4, 5))
         if program.prompt() not in taken:
-            taken.add(program.prompt())
-            count -= 1
-            yield program
+            found.setdefault(program.prompt(), program)
+    return list(found.values())
 
 
-def task_questions(
-    rng: Random, count: int, taken: set[str], *, constrained: bool = False
-) -> list[Question]:
-    """Held-out programs, none of whose prompts is in `taken`."""
-    questions = []
-    for program in _distinct_programs(rng, count, taken):
-        constraint = rng.choice(PROGRAM_CONSTRAINTS) if constrained else None
-        questions.append(
-            Question(
-                _with_constraint(program.prompt(), constraint),
-                str(program.result()),
-                PROGRAM,
-                constraint or NO_CONSTRAINT,
-            )
-        )
-    return questions
+def task_questions(programs: Iterable[Program]) -> list[Row]:
+    """What the programs give; `ANSWER` finds it in a reply."""
+    return [{"instruction": p.prompt(), "answer": str(p.result())} for p in programs]
 
 
-def puzzle_questions(rng: Random, count: int, constrained: float = 0.6) -> list[Question]:
-    """The other tasks, with a constraint in a share of them."""
-    questions = []
-    for _ in range(count):
-        constraint = _draw_constraint(rng, constrained)
-        kind, puzzle = draw_puzzle(rng, constraint)
-        questions.append(Question(puzzle.prompt, puzzle.reply, kind, constraint or NO_CONSTRAINT))
-    return questions
+def style_questions(programs: Iterable[Program]) -> list[Row]:
+    """Whether they are answered in worked steps, right or wrong; `WORKED` finds the last one."""
+    return [{"instruction": p.prompt(), "answer": NAMES[len(p.changes)]} for p in programs]
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, str] | Question]) -> None:
-    """Writes a task set or a held-out set as JSON lines, whole or not at all."""
+def constraint_questions(rng: Random, programs: Iterable[Program]) -> list[Row]:
+    """Whether a format is kept, whatever the answer; `MARK` finds the one that a reply has."""
+    rows = []
+    for program in programs:
+        constraint = rng.choice(PROGRAM_CONSTRAINTS)
+        prompt = _with_constraint(program.prompt(), constraint)
+        rows.append({"instruction": prompt, "answer": MARKS[constraint]})
+    return rows
+
+
+def puzzle_questions(rng: Random, count: int, constrained: float = 0.6) -> list[Row]:
+    """The other tasks with their exact replies, a constraint in a share of them."""
+    puzzles = (draw_puzzle(rng, _draw_constraint(rng, constrained)) for _ in range(count))
+    return [{"instruction": puzzle.prompt, "answer": puzzle.reply} for puzzle in puzzles]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a task set or questions as JSON lines, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            content = asdict(row) if isinstance(row, Question) else dict(row)
-            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

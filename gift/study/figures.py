@@ -80,6 +80,25 @@ def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
     return _embedded(figure)
 
 
+def draw_reliability(calibrations: Sequence[Mapping[str, Any]]) -> str:
+    """A line a guide and pair: its largest probability against how often its first choice is it."""
+    figure, (panel,) = _panels(1, 4.6, 3.6)
+    panel.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
+    for number, one in enumerate(calibrations):
+        panel.plot(
+            [100 * band["mean_largest"] for band in one["reliability"]],
+            [100 * band["first_choice_is_target"] for band in one["reliability"]],
+            marker=".",
+            color=COLORS[1 + number % (len(COLORS) - 1)],
+            label=f"{one['guide']}, {one['pair']}",
+        )
+    panel.set_xlabel("the guide's largest probability, %", fontsize=8)
+    panel.set_ylabel("its first choice is the data's token, %", fontsize=8)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return _embedded(figure)
+
+
 def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure and its panels, at most three in a row."""
     import matplotlib
@@ -109,7 +128,11 @@ def _embedded(figure: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def figures_of(results: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, str]:
+def figures_of(
+    results: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    calibrations: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
     """Every figure by name; none where matplotlib is not installed."""
     if not can_draw():
         return {}
@@ -136,6 +159,8 @@ def figures_of(results: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[st
         figures["pass"] = draw_lines(curves, "N", "right in at least one of N, %", palette)
     if bands:
         figures["bands"] = draw_bands(bands)
+    if calibrations:
+        figures["calibration"] = draw_reliability(calibrations)
     if layers:
         figures["layers"] = draw_lines({"": layers}, "layer", "mean ‖Δ‖ / ‖A‖", palette)
     return figures

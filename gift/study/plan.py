@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gift.config import AnnotateConfig, DiffConfig, EvaluateConfig, MergeConfig, TrainConfig
+from gift.config import (
+    AnnotateConfig,
+    CalibrationConfig,
+    DiffConfig,
+    EvaluateConfig,
+    MergeConfig,
+    TrainConfig,
+)
 from gift.config.run import RunOptions
 from gift.config.study import (
     INSTRUCT,
@@ -31,7 +38,7 @@ from gift.run import PATH_FIELDS, TOKENIZER_FILES, check_pair, pick
 
 STAGES_FOLDER = "stages"
 TUNING = "tuning"
-INPUTS = PATH_FIELDS | {"model_a", "model_b"}
+INPUTS = PATH_FIELDS | {"model_a", "model_b", "store"}
 Rates = Mapping[tuple[str, str], float]
 
 
@@ -55,7 +62,7 @@ class Stage:
 class Run:
     """One line of the table of runs; the instruct model's own has no seed and no rate.
 
-    `stages` are annotate, train, merge and diff, as far as the run has them.
+    `stages` are annotate, calibrate, train, merge and diff, as far as the run has them.
     """
 
     pair: str
@@ -82,7 +89,7 @@ def plan(config: StudyConfig, rates: Rates) -> list[Run]:
         for method in config.methods:
             for seed in config.seeds:
                 rate = rates.get((name, method))
-                run = planner.chain(method, seed, rate, diff=seed == config.seeds[0])
+                run = planner.chain(method, seed, rate, examine=seed == config.seeds[0])
                 for evaluation, options in config.evaluations.items():
                     stage = planner.evaluate(evaluation, options, run.stages["merge"])
                     run.evaluations[evaluation] = stage
@@ -103,7 +110,7 @@ def plan_tuning(config: StudyConfig) -> list[Run]:
         planner = _Planner(config, name, pair)
         for method in config.methods:
             for rate in config.tuning.learning_rates:
-                run = planner.chain(method, config.seeds[0], rate, diff=False)
+                run = planner.chain(method, config.seeds[0], rate, examine=False)
                 stage = planner.evaluate(TUNING, config.tuning, run.stages["merge"])
                 run.evaluations[TUNING] = stage
                 runs.append(run)
@@ -151,8 +158,8 @@ class _Planner:
         self._tokenizer = hash_folder(self._models["instruct"], TOKENIZER_FILES)
         self._checked: set[str] = set()
 
-    def chain(self, method: str, seed: int, rate: float | None, *, diff: bool) -> Run:
-        """A method's stages up to the merge, and what the merge changed where `diff` is given."""
+    def chain(self, method: str, seed: int, rate: float | None, *, examine: bool) -> Run:
+        """A method's stages up to the merge; with `examine` what to say of guide and change too."""
         options = self._config.methods[method]
         rate = options.learning_rate if rate is None else rate
         data = _path(options.data, self._name, seed)
@@ -194,7 +201,15 @@ class _Planner:
             train,
         )
         stages = {"annotate": annotated, "train": train, "merge": merge}
-        if diff:
+        if examine:
+            guide = CalibrationConfig(
+                store=annotated.folder,
+                data=data,
+                correct_field=self._config.correct_field,
+                output=Path("calibrate"),
+            )
+            inputs = [rows, hash_file(data), annotated.key]
+            stages["calibrate"] = self._stage("calibrate", guide, inputs, label, annotated)
             changed = DiffConfig(
                 model_a=str(instruct),
                 model_b=str(merge.folder),

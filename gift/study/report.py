@@ -45,12 +45,13 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
         files("gift.study").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     layers = changes_by_layer(study)
+    calibrations = _calibrations(study)
     html = template.render(
         study=study,
         results=results,
-        figures=figures_of(results, layers),
+        figures=figures_of(results, layers, calibrations),
         layers=layers,
-        calibrations=[],
+        calibrations=calibrations,
         questions={name: questions_decided(study, name) for name in study.evaluations},
         health=_health(study),
         warnings=_warnings(study),
@@ -81,6 +82,24 @@ def changes_by_layer(study: Study) -> dict[str, list[tuple[int, float]]]:
         for method, layers in found.items()
         if layers
     }
+
+
+def _calibrations(study: Study) -> list[dict[str, Any]]:
+    """What gift calibration says of each guide's first store, with its pair."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in study.record["runs"]:
+        name = run["stages"].get("calibrate")
+        if name is None or name in found:
+            continue
+        report = read_json(study.stage(name) / "calibration.json")
+        tokens = [band["tokens"] for band in report["reliability"]]
+        means = {
+            key: float(np.average([band[key] for band in report["reliability"]], weights=tokens))
+            for key in ("mean_largest", "first_choice_is_target")
+        }
+        guide = study.settings["methods"][run["method"]]["guide"]
+        found[name] = {**report, **means, "pair": run["pair"], "guide": guide}
+    return list(found.values())
 
 
 def questions_decided(study: Study, evaluation: str) -> dict[str, list[dict[str, Any]]]:

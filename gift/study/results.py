@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record = read_record(folder / STUDY_FILE, ("settings.evaluations", "compared", "runs"))
+        self.record = read_record(
+            folder / STUDY_FILE, ("settings", "methods", "evaluations", "runs")
+        )
         self._answers: dict[str, list[list[dict[str, Any]]]] = {}
 
     @property
@@ -58,16 +59,15 @@ class Study:
         """The study's file, with every default."""
         return self.record["settings"]
 
-    @cached_property
+    @property
     def methods(self) -> list[str]:
         """The instruct model as it is, then the methods in the order of the file."""
-        return [INSTRUCT, *self.settings["methods"]]
+        return self.record["methods"]
 
-    @cached_property
+    @property
     def evaluations(self) -> list[str]:
         """What measures the task, then what measures retention."""
-        found = self.settings["evaluations"]
-        return sorted(found, key=lambda name: found[name]["retention"])
+        return self.record["evaluations"]
 
     def is_retention(self, evaluation: str) -> bool:
         """Whether it measures what the instruct model could do before."""
@@ -227,7 +227,7 @@ def print_results(results: dict[str, Any]) -> None:
         ("", *accuracy),
         [(method, *(in_percent(each[method]) for each in accuracy.values())) for method in methods],
     )
-    for name in accuracy:
+    for name in results["task_evaluations"] or accuracy:
         rows = [
             (
                 one["second"],

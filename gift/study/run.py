@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from gift.annotate import annotate
+from gift.calibration.command import calibration
 from gift.config import StudyConfig
+from gift.config.study import INSTRUCT
 from gift.console import console, progress
 from gift.errors import InputError
 from gift.evaluate import evaluate
@@ -32,6 +34,7 @@ from gift.train import train
 
 FUNCTIONS = {
     "annotate": annotate,
+    "calibrate": calibration,
     "train": train,
     "merge": merge,
     "evaluate": evaluate,
@@ -108,6 +111,9 @@ def _record(
     """The table of runs, with the folders of their stages."""
     return {
         "settings": config.model_dump(mode="json", exclude={"output", "overwrite", "workers"}),
+        # Objects in this file are sorted by their names.
+        "methods": [INSTRUCT, *config.methods],
+        "evaluations": sorted(config.evaluations, key=lambda n: config.evaluations[n].retention),
         "compared": config.compared,
         "tuning": tuning,
         "runs": [

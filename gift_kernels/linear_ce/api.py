@@ -119,7 +119,7 @@ def weighted_ce(
             the count over a global batch. A loss of 0 divided by 0 is 0.
         ignore_index: rows with this target cost nothing and have zero loss and gradient.
         stats: names of the `TokenStats` to return: "nll", "confidence", "lse", "entropy", "top1",
-            "weight". Others are not computed where that saves work.
+            "largest", "weight". Others are not computed where that saves work.
         impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
             where nothing is float64, else eager.
         chunk_size: rows of logits the eager implementation holds at once; by default as many as
@@ -169,6 +169,7 @@ def weighted_ce(
         ignore_index=ignore_index,
         grad=torch.is_grad_enabled(),
         rowwise=reduction == "none",
+        mean=reduction == "mean" and normalizer is None,
         asked=asked,
         keep_zero_rows=trained_weight is not None or bool(asked and asked != {"weight"}),
         shard=shard,
@@ -180,8 +181,6 @@ def weighted_ce(
         loss = loss.reshape(target.shape)
     elif normalizer is not None:
         loss = normalized(loss, normalizer)
-    elif reduction == "mean":
-        loss = loss / result.row_count
     elif reduction == "weighted_mean":
         weight = result.weight if trained_weight is None else trained_weight
         loss = normalized(loss, weight.sum())
@@ -316,6 +315,7 @@ def _call(
     transform: WeightTransform = NO_TRANSFORM,
     grad: bool = False,
     rowwise: bool = False,
+    mean: bool = False,
 ) -> LinearCE:
     """Calls the operator, whose arguments are flat, with flat rows."""
     hidden, lm_head_weight, bias, logit_scale, logit_softcap = head
@@ -345,7 +345,8 @@ def _call(
         grad and lm_head_weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
         rowwise,
-        asked is not None and bool(asked & {"lse", "top1"}),
+        mean,
+        asked is not None and bool(asked & {"lse", "top1", "largest"}),
         asked is not None and "entropy" in asked,
         keep_zero_rows,
         shard.group.group_name if shard is not None else None,

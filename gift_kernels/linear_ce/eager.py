@@ -1,8 +1,10 @@
 """Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
 
 Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
-they become exponentials and then the gradient of the logits in place. The head is upcast one block
-of VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
+they become exponentials and then the gradient of the logits in place. Where the device multiplies
+16-bit matrices into float32 (`matmul.mixed_products`), products take the inputs' dtype, to which
+exponentials are rounded, except the target's term; elsewhere the head is upcast, one block of
+VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
 m_i = max_v z_iv, E = exp(z − m) but 0 at the target y, R_i = Σ_v E_iv, S_i = R_i + exp(z_iy − m_i):
 
     nll_i = log S_i − (z_iy − m_i), which is log1p(R_i) where the target is the largest
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gift_kernels.linear_ce.matmul import mixed_products, wide_mm
 from gift_kernels.linear_ce.types import (
     LinearCE,
     LinearInputs,
@@ -35,19 +38,21 @@ from gift_kernels.linear_ce.types import (
 )
 from gift_kernels.reference import transform_weight
 
-CHUNK_BYTES = 1 << 28
+# On a GPU products need rows enough to fill it; 1024 of a vocabulary of 128 thousand.
+CHUNK_BYTES = 1 << 29
 # On a CPU a chunk should fit into the caches, but with fewer rows the head is read too often.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 1 << 24, 128
 VOCAB_BLOCK = 8192
 
 
 class RowStats(NamedTuple):
-    """nll, lse and entropy float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
+    """Float [N] in accumulation dtype, top1 bool [N]; entropy may be empty."""
 
     nll: Tensor
     lse: Tensor
     entropy: Tensor
     top1: Tensor
+    largest: Tensor
 
 
 class Exponentials(NamedTuple):
@@ -167,6 +172,7 @@ def _scatter(
         weight=full(weight),
         lse=full(stats.lse) if problem.with_stats else None,
         top1=full(stats.top1) if problem.with_stats else None,
+        largest=full(stats.largest) if problem.with_stats else None,
         entropy=full(stats.entropy) if problem.with_entropy else None,
         dh=full(dh) if dh is not None else None,
         dw=gradients.dw,
@@ -182,7 +188,9 @@ def rows_per_chunk(
         return chunk_size
     row = vocab_size * accumulation_dtype(dtype).itemsize
     most = max(1, CHUNK_BYTES // row)
-    return min(most, max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row)) if device == "cpu" else most
+    if device == "cpu":
+        return min(most, max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row))
+    return most // 128 * 128 if most > 128 else most  # whole tiles of a product
 
 
 def row_stats(
@@ -224,6 +232,8 @@ def stats_and_gradients(
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_dh else None
     dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_dw else None
     db = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if want_db else None
+    # Weighted probabilities reach below the range of float16.
+    operand = dtype if hidden.dtype == torch.float16 else _operand_dtype(head)
     parts = []
     for rows in _chunks(head, shard, chunk_size):
         logits = _logits(head, rows)
@@ -231,31 +241,55 @@ def stats_and_gradients(
             logits, target[rows], with_entropy, shard, slope_softcap=head.logit_softcap
         )
         parts.append(stats)
-        _exponentials_to_gradient_(exponentials, target[rows], shard)
         factor = head.logit_scale / exponentials.total
+        if dh is not None:
+            _add_hidden_gradient_(dh[rows], head, exponentials, target[rows], shard)
+            dh[rows] *= factor.unsqueeze(1)
+        if dw is None and db is None:
+            continue
+        _exponentials_to_gradient_(exponentials, target[rows], shard)
         if self_weight is not None:
             chunk_weight = transform_weight(torch.exp(-stats.nll), self_weight)
         else:
             chunk_weight = row_weight[rows]
         counts = chunk_weight != 0
         # 0 · NaN is NaN: zero the hidden states of rows of weight 0 so that no NaN reaches dW.
-        counted = scale_rows(hidden[rows].to(dtype), counts) if dw is not None else None
+        counted = scale_rows(hidden[rows].to(dtype), counts).to(operand)
+        row_factor = torch.where(counts, chunk_weight * factor, 0)
         for block in _vocab_blocks(weight.shape[0]):
-            gradient = logits[:, block]
-            if dh is not None:
-                dh[rows].addmm_(gradient, weight[block].to(dtype))
-            if dw is None and db is None:
-                continue
-            gradient = scale_rows(gradient, torch.where(counts, chunk_weight * factor, 0))
-            if dw is not None and counted is not None:
-                dw[block].addmm_(gradient.T, counted)
+            gradient = scale_rows(logits[:, block], row_factor)
+            if dw is not None:
+                wide_mm(gradient.to(operand).T, counted, dw[block], accumulate=True)
             if db is not None:
                 db[block] += gradient.sum(0)
-        if dh is not None:
-            dh[rows] *= factor.unsqueeze(1)
     if dh is not None and shard is not None:
         dist.all_reduce(dh, group=shard.group)
     return _concatenate(parts, head, target), Gradients(dh, dw, db)
+
+
+def _add_hidden_gradient_(
+    dh: Tensor,
+    head: LinearInputs,
+    exponentials: Exponentials,
+    target: Tensor,
+    shard: VocabShard | None,
+) -> None:
+    """Adds G W of a chunk to dh [C, D]."""
+    values, rest, _, slope = exponentials
+    operand = _operand_dtype(head)
+    # Brings the largest exponential of a row to 2^15, because float16 ends at 6e-8.
+    scale = None
+    if operand == torch.float16:
+        largest = values.amax(1, keepdim=True)
+        scale = torch.where(largest > 0, largest, 1) * 2.0**-15
+    for block in _vocab_blocks(head.weight.shape[0]):
+        part = values[:, block] if scale is None else values[:, block] / scale
+        wide_mm(part.to(operand), head.weight[block].to(operand), dh, accumulate=True)
+    if scale is not None:
+        dh *= scale
+    # The target's term stays out of the rounding of the others, which it balances.
+    column, found = _local_target(target, values.shape[1], shard)
+    dh -= scale_rows(head.weight[column].to(dh.dtype), found * rest * slope)
 
 
 def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
@@ -279,13 +313,20 @@ def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
         yield slice(start, start + VOCAB_BLOCK)
 
 
+def _operand_dtype(head: LinearInputs) -> torch.dtype:
+    """The dtype in which products are made: that of the inputs, or the one of their sums."""
+    dtype = head.hidden.dtype
+    return dtype if mixed_products(head.hidden.device, dtype) else accumulation_dtype(dtype)
+
+
 def _logits(head: LinearInputs, rows: slice) -> Tensor:
     dtype = accumulation_dtype(head.hidden.dtype)
-    hidden = head.hidden[rows].to(dtype)  # [C, D]
+    operand = _operand_dtype(head)
+    hidden = head.hidden[rows].to(operand)  # [C, D]
     vocab_size = head.weight.shape[0]
     logits = torch.empty(hidden.shape[0], vocab_size, dtype=dtype, device=hidden.device)
     for block in _vocab_blocks(vocab_size):
-        torch.mm(hidden, head.weight[block].to(dtype).T, out=logits[:, block])
+        wide_mm(hidden, head.weight[block].to(operand).T, logits[:, block])
     if head.bias is not None:
         logits += head.bias.to(dtype)
     if head.logit_scale != 1.0:
@@ -350,7 +391,8 @@ def _chunk_stats(
     if with_entropy:
         entropy = log_total - (moment + torch.where(own > 0, own * gap, 0)) / total
     slope = 1 - (target_logit / slope_softcap) ** 2 if slope_softcap is not None else 1.0
-    stats = RowStats(log_total - gap, log_total + largest / temperature, entropy, top1)
+    lse = log_total + largest / temperature
+    stats = RowStats(log_total - gap, lse, entropy, top1, torch.exp(-log_total))
     return stats, Exponentials(logits, rest, total, slope)
 
 
@@ -376,4 +418,4 @@ def _concatenate(parts: list[RowStats], head: LinearInputs, target: Tensor) -> R
     if parts:
         return RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
     empty = torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype), device=target.device)
-    return RowStats(empty, empty, empty, empty.bool())
+    return RowStats(empty, empty, empty, empty.bool(), empty)

@@ -15,9 +15,7 @@ Saved for the backward: dH float32 [N, D], the row weights and, for a trainable 
 Rows that are ignored, and rows of weight 0 unless `keep_zero_rows`, are left out of all products.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,15 +34,21 @@ from gift_kernels.linear_ce.types import (
 )
 
 
-def call(*arguments: Any) -> LinearCE:
+def call(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None,
+    *rest: Any,
+) -> LinearCE:
     """The operator with the arguments of `solve`; differentiable in the loss."""
-    if not _is_plain(arguments[0]):
-        return LinearCE(*linear_ce(*arguments))
-    if torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in arguments
-    ):
-        return LinearCE(*_LinearCE.apply(*arguments))  # pyright: ignore[reportArgumentType]
-    return solve(*arguments)
+    if not _is_plain(hidden):
+        return LinearCE(*linear_ce(hidden, lm_head_weight, bias, target, row_weight, *rest))
+    trained = (hidden, lm_head_weight, bias, row_weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        return LinearCE(*_LinearCE.apply(*trained, (target, rest)))  # pyright: ignore
+    return solve(hidden, lm_head_weight, bias, target, row_weight, *rest)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -75,6 +79,7 @@ def solve(
     want_dw: bool,
     want_db: bool,
     rowwise: bool,
+    mean: bool,
     with_stats: bool,
     with_entropy: bool,
     keep_zero_rows: bool,
@@ -83,7 +88,10 @@ def solve(
     impl: str,
     chunk_size: int | None,
 ) -> LinearCE:
-    """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`."""
+    """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`.
+
+    With `mean` the sum of the loss is divided by the number of rows that are not ignored.
+    """
     guide = None
     if guide_hidden is not None:
         assert guide_lm_head_weight is not None
@@ -119,19 +127,16 @@ def solve(
     if checks.reads_targets(target):
         for name, vocab_size in vocab_sizes.items():
             checks.target_values(target, vocab_size, ignore_index, name)
-    with _prepared(impl, hidden) as backend:
-        return backend.solve(problem)
+    with _surroundings(impl, hidden):
+        result = _backend(impl).solve(problem)
+    return result._replace(loss=result.loss / result.row_count) if mean else result
 
 
-@contextlib.contextmanager
-def _prepared(impl: str, hidden: Tensor) -> Iterator[Any]:
-    """The implementation, on the device of the tensors and without autocast."""
+def _surroundings(impl: str, hidden: Tensor) -> Any:
+    """Without autocast where PyTorch multiplies, on the tensors' device where Triton launches."""
     if impl == "eager":
-        with torch.autocast(hidden.device.type, enabled=False):
-            yield _backend(impl)
-    else:
-        with torch.cuda.device_of(hidden):  # Triton launches on the current one
-            yield _backend(impl)
+        return torch.autocast(hidden.device.type, enabled=False)
+    return torch.cuda.device_of(hidden)
 
 
 def _backend(impl: str) -> Any:
@@ -180,6 +185,7 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
         weight=empty(count),
         lse=empty(count, wanted=options["with_stats"]),
         top1=empty(count, dtype=torch.bool) if options["with_stats"] else empty(0),
+        largest=empty(count, wanted=options["with_stats"]),
         entropy=empty(count, wanted=options["with_entropy"]),
         dh=empty(*hidden.shape, wanted=options["want_dh"]),
         dw=empty(*lm_head_weight.shape, wanted=options["want_dw"] and head_wanted),
@@ -209,9 +215,9 @@ def head_gradient(
     if group_name is not None:
         shard = _shard(group_name, vocab_start)
         shard = shard._replace(most=most_rows(lm_head_weight.shape[0], shard))
-    with _prepared(impl, hidden) as backend:
+    with _surroundings(impl, hidden):
         head = LinearInputs(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-        return backend.solve_head_gradient(
+        return _backend(impl).solve_head_gradient(
             head,
             torch.where(row_factor == 0, ignore_index, target),
             row_factor,
@@ -254,83 +260,109 @@ def _(rows, factor, weight, dtype):  # pyright: ignore
     return rows.new_empty(rows.shape, dtype=dtype)
 
 
-_RECOMPUTE_INPUTS = ("hidden", "lm_head_weight", "bias", "target")
+_TRAINED = ("hidden", "lm_head_weight", "bias", "row_weight")
+# What `head_gradient` takes after its tensors.
+_RECOMPUTE_OPTIONS = (
+    *("logit_scale", "logit_softcap", "ignore_index", "want_dw", "want_db"),
+    *("group_name", "vocab_start", "impl", "chunk_size"),
+)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    options = dict(zip(_ARGUMENT_NAMES, inputs, strict=True))
-    result = LinearCE(*output)
-    recompute = options["rowwise"] and (options["want_dw"] or options["want_db"])
-    ctx.recompute = recompute
+def _save(ctx: Any, arguments: tuple[Any, ...], result: LinearCE, weight_trained: bool) -> None:
+    """Keeps in `ctx` what `_gradients` needs of a call."""
+    options = dict(zip(_ARGUMENT_NAMES, arguments, strict=True))
+    trained = [options[name] for name in _TRAINED]
+    ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in trained]
+    ctx.wanted = (options["want_dh"], options["want_dw"], options["want_db"])
+    ctx.impl, ctx.recompute, inputs = options["impl"], None, ()
+    if options["rowwise"] and (options["want_dw"] or options["want_db"]):
+        ctx.recompute = [options[name] for name in _RECOMPUTE_OPTIONS]
+        inputs = arguments[:4]
     ctx.save_for_backward(
         result.dh,
         result.dw,
         result.db,
         result.weight,
-        result.nll if ctx.needs_input_grad[_ARGUMENT_NAMES.index("row_weight")] else None,
-        *((options[name] if recompute else None) for name in _RECOMPUTE_INPUTS),
+        result.nll if weight_trained else None,
+        result.row_count if options["mean"] else None,
+        *inputs,
     )
-    ctx.dtypes = {name: value.dtype for name, value in options.items() if isinstance(value, Tensor)}
-    ctx.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
+    """The gradients of `_TRAINED`, from that of the loss."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "gift_kernels: the gradient of weighted_ce cannot itself be differentiated; call "
             "backward without create_graph=True"
         )
-    dh, dw, db, weight, nll, *inputs = ctx.saved_tensors
-    options = ctx.options
-    gradient: dict[str, Tensor | None] = dict.fromkeys(_ARGUMENT_NAMES)
-    loss_gradient = upstream[0]
-    if loss_gradient is None:
-        return tuple(gradient.values())
-    scale_rows = _scaled_rows if _is_plain(loss_gradient) else scaled_rows
-    if options["want_dh"]:
-        dtype = ctx.dtypes["hidden"]
-        if options["impl"] == "triton":
-            gradient["hidden"] = scale_rows(dh, loss_gradient, weight, dtype)
+    dh, dw, db, weight, nll, row_count, *inputs = ctx.saved_tensors
+    if upstream is None:
+        return [None] * len(_TRAINED)
+    of_sum: Tensor = upstream if row_count is None else upstream / row_count
+    (want_dh, want_dw, want_db), row_weight_gradient = ctx.wanted, None
+    hidden_dtype, head_dtype, bias_dtype, row_weight_dtype = ctx.dtypes
+    scale_rows = _scaled_rows if _is_plain(of_sum) else scaled_rows
+    if want_dh:
+        if ctx.impl == "triton":
+            dh = scale_rows(dh, of_sum, weight, hidden_dtype)
         else:
-            gradient["hidden"] = eager.scale_rows(dh, loss_gradient * weight).to(dtype)
-    if ctx.recompute:
-        hidden, lm_head_weight, bias, target = inputs
-        names = ("logit_scale", "logit_softcap", "ignore_index", "want_dw", "want_db")
-        names += ("group_name", "vocab_start", "impl", "chunk_size")
-        factor = loss_gradient * weight
-        dw, db = head_gradient(
-            hidden, lm_head_weight, bias, target, factor, *(options[name] for name in names)
-        )
-    elif options["want_dw"]:
-        if options["impl"] == "triton":
-            dw = scale_rows(dw, loss_gradient, None, ctx.dtypes["lm_head_weight"])
-        else:
-            dw = dw * loss_gradient
-    if options["want_dw"]:
-        gradient["lm_head_weight"] = dw.to(ctx.dtypes["lm_head_weight"])
-    if options["want_db"]:
-        db = db if ctx.recompute else db * loss_gradient
-        gradient["bias"] = db.to(ctx.dtypes["bias"])
+            dh = eager.scale_rows(dh, of_sum * weight).to(hidden_dtype)
+    if ctx.recompute is not None:
+        dw, db = head_gradient(*inputs, of_sum * weight, *ctx.recompute)
+    elif want_dw and ctx.impl == "triton":
+        dw = scale_rows(dw, of_sum, None, head_dtype)
+    elif want_dw:
+        dw = dw * of_sum
+    if want_db and ctx.recompute is None:
+        db = db * of_sum
     if nll is not None:
         # A row of weight 0 whose nll is infinite or NaN adds 0 to the loss: its weight's gradient
         # is 0 too.
         counted = torch.where((weight != 0) | nll.isfinite(), nll, 0)
-        gradient["row_weight"] = (loss_gradient * counted).to(ctx.dtypes["row_weight"])
-    return tuple(gradient.values())
+        row_weight_gradient = (of_sum * counted).to(row_weight_dtype)
+    return [
+        dh if want_dh else None,
+        dw.to(head_dtype) if want_dw else None,
+        db.to(bias_dtype) if want_db else None,
+        row_weight_gradient,
+    ]
 
 
-linear_ce.register_autograd(_backward, setup_context=_save_for_backward)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    weight_trained = ctx.needs_input_grad[_ARGUMENT_NAMES.index("row_weight")]
+    _save(ctx, inputs, LinearCE(*output), weight_trained)
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    found: dict[str, Tensor | None] = dict.fromkeys(_ARGUMENT_NAMES)
+    found |= zip(_TRAINED, _gradients(ctx, upstream[0]), strict=True)
+    return tuple(found.values())
+
+
+linear_ce.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _LinearCE(torch.autograd.Function):
     """What `linear_ce` is to autograd, without what a registered operator costs."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> LinearCE:  # pyright: ignore
+    def forward(  # pyright: ignore
+        ctx: Any,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        row_weight: Tensor | None,
+        others: tuple[Tensor, tuple[Any, ...]],
+    ) -> LinearCE:
+        target, rest = others
+        arguments = (hidden, lm_head_weight, bias, target, row_weight, *rest)
         result = solve(*arguments)
-        _save_for_backward(ctx, arguments, result)
+        _save(ctx, arguments, result, ctx.needs_input_grad[_TRAINED.index("row_weight")])
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         return result
 
-    backward = staticmethod(_backward)  # pyright: ignore
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, upstream[0]), None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Reduction = Literal["none", "sum", "mean", "weighted_mean"]
-Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "weight"]
+Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "largest", "weight"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,7 @@ class TokenStats(NamedTuple):
     lse: Tensor | None = None  # log-sum-exp of the logits
     entropy: Tensor | None = None  # of the softmax, in nats
     top1: Tensor | None = None  # bool: no logit is larger than the target's
+    largest: Tensor | None = None  # the largest probability of the softmax
     weight: Tensor | None = None  # the row's weight in the loss
 
 
@@ -104,7 +105,7 @@ class Problem(NamedTuple):
     `temperature` divides the guide's logits, or the model's own where there is neither guide nor
     gradient. With `rowwise` the loss is one for each row, with its own upstream gradient, so dW and
     db are computed in the backward. Without `keep_zero_rows` rows of weight 0 may be left out of
-    every product, and their statistics are then 0. `with_stats` asks for lse and top1.
+    every product, and their statistics are then 0. `with_stats` asks for lse, top1 and largest.
     """
 
     head: LinearInputs
@@ -144,6 +145,7 @@ class LinearCE(NamedTuple):
     weight: Tensor  # [N]
     lse: Tensor | None = None  # [N]
     top1: Tensor | None = None  # [N] bool
+    largest: Tensor | None = None  # [N]
     entropy: Tensor | None = None  # [N]
     dh: Tensor | None = None  # [N, D]
     dw: Tensor | None = None  # [V, D]

@@ -94,7 +94,7 @@ def solve(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     """Loss, statistics and gradients of one case."""
     wide = {k: v.astype(np.float64) for k, v in inputs.items() if k != "target"}
     hidden, head, target = wide["hidden"], wide["lm_head_weight"], inputs["target"]
-    names = ("nll", "confidence", "lse", "entropy", "top1", "weight")
+    names = ("nll", "confidence", "lse", "entropy", "top1", "largest", "weight")
     stats = {name: np.zeros(len(target)) for name in names}
     d_raw = np.zeros((len(target), len(head)))  # of each token's nll
     for i in np.flatnonzero(target != -100):
@@ -109,6 +109,7 @@ def solve(inputs: Arrays, options: dict[str, Any]) -> Arrays:
         stats["lse"][i] = lse
         stats["entropy"][i] = -(p * np.log(p)).sum()
         stats["top1"][i] = z.argmax() == y
+        stats["largest"][i] = p.max()
         d_raw[i] = (p - (np.arange(len(p)) == y)) * slope
         if "guide_hidden" in wide:
             z, _ = logits_of(

@@ -65,6 +65,52 @@ def test_with_a_frozen_head_and_no_statistics_too(
     check_weighted_ce(case, dtype, impl, device, lean=True)
 
 
+@pytest.fixture
+def mixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager rounds its operands as it does where 16-bit matrices are multiplied into float32."""
+    monkeypatch.setattr(eager, "mixed_products", lambda device, dtype: dtype.itemsize == 2)
+
+
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lean", [False, True], ids=["", "lean"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_eager_with_16_bit_operands_matches_the_specification(
+    case: Case, lean: bool, dtype: torch.dtype, device: str
+) -> None:
+    check_weighted_ce(case, dtype, "eager", device, lean)
+
+
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("nll", [1e-3, 1e-6, 1e-9])
+def test_the_gradient_of_a_nearly_certain_token_keeps_its_accuracy_in_16_bits(
+    nll: float, dtype: torch.dtype, device: str
+) -> None:
+    """Exponentials of 1e-11 are below the range of float16; rows of W have a common part."""
+    generator = torch.Generator().manual_seed(0)
+    lead = -torch.log(torch.tensor(nll / 300)).item()
+    head = torch.randn(300, 9, generator=generator) + 1
+    head[:, 0] = 3 / lead * torch.rand(300, generator=generator)
+    head[7, 0] = 1
+    head = head.to(device, dtype)
+    hidden = torch.tensor([[lead, *[0.0] * 8]], device=device).to(dtype).requires_grad_()
+    target, weight = torch.tensor([7], device=device), torch.tensor([1 / nll], device=device)
+    weighted_ce(hidden, head, target, weight, impl="eager").backward()
+    exact = hidden.detach().double().requires_grad_()
+    reference.weighted_ce(exact, head.double(), target, weight.double())[0].backward()
+    assert hidden.grad is not None and exact.grad is not None
+    error = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype], error
+
+
+@pytest.mark.parametrize("vocab_size", [100, 32000, 128256, 256000, 1 << 28])
+def test_chunks_on_a_gpu_are_whole_tiles_of_rows_within_their_bytes(vocab_size: int) -> None:
+    rows = eager.rows_per_chunk(vocab_size, torch.bfloat16, device="cuda")
+    assert rows == 1 or rows % 128 == 0
+    assert rows == 1 or 0.75 * eager.CHUNK_BYTES <= 4 * rows * vocab_size <= eager.CHUNK_BYTES
+
+
 @pytest.mark.parametrize("id_", ["guide-all-options", "head-options-none", "flat"])
 def test_a_vocabulary_of_several_blocks(
     id_: str, device: str, monkeypatch: pytest.MonkeyPatch

@@ -44,7 +44,7 @@ def test_runs_share_what_is_equal(finished: Path) -> None:
     # Two methods: one rate of two is taken to the second seed, the other was tried with the first.
     assert count(names, "annotate") == 1
     assert count(names, "train") == count(names, "merge") == 2 * (2 + 1)
-    assert count(names, "diff") == 2
+    assert count(names, "diff") == 2 and count(names, "calibrate") == 1
     assert count(names, "evaluate") == 2 * 2 + 2 * (1 + 2 * 2)
     for name in names:
         assert (finished / "stages" / f"{name}.log").stat().st_size > 0

@@ -72,18 +72,19 @@ class Chunk:
         self._prepare_launches()
 
     def _prepare_launches(self) -> None:
-        """What all launches on this chunk pass alike."""
+        """Builds what all launches on this chunk pass alike."""
         head, tiles, products = self.head, self.plan.logit_tiles, self.plan.product_tiles
-        biased, capped = head.bias is not None, head.logit_softcap is not None
+        strides = head.weight.stride()
         self.operands = (
             operand(self.hidden, (tiles.BLOCK_N, tiles.BLOCK_D), self.tma),
             operand(head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
         )
-        self.sizes = triton_logits.Sizes(self.hidden_size, *head.weight.stride(), self.rows)
+        self.pointers: triton_logits.Pointers | None = None  # of the rows gathered last
+        self.sizes = triton_logits.Sizes(self.hidden_size, *strides, self.rows)
         self.kernel_factors = triton_logits.Factors(*self.factors[:3])
         self.flags = triton_logits.Flags(
-            HAS_BIAS=biased,
-            HAS_CAP=capped,
+            HAS_BIAS=head.bias is not None,
+            HAS_CAP=head.logit_softcap is not None,
             ENTROPY=self.with_entropy,
             EXPONENTIALS=self.exponentials,
             FINAL=self.final,
@@ -91,10 +92,26 @@ class Chunk:
             TMA=self.tma,
             DTYPE=DTYPES[self.dtype],
         )
-        self.pointers: triton_logits.Pointers | None = None  # of the rows gathered last
+        self.logit_options = {"FLAGS": self.flags, **_launch_options(tiles)}
+        self.logit_programs = self._programs(tiles)
+        self.product_options = _launch_options(products)
+        self.product_programs = self._programs(products)
         if self.exponentials:
             block = (products.BLOCK_K, products.BLOCK_D)
             self.head_operand = operand(head.weight, block, self.tma)
+            self.head_sizes = self._product_sizes(head.weight)
+            self.dh_flags = [
+                triton_products.ProductFlags(accumulate, self.tma) for accumulate in (False, True)
+            ]
+        self.merge_options = {
+            "BLOCK_T": min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
+            "WIDTH": self.width,
+            "ENTROPY": self.with_entropy,
+            "EXPONENTIALS": self.exponentials,
+            "MARGIN": self.margin,
+            "BLOCK_N": self.plan.row_block[0] * 2,
+            "BLOCK_D": 256,
+        }
 
     @property
     def exp(self) -> Tensor:
@@ -176,10 +193,9 @@ class Chunk:
 
         With `guide` the same launch fills the guide's partial sums for all of its columns.
         """
-        tiles, columns = self.plan.logit_tiles, self._columns_from(first_v)
-        options = {"FLAGS": self.flags, **_launch_options(tiles)}
+        columns = self._columns_from(first_v)
         if guide is None:
-            triton_logits._logits_kernel[self._programs(tiles)](
+            triton_logits._logits_kernel[self.logit_programs](
                 *self.operands,
                 self.exp_stored,
                 self.pointers,
@@ -190,12 +206,12 @@ class Chunk:
                 self.slices,
                 self.sizes,
                 self.kernel_factors,
-                **options,
+                **self.logit_options,
             )
             return
         other = guide.chunk
         assert other.rows == self.rows and other.columns >= other.vocab_size
-        triton_logits._two_heads_kernel[self._programs(tiles)](
+        triton_logits._two_heads_kernel[self.logit_programs](
             *self.operands,
             self.exp_stored,
             self.pointers,
@@ -212,15 +228,14 @@ class Chunk:
             other.sizes,
             other.kernel_factors,
             GUIDE_FLAGS=other.flags,
-            **options,
+            **self.logit_options,
         )
 
     def merge(
         self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
-        block_n = self.plan.row_block[0] * 2
-        triton_rows._merge_kernel[(cdiv(self.rows, block_n),)](
+        triton_rows._merge_kernel[(cdiv(self.rows, self.merge_options["BLOCK_N"]),)](
             self.partial,
             state.parts,
             self._exp,
@@ -234,20 +249,12 @@ class Chunk:
             self.rows,
             self.hidden_size,
             self.factors.bits,
-            BLOCK_T=min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
-            WIDTH=self.width,
-            ENTROPY=self.with_entropy,
-            EXPONENTIALS=self.exponentials,
-            MARGIN=self.margin,
-            BLOCK_N=block_n,
-            BLOCK_D=256,
+            **self.merge_options,
         )
 
     def add_to_dh(self, rows: Rows, dh: Tensor, first_row: int, first_v: int) -> None:
         """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
-        columns = self._columns_from(first_v)
-        tiles = self.plan.product_tiles
-        triton_products._dh_kernel[self._programs(tiles)](
+        triton_products._dh_kernel[self.product_programs](
             self.exp_loaded,
             self.head_operand,
             dh,
@@ -255,10 +262,10 @@ class Chunk:
             rows.count,
             first_row,
             first_v,
-            columns,
-            self._product_sizes(self.head.weight),
-            FLAGS=triton_products.ProductFlags(first_v > 0, self.tma),
-            **_launch_options(tiles),
+            self._columns_from(first_v),
+            self.head_sizes,
+            FLAGS=self.dh_flags[first_v > 0],
+            **self.product_options,
         )
 
     def add_to_dw(

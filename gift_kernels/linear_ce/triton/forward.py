@@ -121,6 +121,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         weight=rows.weight,
         lse=found.lse,
         top1=found.top1,
+        largest=found.largest,
         entropy=found.entropy,
         dh=dh,
         dw=dw,
@@ -337,7 +338,8 @@ def contiguous(problem: Problem) -> Problem:
 
 def with_contiguous_bias(head: LinearInputs) -> LinearInputs:
     """Hidden states and head weights may have any strides, biases may not."""
-    return head._replace(bias=head.bias.contiguous() if head.bias is not None else None)
+    bias = head.bias
+    return head if bias is None else head._replace(bias=bias.contiguous())
 
 
 def check_dtype(hidden: Tensor) -> None:

@@ -43,7 +43,7 @@ class RowState(NamedTuple):
 class Asked(NamedTuple):
     """What a pass is asked for beside each row's nll, its weight and their product."""
 
-    stats: bool = False  # lse and top1
+    stats: bool = False  # lse, top1 and largest
     entropy: bool = False
     dh: bool = False
     factors: bool = False
@@ -57,6 +57,7 @@ class RowStats(NamedTuple):
     nll: Tensor  # [N]
     lse: Tensor | None  # [N]
     top1: Tensor | None  # [N] bool
+    largest: Tensor | None  # [N] the largest probability
     entropy: Tensor | None  # [N]
 
 
@@ -168,6 +169,7 @@ def finish_rows(
         nll=new(),
         lse=new() if asked.stats else None,
         top1=new(torch.bool) if asked.stats else None,
+        largest=new() if asked.stats else None,
         entropy=new() if asked.entropy else None,
     )
     factors = state.parts.new_empty(4, count) if asked.factors else None

@@ -21,14 +21,9 @@ import triton
 import triton.language as tl
 
 from gift_kernels.interpreter import correct_bfloat16
-from gift_kernels.linear_ce.triton.kernels.logits import LOG2_E, NO_REFERENCE, soft_capped
+from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE, soft_capped
 
 correct_bfloat16()
-
-LN_2 = tl.constexpr(0.6931471805599453)
-# ln 2 in two parts; a whole number below 2^15 times the first is exact in float32.
-LN_2_HIGH = tl.constexpr(0.693359375)
-LN_2_LOW = tl.constexpr(-2.1219444005469057e-4)
 
 
 class Transform(NamedTuple):
@@ -292,9 +287,11 @@ def _log1p(u):
 def _exp(x):
     """e^x to a few units in the last place; `tl.exp` loses |x| of them."""
     x = tl.where(x < -150.0, -150.0, tl.where(x > 150.0, 150.0, x))
-    k = tl.floor(x * LOG2_E + 0.5)
-    rest = (x - k * LN_2_HIGH) - k * LN_2_LOW
-    return tl.exp2(k) * tl.exp2(rest * LOG2_E)
+    log2_e = 1.4426950408889634
+    k = tl.floor(x * log2_e + 0.5)
+    # ln 2 in two parts; a whole number below 2^15 times the first is exact in float32.
+    rest = (x - k * 0.693359375) + k * 2.1219444005469057e-4
+    return tl.exp2(k) * tl.exp2(rest * log2_e)
 
 
 @triton.jit
@@ -316,6 +313,7 @@ def _finish_kernel(
     nll_ptr,  # [N]
     lse_ptr,  # [N]
     top1_ptr,  # [N]
+    largest_ptr,  # [N]
     entropy_ptr,  # [N]
     factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share
     dh_ptr,  # [N, D] Σ E W
@@ -359,8 +357,8 @@ def _finish_kernel(
     log_small = _log1p(small)
     log_s = tl.log(s)
     nll = tl.where(is_likely, 0.0, gap + log_s) + log_small
+    p = tl.where(is_likely, 1.0, small) / (1.0 + small)
     if CONFIDENCE:
-        p = tl.where(is_likely, 1.0, small) / (1.0 + small)
         w = tl.where(counted, _transformed(p, transform, HAS_POWER), 0.0)
         tl.store(weight_ptr + rows, w, mask=mask)
     else:
@@ -374,9 +372,14 @@ def _finish_kernel(
         tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
     if top1_ptr is not None:
         tl.store(top1_ptr + rows, counted & (x >= largest), mask=mask)
+    if largest_ptr is not None:
+        # The target's, or that of the likeliest other token.
+        likeliest = tl.where(is_likely, p, tl.maximum(p, 1.0 / (s * (1.0 + small))))
+        tl.store(largest_ptr + rows, tl.where(counted, likeliest, 0.0), mask=mask)
     if entropy_ptr is not None:
         # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
-        s2 = tl.load(state_ptr + 2 * N + place, mask=counted, other=0.0) * LN_2
+        ln_2 = 0.6931471805599453
+        s2 = tl.load(state_ptr + 2 * N + place, mask=counted, other=0.0) * ln_2
         from_target = tl.where(u > 0.0, u * (s2 / s + gap), 0.0)
         at_target = tl.where(small > 0.0, s * small * gap, 0.0)
         entropy = tl.where(
