@@ -114,10 +114,7 @@ def make_adapted(spec: Spec, dtype: torch.dtype, device: torch.device) -> Any:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(1)
-    adapted = get_peft_model(model, config)
-    if device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted.train()
+    return get_peft_model(model, config).train()
 
 
 def make_examples(spec: Spec, count: int) -> list[Example]:

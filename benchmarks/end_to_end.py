@@ -2,17 +2,23 @@
 
     python -m benchmarks.end_to_end --size cpu --output results
 
-Annotation: ours; the authors' way (one sample at a time, full logits, float32 softmax); the same in
-our batches. Training step, optimizer included: ours; full logits and a weighted sum of
-cross-entropies, as a Trainer subclass computes it; Transformers, PEFT and Liger (its layers, and
-its fused loss with `reduction="none"` times the weights). Merge: `benchmarks/merge_8b.py`.
+Annotation: ours; ours with padded batches; the authors' way (one sample at a time, full logits,
+float32 softmax); the same in our batches. Training step, optimizer included: ours, as `gift train`
+sets it up; ours with all activations recomputed, with padded batches, with compiled blocks, with
+Liger's layers; full logits and a weighted sum of cross-entropies, as a Trainer subclass has it;
+Transformers, PEFT and Liger (its layers, and its fused loss with `reduction="none"` times the
+weights). TRL's trainer: `benchmarks/trl_sft.py`. Merge: `benchmarks/merge_8b.py`.
 
-All ways of a stage share one model, one batch and one process and take turns. A way that differs
-from full logits by more than rounding is reported as wrong and not timed; if full logits run out of
-memory, the others are timed and reported as unjudged. Token counts include prompts but not padding.
+All ways of a stage share the rows, the model and one process and take turns; all training ways
+have the same rows in a step and at once. A way is reported as wrong, and not timed, if its results
+are further from float32 than three times what those of full logits in the model's dtype are: two
+ways that round alike differ by at most twice that. Where float32 or full logits do not fit into the
+memory, the others are unjudged. Token counts include prompts but not padding. On a GPU the time of
+one call is given by kind of kernel.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import subprocess
@@ -21,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import report, stage_ways
 from benchmarks.architectures import (
     SIZES,
     Spec,
@@ -37,7 +44,10 @@ from benchmarks.architectures import (
     make_examples,
     make_model,
 )
+from benchmarks.kernel_kinds import time_by_kind
 from benchmarks.provider import Provider
+from benchmarks.stage_ways import Way
+from benchmarks.trl_sft import TRL, trl_row
 from benchmarks.turns import (
     Call,
     Contender,
@@ -48,21 +58,24 @@ from benchmarks.turns import (
     recover,
     take_turns,
 )
-from gift.annotate import annotate_batch
-from gift.batches import make_batch, plan_batches
 from gift.config import TrainConfig
 from gift.data import Example
-from gift.gradients import accumulate_gradients
-from gift.micro_batches import Split, token_limit
-from gift.models import last_hidden_state
+from gift.memory import layers_of, recompute, settle_memory
+from gift.micro_batches import Split
 from gift.packing import enable_packing
-from gift.weighting import GuidedRow, gather_targets, guided_rows
+from gift.ranks import Group
+from gift.speed import speed
+from gift.weighting import guided_rows
 
 OURS = "gift"
+PADDED = "gift, padded"
+AUTHORS = "authors' way: one sample at a time, full logits"
 FULL = "full logits, in our batches"
 FULL_LOSS = "full logits, as a Trainer's loss"
+LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
 TRUTHS = (FULL, FULL_LOSS)  # what all other ways are judged by
-AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of confidences, losses and gradients
+AGREE = 1e-3  # of confidences, losses and gradients in float32
+ROUNDINGS = 3  # times the error of full logits against float32
 
 
 def main() -> None:
@@ -116,53 +129,32 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     """Tokens per second and memory of confidences for every target."""
     model = make_model(spec, dtype, settings.device)
     examples = make_examples(spec, 4 * spec.rows)
-    lengths = [len(example.input_ids) for example in examples]
     usual = model.config._attn_implementation
     packed = enable_packing(model, examples)
-    ours_attention = model.config._attn_implementation
+    packing = model.config._attn_implementation
 
-    def batches(packed: bool) -> list[list[Example]]:
-        plan = plan_batches(lengths, spec.annotate_tokens, packed=packed)
-        return [[examples[number] for number in numbers] for numbers in plan]
+    def ready(attention: str) -> Callable[[], None]:
+        return lambda: model.set_attn_implementation(attention)
 
-    def ours() -> list[Tensor]:
-        model.set_attn_implementation(ours_attention)
-        found = []
-        for group in batches(packed):
-            batch = make_batch(group, packed=packed).to(settings.device)
-            found.append(annotate_batch(model, batch)[0])
-        return [_in_order(batches(packed), torch.cat(found).cpu())]
+    def ours(packed: bool) -> list[Tensor]:
+        return stage_ways.annotate_ours(model, examples, spec.annotate_tokens, packed)
 
-    def full(groups: Sequence[Sequence[Example]]) -> list[Tensor]:
-        model.set_attn_implementation(usual)
-        found = [_full_logit_confidence(model, group) for group in groups]
-        return [_in_order(groups, torch.cat(found).cpu())]
+    def full(tokens: int) -> list[Tensor]:
+        return stage_ways.annotate_full(model, examples, tokens)
 
     ways = {
-        OURS: ours,
-        "authors' way: one sample at a time, full logits": lambda: full(
-            [[example] for example in examples]
-        ),
-        FULL: lambda: full(batches(packed=False)),
+        OURS: Way(ready(packing), lambda: ours(packed)),
+        PADDED: Way(ready(usual), lambda: ours(False)),
+        AUTHORS: Way(ready(usual), lambda: full(0)),
+        FULL: Way(ready(usual), lambda: full(spec.annotate_tokens)),
     }
-    yield from _compare("annotate", spec.name, ways, _tokens(examples), dtype, settings)
-
-
-def _in_order(groups: Sequence[Sequence[Example]], confidence: Tensor) -> Tensor:
-    """Confidences of the groups' targets in the order of the rows."""
-    rows = [example for group in groups for example in group]
-    parts = confidence.split([example.targets for example in rows])
-    numbers = [example.row for example in rows]
-    return torch.cat([parts[numbers.index(row)] for row in range(len(rows))])
-
-
-@torch.no_grad()
-def _full_logit_confidence(model: Any, rows: Sequence[Example]) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    batch = make_batch(rows, packed=False).to(device)
-    logits = model(**batch.inputs, use_cache=False).logits.float()
-    probability = torch.log_softmax(logits, -1).flatten(0, 1)
-    return probability[batch.predicts].gather(1, batch.targets[:, None]).squeeze(1).exp()
+    model.set_attn_implementation(usual)
+    truth = _in_float32(
+        model, lambda wide: stage_ways.annotate_full(wide, examples, spec.annotate_tokens)
+    )
+    yield from _compare(
+        "annotate", spec.name, ways, truth, partial(_rates, model, examples, False), settings
+    )
 
 
 def training(
@@ -171,7 +163,6 @@ def training(
     """Tokens per second and memory of one optimizer step on a LoRA adapter."""
     device = settings.device
     adapted = make_adapted(spec, dtype, device)
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     examples = make_examples(spec, spec.rows)
     generator = torch.Generator().manual_seed(1)
     confidence = [torch.rand(example.targets, generator=generator) for example in examples]
@@ -183,123 +174,147 @@ def training(
         lora_dropout=0.0,
     )
     rows = guided_rows(config, examples, confidence)
-    count = sum(example.targets for example in examples)
-
-    def step(losses: Callable[[], float], trained: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
-
-        def run() -> list[Tensor]:
-            loss = losses() / count
-            for parameter in trained:
-                assert parameter.grad is not None
-                parameter.grad.div_(count)
-            gradient = torch.cat([p.grad.flatten()[:64].float() for p in trained])  # pyright: ignore
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return [torch.tensor([loss], device=device), gradient]
-
-        return run
-
-    def by_micro_batches(loss_of: Callable[[Any, list[GuidedRow]], Tensor], model: Any) -> float:
-        total = 0.0
-        ordered = sorted(rows, key=lambda row: (-len(row.example.input_ids), row.example.row))
-        for start in range(0, len(ordered), spec.micro_rows):
-            loss = loss_of(model, ordered[start : start + spec.micro_rows])
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
     base = adapted.get_base_model()
     usual = base.config._attn_implementation
-
-    def ours(model: Any) -> float:
-        base = model.get_base_model()
-        packed = base.config._attn_implementation != usual
-        split = Split(token_limit(config, device), packed)
-        return float(accumulate_gradients(config, model, rows, split)[0][0])
-
-    def with_attention(name: str, losses: Callable[[], float]) -> float:
-        base.set_attn_implementation(name)
-        return losses()
-
-    enable_packing(base.eval(), examples)
+    packed = enable_packing(base.eval(), examples)
+    packing = base.config._attn_implementation
+    at_once = spec.micro_rows * max(len(example.input_ids) for example in examples)
+    with tempfile.TemporaryDirectory() as work:
+        split = Split(at_once, packed)
+        split = settle_memory(config, adapted, rows, split, Group(0, 1, None), Path(work))
     adapted.train()
-    ours_attention = base.config._attn_implementation
+    everything = len(layers_of(adapted))
+
+    def ready(attention: str, recomputed: int, compiled: bool = False) -> Callable[[], None]:
+        def set_up() -> None:
+            base.set_attn_implementation(attention)
+            recompute(adapted, recomputed)
+            _compile_blocks(adapted, compiled)
+
+        return set_up
+
+    def ours(model: Any, split: Split) -> Callable[[], list[Tensor]]:
+        return _step(model, lambda: stage_ways.loss_ours(config, model, rows, split), examples)
+
+    def others(loss_of: Callable[..., Tensor], model: Any) -> Callable[[], list[Tensor]]:
+        def loss() -> float:
+            return stage_ways.loss_by_micro_batches(loss_of, model, rows, spec.micro_rows)
+
+        return _step(model, loss, examples)
+
+    # The others recompute on a GPU, as is usual; ours does so where the memory asks for it.
+    usually = everything if device.type == "cuda" else 0
+    full = others(stage_ways.full_logit_loss, adapted)
     ways = {
-        OURS: step(lambda: with_attention(ours_attention, lambda: ours(adapted)), parameters),
-        FULL_LOSS: step(
-            lambda: with_attention(usual, lambda: by_micro_batches(_full_logit_loss, adapted)),
-            parameters,
-        ),
+        OURS: Way(ready(packing, split.recomputed), ours(adapted, split)),
+        "gift, all recomputed": Way(ready(packing, everything), ours(adapted, split)),
+        PADDED: Way(ready(usual, split.recomputed), ours(adapted, replace(split, packed=False))),
+        FULL_LOSS: Way(ready(usual, usually), full),
     }
-    missing: dict[str, str] = {}
-    if importlib.util.find_spec("liger_kernel") is None:
-        missing[LIGER] = "not installed"
-    elif device.type != "cuda":
-        missing[LIGER] = "not run: needs a GPU"
-    elif failed := _liger_fails(patched := make_adapted(spec, dtype, device)):
-        missing[LIGER] = failed
+    missing = {}
+    if device.type == "cuda":
+        ways["gift, compiled blocks"] = Way(
+            ready(packing, split.recomputed, compiled=True), ours(adapted, split)
+        )
+        missing = _add_liger(ways, make_adapted(spec, dtype, device), examples, split, others, ours)
     else:
-        trained = [parameter for parameter in patched.parameters() if parameter.requires_grad]
-        ways[LIGER] = step(lambda: by_micro_batches(_liger_loss, patched), trained)
-        ways["gift, Liger's layers"] = step(lambda: ours(patched), trained)
-    yield from _compare("train step", label, ways, _tokens(examples), dtype, settings)
+        missing[LIGER] = "not run: needs a GPU"
+    ready(usual, usually)()
+    truth = _in_float32(adapted, lambda wide: others(stage_ways.full_logit_loss, wide)())
+    yield from _compare(
+        "train step", label, ways, truth, partial(_rates, base, examples, True), settings
+    )
     for way, status in missing.items():
         yield {"stage": "train step", "model": label, "way": way, "status": status}
+    if label == spec.name:
+        yield {"stage": "train step", "model": label, "way": TRL, **trl_row(spec, dtype, device)}
 
 
-LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
+def _add_liger(
+    ways: dict[str, Way],
+    patched: Any,
+    examples: Sequence[Example],
+    split: Split,
+    others: Callable[..., Callable[[], list[Tensor]]],
+    ours: Callable[..., Callable[[], list[Tensor]]],
+) -> dict[str, str]:
+    """Adds the ways with Liger's layers, in a model of their own; else why there are none."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {LIGER: "not installed"}
+    if failed := stage_ways.liger_fails(patched):
+        return {LIGER: failed}
+    base = patched.get_base_model()
+    usual = base.config._attn_implementation
+    everything = len(layers_of(patched))
+    enable_packing(base.eval(), examples)
+    packing = base.config._attn_implementation
+    patched.train()
+
+    def ready(attention: str, recomputed: int) -> Callable[[], None]:
+        def set_up() -> None:
+            base.set_attn_implementation(attention)
+            recompute(patched, recomputed)
+
+        return set_up
+
+    theirs = others(stage_ways.liger_loss, patched)
+    ways[LIGER] = Way(ready(usual, everything), theirs)
+    ways[f"{LIGER}, activations kept"] = Way(ready(usual, 0), theirs)
+    ways["gift, Liger's layers"] = Way(ready(packing, split.recomputed), ours(patched, split))
+    return {}
 
 
-def _full_logit_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
-    """Σ w·nll from the logits of all positions."""
-    device = adapted.get_input_embeddings().weight.device
-    batch = make_batch([row.example for row in micro], packed=False).to(device)
-    logits = adapted(**batch.inputs, use_cache=False).logits.float().flatten(0, 1)
-    following = batch.inputs["input_ids"].roll(-1, 1).flatten()
-    nll = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-    weight: Any = gather_targets(micro).guide
-    return (weight.to(device) * nll[batch.predicts]).sum()
+def _step(
+    model: Any, losses: Callable[[], float], examples: Sequence[Example]
+) -> Callable[[], list[Tensor]]:
+    """An optimizer step that changes nothing; finds the loss and a part of every gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(example.targets for example in examples)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=trained[0].is_cuda)
+
+    def run() -> list[Tensor]:
+        loss = losses() / count
+        for parameter in trained:
+            assert parameter.grad is not None
+            parameter.grad.div_(count)
+        gradient = torch.cat([p.grad.flatten()[:64].float() for p in trained])  # pyright: ignore
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return [torch.tensor([loss]), gradient.cpu()]
+
+    return run
 
 
-def _liger_loss(adapted: Any, micro: list[GuidedRow]) -> Tensor:
-    """Σ w·nll from Liger's fused loss over the target positions."""
-    from liger_kernel.transformers.functional import (  # pyright: ignore
-        liger_fused_linear_cross_entropy,
-    )
-
-    base = adapted.get_base_model()
-    head = base.get_output_embeddings().weight
-    batch = make_batch([row.example for row in micro], packed=False).to(head.device)
-    hidden = last_hidden_state(base, **batch.inputs).flatten(0, 1)[batch.predicts].to(head.dtype)
-    nll: Any = liger_fused_linear_cross_entropy(hidden, head, batch.targets, reduction="none")
-    weight: Any = gather_targets(micro).guide
-    return (weight.to(head.device) * nll).sum()
+def _compile_blocks(model: Any, compiled: bool) -> None:
+    """Each block compiled by itself for any length, or as it was; what was compiled is kept."""
+    for layer in layers_of(model):
+        if compiled and not hasattr(layer, "compiled_before"):
+            layer.compile(dynamic=True)
+            layer.compiled_before = layer._compiled_call_impl
+        layer._compiled_call_impl = layer.compiled_before if compiled else None
 
 
-def _liger_fails(adapted: Any) -> str:
-    """Gives a model Liger's layers; returns what failed, empty if nothing did."""
+def _rates(
+    model: Any, examples: Sequence[Example], trains: bool, seconds: float
+) -> dict[str, float]:
+    found = speed(model, examples, seconds, trains=trains)
+    return {"tokens/s": found["tokens_per_second"], "useful TFLOP/s": found["useful_tflops"]}
+
+
+def _in_float32(model: Any, run: Callable[[Any], list[Tensor]]) -> list[Tensor] | None:
+    """What a way finds with a float32 copy of a 16-bit model; nothing if that does not fit.
+
+    None for a float32 model, where full logits themselves are the truth.
+    """
+    if model.dtype == torch.float32:
+        return None
     try:
-        _use_liger_layers(adapted.get_base_model())
-    except Exception as error:  # as in `_compare`
-        return failure(error)
-    return ""
-
-
-def _use_liger_layers(model: Any) -> None:
-    """Uses Liger's norms and MLPs in this model only: its patches of the module are undone."""
-    from liger_kernel.transformers.monkey_patch import (  # pyright: ignore
-        _apply_liger_kernel_to_instance,
-    )
-
-    module = sys.modules[type(model).__module__]
-    before = dict(vars(module))
-    _apply_liger_kernel_to_instance(
-        model, rope=False, rms_norm=True, swiglu=True, cross_entropy=False,
-        fused_linear_cross_entropy=False,
-    )  # fmt: skip
-    vars(module).update(before)
+        return run(copy.deepcopy(model).float())
+    except torch.OutOfMemoryError:
+        return []
+    finally:
+        free(model.device)
 
 
 def merging(size: str) -> Iterator[report.Row]:
@@ -328,45 +343,44 @@ def merging(size: str) -> Iterator[report.Row]:
         }
 
 
-def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
-
-
 def _compare(
     stage: str,
     model: str,
-    ways: dict[str, Callable[[], list[Tensor]]],
-    tokens: int,
-    dtype: torch.dtype,
+    ways: dict[str, Way],
+    truth: list[Tensor] | None,
+    rated: Callable[[float], dict[str, float]],
     settings: Settings,
 ) -> Iterator[report.Row]:
-    """One row per way, each compared with full logits, which run first."""
+    """One row per way; `rated` turns seconds into rates. `truth` is None in float32."""
     rows: dict[str, report.Row] = {
         name: {"stage": stage, "model": model, "way": name, "status": "ok"} for name in ways
     }
     contenders = []
-    truth = None
+    bound = None
     for name in sorted(ways, key=lambda name: name not in TRUTHS):
         way, row = ways[name], rows[name]
         found: list[Tensor] = []
         try:
-            found = [values.double() for values in way()]
+            way.ready()
+            found = [values.double() for values in way.run()]
         except Exception as error:  # other people's code may raise anything
             row["status"] = failure(error)
         if row["status"] != "ok":
             recover(name, row["status"], settings.device)
             continue
         if name in TRUTHS:
-            truth = found
-        if truth is None:
-            row["status"] = "unjudged"
-        else:
+            truth = found if truth is None else truth
+            bound = max(AGREE, ROUNDINGS * disagreement(found, truth)) if truth else None
+        if truth:
             row["disagrees by"] = disagreement(found, truth)
-            if not row["disagrees by"] <= AGREE[dtype]:
-                row["status"] = "wrong"
-                continue
+        if bound is None:
+            row["status"] = "unjudged"
+        elif not row["disagrees by"] <= bound:
+            row["status"] = "wrong"
+            continue
         provider = Provider(name, "", (), lambda *_, way=way: way)
-        contenders.append(Contender(provider, [Call(_nothing, lambda _, way=way: way(), _nothing)]))
+        call = Call(way.ready, lambda _, way=way: way.run(), _nothing)
+        contenders.append(Contender(provider, [call]))
     take_turns(contenders, settings)
     for contender in contenders:
         name = contender.provider.name
@@ -374,10 +388,13 @@ def _compare(
             rows[name]["status"] = contender.failed
             continue
         seconds = median(contender.samples)
-        rows[name] |= {"tokens/s": tokens / seconds, "ms": 1e3 * seconds}
+        rows[name] |= {"ms": 1e3 * seconds, **rated(seconds)}
         rows[name]["peak extra MB"] = peak_megabytes(contender, settings.device)
         if contender.failed:
             rows[name]["status"] = contender.failed
+            continue
+        ways[name].ready()
+        rows[name] |= time_by_kind(ways[name].run, settings.device)
     yield from rows.values()
 
 

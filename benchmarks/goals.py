@@ -135,3 +135,34 @@ def _judged(goal: Goal, head: str, row: Row | None, rows: Sequence[Row]) -> Row:
     rank = f"rank {row['rank']}" if row is not None and row["rank"] else ""
     case = head if row is None else ", ".join(filter(None, [head, row["data"], rank]))
     return {"goal": goal.name, "case": case, "at most": goal.bound, "found": figure, "met": met}
+
+
+# Of stages: the way's stage, the column, how much at least, and the way it is a multiple of.
+STAGE_GOALS = (
+    ("annotate", "tokens/s", 1.6, "authors' way"),
+    ("annotate", "useful TFLOP/s", 550.0, ""),
+    ("train step", "tokens/s", 1.5, "Transformers, PEFT, Liger"),
+    ("train step", "useful TFLOP/s", 350.0, ""),
+)
+STAGE_MODEL = "llama-3.1-8b"
+
+
+def judge_stages(rows: Sequence[Row]) -> list[Row]:
+    """The same for whole stages, from the rows of `end_to_end`."""
+    found: list[Row] = []
+    for stage, column, bound, other in STAGE_GOALS:
+        values = {
+            row["way"]: row[column]
+            for row in rows
+            if row["stage"] == stage and row["model"] == STAGE_MODEL and column in row
+        }
+        ours = values.get("gift")
+        theirs = [value for way, value in values.items() if other and way.startswith(other)]
+        figure = ours
+        if other:
+            figure = None if ours is None or not theirs else ours / max(theirs)
+        met = "not measured" if figure is None else "yes" if figure >= bound else "no"
+        name = f"{stage}, {column}" + (f", × {other}" if other else "")
+        row = {"goal": name, "case": STAGE_MODEL, "at least": bound, "found": figure, "met": met}
+        found.append(row)
+    return found

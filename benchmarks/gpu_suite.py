@@ -122,7 +122,8 @@ def main() -> None:
         for name in parts:
             run_part(suite, name)
     finally:
-        results.tables["goals"] = goals.judge(results.rows)
+        stages = results.tables.get("end to end", [])
+        results.tables["goals"] = goals.judge(results.rows) + goals.judge_stages(stages)
         results.save()
         print(summary(results), flush=True)
         figures.plot(output, results.rows)

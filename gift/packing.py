@@ -124,7 +124,6 @@ def enable_packing(model: Any, examples: Sequence[Example]) -> bool:
     original = model.config._attn_implementation
     reason = _refuse_layers(model)
     for name in () if reason else _attentions():
-        model.set_attn_implementation(name)
         reason = _difference(model, _tried_rows(model, examples), name, original)
         if not reason:
             return True
@@ -169,10 +168,11 @@ def _difference(model: Any, rows: Sequence[Example], name: str, original: str) -
     Half of the dtype's digits must agree: kernels round differently, but a row that sees another,
     or has other positions, differs by far more.
     """
-    if model.config.get_text_config()._attn_implementation != name:
-        return "its attention cannot be replaced"
     device = model.get_input_embeddings().weight.device
     try:
+        model.set_attn_implementation(name)
+        if model.config.get_text_config()._attn_implementation != name:
+            return "its attention cannot be replaced"
         batch = make_batch(rows, packed=True).to(device)
         packed = last_hidden_state(model, **batch.inputs)[0].float()
     except Exception as error:  # a model's own code may raise anything

@@ -21,12 +21,14 @@ from benchmarks import (
     goals,
     gpu_suite,
     gpu_summary,
+    kernel_kinds,
     measure,
     peers,
     providers,
     readme,
     report,
     sparse_backward,
+    stage_ways,
     turns,
 )
 from benchmarks.architectures import SIZES, growth
@@ -268,10 +270,10 @@ def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:
 def test_ours_is_wrong_where_full_logits_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = end_to_end.annotate_batch
-    monkeypatch.setattr(end_to_end, "annotate_batch", lambda *given: right(*given) / 2)
+    right = stage_ways.annotate_batch
+    monkeypatch.setattr(stage_ways, "annotate_batch", lambda *given: right(*given) / 2)
     rows = list(end_to_end.annotation(SIZES["toy"][0], torch.float32, CPU))
-    assert [row["status"] for row in rows] == ["wrong", "ok", "ok"]
+    assert [row["status"] for row in rows] == ["wrong", "wrong", "ok", "ok"]
     results = report.Results(tmp_path, {}, rows=[{"kind": "ours", "status": "ok"}])
     results.tables["end to end"] = rows
     assert gpu_summary.failures(results) == [rows[0]]
@@ -281,10 +283,60 @@ def test_nobody_is_called_wrong_where_full_logits_fail(monkeypatch: pytest.Monke
     def fail(*_) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(end_to_end, "_full_logit_confidence", fail)
-    ours, *others = end_to_end.annotation(SIZES["toy"][0], torch.float32, CPU)
-    assert ours["status"] == "unjudged" and "ms" in ours
+    monkeypatch.setattr(stage_ways, "full_logit_confidence", fail)
+    ours, padded, *others = end_to_end.annotation(SIZES["toy"][0], torch.float32, CPU)
+    for row in (ours, padded):
+        assert row["status"] == "unjudged" and "ms" in row
     assert {row["status"] for row in others} == {"failed: out of memory"}
+
+
+def test_ways_in_bfloat16_are_judged_by_their_distance_from_float32() -> None:
+    """Rounding passes; a gradient that is a tenth too large does not."""
+    spec = replace(SIZES["toy"][0], rows=4)
+    rows = {row["way"]: row for row in end_to_end.training(spec, torch.bfloat16, CPU, spec.name)}
+    ours = ("gift", "gift, padded", "gift, all recomputed")
+    assert [rows[way]["status"] for way in ours] == ["ok"] * 3
+    assert all(1e-4 < rows[way]["disagrees by"] < 0.05 for way in ours)
+    assert rows["gift"]["useful TFLOP/s"] > 0
+    assert rows[end_to_end.LIGER]["status"].startswith("not ")
+    found = [torch.tensor([1.0]), torch.full((8,), 1.1)]
+    truth = [torch.tensor([1.0]), torch.ones(8)]
+    assert end_to_end.disagreement(found, truth) > 3 * rows[end_to_end.FULL_LOSS]["disagrees by"]
+
+
+def test_goals_of_stages_are_judged_against_the_fastest_of_the_others() -> None:
+    common = {"stage": "train step", "model": "llama-3.1-8b"}
+    rows = [
+        {**common, "way": "gift", "tokens/s": 30.0, "useful TFLOP/s": 300.0},
+        {**common, "way": end_to_end.LIGER, "tokens/s": 10.0},
+        {**common, "way": f"{end_to_end.LIGER}, activations kept", "tokens/s": 24.0},
+        {**common, "way": "gift", "model": "another", "tokens/s": 90.0},
+    ]
+    judged = {row["goal"]: (row["found"], row["met"]) for row in goals.judge_stages(rows)}
+    assert judged == {
+        "annotate, tokens/s, × authors' way": (None, "not measured"),
+        "annotate, useful TFLOP/s": (None, "not measured"),
+        "train step, tokens/s, × Transformers, PEFT, Liger": (1.25, "no"),
+        "train step, useful TFLOP/s": (300.0, "no"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("_logits_kernel", "ours"),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "16-bit product"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "16-bit product"),
+        ("ampere_sgemm_128x64_tn", "32-bit product"),
+        ("cutlass_80_simt_sgemm_256x128_8x4_tn_align1", "32-bit product"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("void at::native::bfloat16_copy_kernel_cuda", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4, SiluFunctor>", "elementwise"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
+    assert kernel_kinds.kind_of(kernel) == kind
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))

@@ -1,5 +1,8 @@
 """Packed rows: each gives what it gives alone; no padding; what cannot be packed says so."""
 
+import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -24,6 +27,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import gift.annotate
+import gift.packing
 import gift.train
 from gift.annotate import annotate
 from gift.batches import make_batch
@@ -57,7 +61,7 @@ PACKED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def make_model(config: type, **options: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**SIZES, **options)).eval()
+    return AutoModelForCausalLM.from_config(config(**{**SIZES, **options})).eval()
 
 
 def make_rows(lengths: tuple[int, ...] = (5, 17, 3, 30)) -> list[Example]:
@@ -69,7 +73,7 @@ def make_rows(lengths: tuple[int, ...] = (5, 17, 3, 30)) -> list[Example]:
 
 
 @torch.no_grad()
-def hidden_states(model: Any, rows: list[Example], packed: bool) -> torch.Tensor:
+def hidden_states(model: Any, rows: list[Example], packed: bool) -> Tensor:
     """Those that predict the targets, row after row."""
     batch = make_batch(rows, packed=packed)
     return last_hidden_state(model, **batch.inputs).flatten(0, 1)[batch.predicts]
@@ -149,7 +153,7 @@ def test_no_padded_token_reaches_a_linear_layer(
                 module.register_forward_hook(count)
         return is_packed
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
         seen[module] = seen.get(module, 0) + inputs[0].numel() // inputs[0].shape[-1]
 
     for stage in (gift.annotate, gift.train):
@@ -171,3 +175,74 @@ def test_no_padded_token_reaches_a_linear_layer(
         )
     )
     assert len(seen) == 14 and set(seen.values()) == {tokens[1]}
+
+
+@pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize("has_groups", [True, False], ids=["2.12", "2.11"])
+def test_the_fused_kernel_is_called_for_the_same_attention(
+    window: int | None, has_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what PyTorch documents of `varlen_attn`, in float32, in place of the kernel."""
+
+    def documented(
+        query: Tensor, key: Tensor, value: Tensor, borders: Tensor, *_: Any, **options: Any
+    ) -> Tensor:
+        left, right = options["window_size"]
+        assert right == 0 and options.get("enable_gqa", False) is has_groups
+        rows = []
+        for first, last in itertools.pairwise(borders.tolist()):
+            q, k, v = (x[first:last].transpose(0, 1)[None] for x in (query, key, value))
+            place = torch.arange(last - first)
+            distance = place[:, None] - place
+            mask = (distance >= 0) & ((distance <= left) | (left < 0))
+            attended = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=options["scale"], enable_gqa=has_groups
+            )
+            rows.append(attended[0].transpose(0, 1))
+        return torch.cat(rows)
+
+    monkeypatch.setattr(gift.packing, "varlen_attn", documented)
+    names = {"window_size", "enable_gqa"} if has_groups else {"window_size"}
+    monkeypatch.setattr(gift.packing, "_VARLEN_OPTIONS", names)
+    lengths = (5, 17, 3, 30)
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window}
+    expected, _ = packed_attention(
+        nn.Module(), query, key, value, None, row_lengths=lengths, cu_seq_lens_q=borders, **options
+    )
+    found = gift.packing._fused(query, key, value, borders, 30, 0.3, window)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_rows_in_one_kernel_give_what_they_give_alone(architecture: str) -> None:
+    config, options = PACKED[architecture]
+    rows = make_rows((5, 170, 3, 300))
+    model = make_model(config, **{"max_position_embeddings": 512, **options})
+    expected = torch.cat([hidden_states(model, [row], packed=False) for row in rows])
+    model = model.to("cuda", torch.bfloat16)
+    assert enable_packing(model, rows)
+    batch = make_batch(rows, packed=True).to(torch.device("cuda"))
+    hidden = last_hidden_state(model, **batch.inputs)[0]
+    hidden.float().square().mean().backward()
+    found = hidden[batch.predicts].float().cpu()
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert all(
+        p.grad.isfinite().all() for p in model.get_decoder().parameters() if p.grad is not None
+    )
+
+
+def test_where_flash_attention_fails_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gift.packing, "_attentions", lambda: ["flash_attention_2", NAME])
+    model, rows = make_model(LlamaConfig), make_rows()
+    assert enable_packing(model, rows) and model.config._attn_implementation == NAME
+
+
+def test_packing_imports_without_varlen_attn() -> None:
+    code = (
+        "import sys; sys.modules['torch.nn.attention.varlen'] = None; import gift.packing as p;"
+        "assert p.varlen_attn is None and not p._VARLEN_OPTIONS"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
