@@ -122,14 +122,14 @@ def split_kernel(
     if block < blocks_k:
         x_ptr = a_ptr + expert * a_strides.expert
         size, strides = (K, rank, RANK), (a_strides.column, a_strides.row)
-        part_strides = (K.to(tl.int64) * RANK, 1, K)
+        part_strides = (tl.cast(K, tl.int64) * RANK, 1, K)
         _split(x_ptr, parts_ptr, scales_ptr, size, strides, part_strides, block, BLOCK, BLOCK_R)
     else:
         x_ptr = b_ptr + expert * b_strides.expert
-        parts_ptr += K.to(tl.int64) * (2 * RANK)
+        parts_ptr += tl.cast(K, tl.int64) * (2 * RANK)
         scales_ptr += K
         size, strides = (M, rank, RANK), (b_strides.row, b_strides.column)
-        part_strides = (M.to(tl.int64) * RANK, RANK, 1)
+        part_strides = (tl.cast(M, tl.int64) * RANK, RANK, 1)
         block -= blocks_k
         _split(x_ptr, parts_ptr, scales_ptr, size, strides, part_strides, block, BLOCK, BLOCK_R)
 
@@ -208,7 +208,7 @@ def lora_merge_kernel(
     expert = pid // (blocks_k * blocks_m)
     w_ptr += expert.to(tl.int64) * w_strides.expert
     out_ptr += expert.to(tl.int64) * out_strides.expert
-    part_a, part_b = RANK * K.to(tl.int64), RANK * M.to(tl.int64)
+    part_a, part_b = RANK * tl.cast(K, tl.int64), RANK * tl.cast(M, tl.int64)
     if SPLIT:
         a_ptr += expert * 2 * (part_a + part_b)
         b_ptr += expert * 2 * (part_a + part_b) + 2 * part_a

@@ -1,6 +1,7 @@
 """The merge kernel compiled for each architecture: spills, shared memory, instructions."""
 
 import re
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -122,7 +123,28 @@ SPLITS = [
     for contiguous in (True, False)
 ]
 MERGES = EVERY_CONFIGURATION + VARIANTS
-REQUESTS = MERGES + SPLITS
+
+
+def _with_ones(request: KernelRequest, ones: tuple[str, ...]) -> KernelRequest:
+    """The request of a launch where these numbers are 1, which Triton takes as constants."""
+    return replace(
+        request,
+        signature={name: kind for name, kind in request.signature.items() if name not in ones},
+        constexprs={**request.constexprs, **dict.fromkeys(ones, 1)},
+        divisible=tuple(name for name in request.divisible if name not in ones),
+        label=f"{request.label}-{'-'.join(ones)}-1",
+    )
+
+
+ONES = [
+    *(
+        _with_ones(_request(90, path, configs(path, False)[0], 16), ones)
+        for path in get_args(Path)
+        for ones in (("M",), ("K",), ("M", "K"))
+    ),
+    *(_with_ones(_split_request(90, "*fp32"), ones) for ones in (("M",), ("K", "rank"))),
+]
+REQUESTS = MERGES + SPLITS + ONES
 
 
 @pytest.fixture(scope="module")

@@ -118,11 +118,12 @@ def _plan(
     if machine.arch > 0:
         (vocab_size, size), *of_guide = heads
         work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
-        kept = min(size * 4 // dtype.itemsize, HEAD_ROWS)
+        again = min(HEAD_ROWS, max(count, COUNT_STEP))
+        kept = min(size * 4 // dtype.itemsize, again)
         shapes = (
             chunk_shape(work, count, *of_guide),
             head_chunk_shape(work, kept),
-            head_chunk_shape(work, HEAD_ROWS),
+            head_chunk_shape(work, again),
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
@@ -181,6 +182,7 @@ def head_chunk_shape(work: Work, rows: int) -> Shape:
     """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
     block_v = work.logit_tiles.BLOCK_V
     most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_v)
+    most = min(most, cdiv(work.vocab_size, block_v))
     least = max((most + 1) // 2, most - 64)
     shapes = [Shape(rows, number * block_v) for number in range(least, most + 1)]
     return min(shapes, key=lambda shape: call_time(work, rows, shape, with_dw=True))

@@ -6,9 +6,10 @@ From a row's weight to its gradient:
 2. `row_pass` runs over all logits once. Per chunk of rows, per chunk of C columns: `Chunk.logits`
    stores E = 2^(x − ref) and partial sums, `Chunk.merge` adds the sums to the rows' state,
    `Chunk.add_to_dh` adds E W to dH.
-3. `finish_rows` makes nll and two factors of the state; `finish_dh` then makes the gradient of each
-   row's nll: dH = factor · ΣE W + target_factor · W_y. No weight has entered yet.
-4. `weigh` in `solve` makes the weights of the statistics, the guide's confidence or the argument.
+3. `finish_rows` makes nll and two factors of the state, and the gradient of each row's nll:
+   dH = factor · ΣE W + target_factor · W_y (`finish_dh` where the head is trainable, for dH is
+   complete only later). No weight has entered yet.
+4. Given weights were made ready in step 1; where they are confidences, `finish_rows` writes them.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
    (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights and the hidden states
    (`Chunk.add_to_dw`); see `head_gradient`.
