@@ -16,6 +16,7 @@ from gift.console import console
 from gift.files import read_json, read_record, replacing
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
+from gift.train import BAND_NAMES
 
 REPORT_FILE = "report.html"
 SHOWN_QUESTIONS = 5
@@ -52,6 +53,7 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
         figures=figures_of(results, layers, calibrations),
         layers=layers,
         calibrations=calibrations,
+        bands=BAND_NAMES,
         questions={name: questions_decided(study, name) for name in study.evaluations},
         health=_health(study),
         warnings=_warnings(study),

@@ -13,6 +13,7 @@ from gift.errors import InputError
 from gift.study import figures
 from gift.study.report import changes_by_layer, questions_decided, report
 from gift.study.results import read_study
+from gift.train import BAND_NAMES
 
 # One process makes the study that these tests read.
 pytestmark = pytest.mark.xdist_group("study")
@@ -89,6 +90,9 @@ def test_the_tables_are_the_results(finished: Path, page: Page) -> None:
                 f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
             )
             assert shown in page.sections["accuracy"]
+    for name in ("bands", "calibration"):
+        places = [page.sections[name].index(f" {band}") for band in BAND_NAMES]
+        assert places == sorted(places), name
     rates = page.sections["tuning"].split()
     assert rates.count("yes") == 2 and rates.count("no") == 2
     record = json.loads((finished / "study.json").read_text())
