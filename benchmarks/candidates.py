@@ -48,21 +48,27 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
         )
         if min(changed) > 0:
             changes[f"{changed.rows} rows, {changed.columns} columns"] = {field: changed}
+    replaced = {name: {"default_plan": _planned(change)} for name, change in changes.items()}
+    if case.weighting == "guide":
+        replaced["the guide in launches of its own"] = {"shares_launches": lambda problem: False}
     return [
-        Provider(name, "candidate", CE_OPS, _with_plan(change), skip=needs_triton)
-        for name, change in changes.items()
+        Provider(name, "candidate", CE_OPS, _with(functions), skip=needs_triton)
+        for name, functions in replaced.items()
     ]
 
 
-def _with_plan(change: dict[str, Any]) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
-    def planned(*heads: Any, **options: Any) -> Plan:
-        return default_plan(*heads, **options)._replace(**change)
+def _planned(change: dict[str, Any]) -> Callable[..., Plan]:
+    return lambda *heads, **options: default_plan(*heads, **options)._replace(**change)
+
+
+def _with(functions: dict[str, Any]) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
+    """Our Triton implementation with other functions in its module `forward`."""
 
     def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
         call = gift_ce("triton")(case, inputs)
 
         def run() -> Tensor:
-            with mock.patch.object(triton_ce, "default_plan", planned):
+            with mock.patch.multiple(triton_ce, **functions):
                 return call()
 
         return run

@@ -14,7 +14,6 @@ from compiling import (
     CompiledKernel,
     KernelRequest,
     compile_kernels,
-    shared_memory_limit,
 )
 
 from gift_kernels.linear_ce.triton.chunk_size import MARGIN
@@ -22,10 +21,10 @@ from gift_kernels.linear_ce.triton.kernels.logits import Factors, Flags, Pointer
 from gift_kernels.linear_ce.triton.kernels.matmul import ProductFlags, ProductSizes, RowWeights
 from gift_kernels.linear_ce.triton.tiles import (
     DW_TILES,
-    FLOAT32,
     HOPPER_TILES,
     LOGIT_TILES,
     PRODUCT_TILES,
+    SMALL,
     LogitTiles,
     Machine,
     ProductTiles,
@@ -194,13 +193,13 @@ def requests() -> list[KernelRequest]:
     guided = tiles_of(hopper, ALL_OPTIONS, tma=False, guided=True)[0]
     found.append(two_heads(90, guided, ALL_OPTIONS, tma=False))
     found.append(two_heads(90, HOPPER_TILES, CONFIDENCE))
-    found.append(logits(90, LOGIT_TILES[FLOAT32][0], ALL_OPTIONS, "fp32"))
-    found += [of(90, PRODUCT_TILES[FLOAT32][0], "fp32") for of in (dh, dw)]
+    found.append(logits(90, LOGIT_TILES[SMALL][0], ALL_OPTIONS, "fp32"))
+    found += [of(90, PRODUCT_TILES[SMALL][0], "fp32") for of in (dh, dw)]
     return found
 
 
 def tiles_of(
-    machine: Machine, options: dict[str, bool], tma: bool, guided: bool
+    machine: Machine, options: dict[str, bool], tma: bool, guided: bool, uneven: bool = False
 ) -> tuple[LogitTiles, ...]:
     """The tiles that a call with these options may run with."""
     return logit_tiles(
@@ -211,39 +210,62 @@ def tiles_of(
         capped=options["HAS_CAP"],
         entropy=options["ENTROPY"],
         guided=guided,
+        uneven=uneven,
     )
 
 
-def odd_sizes(request: KernelRequest, *ones: str) -> KernelRequest:
-    """The same with no integer divisible by 16, and some that are 1: other kernels to Triton."""
-    signature: Any = {n: kind for n, kind in request.signature.items() if n not in ones}
-    fields = {name: 1 for name in ones if name not in request.signature}
-    signature["size"] = signature["size"]._replace(**fields)
-    flat = {name: 1 for name in ones if name in request.signature}
+# Of sizes and strides (D, first and second stride of the head): 1, 2 for any other number that is
+# no multiple of 16, and 16.
+UNEVEN = {
+    "D-1": (1, 1, 1),
+    "D-1-strides-odd": (1, 2, 2),
+    "D-odd": (2, 2, 1),
+    "D-odd-transposed": (2, 1, 16),
+    "V-odd-transposed": (16, 1, 2),
+    "all-odd": (2, 2, 2),
+    "transposed": (16, 1, 16),
+    "strides-even": (16, 16, 16),
+}
+
+
+def with_sizes(request: KernelRequest, name: str, sizes: tuple[int, int, int]) -> KernelRequest:
+    """The same with other values of the integers that Triton specialises."""
+    signature: Any = dict(request.signature)
+    size = signature["size"]
+    fields = ("D", *(field for field in size._fields if field.startswith("stride")))
+    given = dict(zip(fields, sizes, strict=True))
+    values = {field: 1 if value == 1 else "i32" for field, value in given.items()}
+    signature["size"] = size._replace(**values)
+    # Rows and columns of a chunk are whole tiles, and where a chunk lies is never specialised.
+    even = [field for field, value in given.items() if value == 16]
+    even += [field for field in ("rows", "columns") if field in size._fields]
     return replace(
         request,
         signature=signature,
-        constexprs={**request.constexprs, **flat},
-        divisible=(),
-        label="-".join((request.label, "odd", *ones)),
+        divisible=tuple(f"size.{field}" for field in even),
+        label=f"{request.label}-{name}",
     )
 
 
-def odd_requests() -> list[KernelRequest]:
-    """The extremes of what calls with few columns, rows or hidden units specialise."""
+def specialisations() -> list[KernelRequest]:
+    """What heads of any sizes and strides make of the kernels, with the tiles that they take."""
     found = []
     for arch in (80, 90):
         machine = Machine(arch, 132)
-        for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
-            tiles = tiles_for(table, machine, torch.bfloat16)[0]
-            found.append(odd_sizes(of(arch, tiles)))
-            found.append(odd_sizes(of(arch, tiles, tma=False), "D", "stride_other_k"))
-        narrow = tiles_of(machine, LOSS, tma=False, guided=False)[0]
-        found.append(odd_sizes(logits(arch, narrow, LOSS, tma=False), "D", "stride_head_v"))
+        for name, sizes in UNEVEN.items():
+            for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
+                tiles = tiles_for(table, machine, torch.bfloat16, uneven=True)[0]
+                found.append(with_sizes(of(arch, tiles, tma=False), name, sizes))
+            tiles = tiles_of(machine, ALL_OPTIONS, tma=False, guided=False, uneven=True)[0]
+            found.append(with_sizes(logits(arch, tiles, ALL_OPTIONS, tma=False), name, sizes))
+    # The copy engine takes multiples of 8.
+    sizes = UNEVEN["D-odd"]
+    found += [with_sizes(of(90, PRODUCT_TILES[SMALL][0]), "D-8", sizes) for of in (dh, dw)]
+    found.append(with_sizes(logits(90, LOGIT_TILES[SMALL][0], ALL_OPTIONS), "D-8", sizes))
     return found
 
 
-ODD_REQUESTS = odd_requests()
+SPECIALISATIONS = specialisations()
 REQUESTS = requests()
 MATRIX_90 = [r for r in REQUESTS if r.arch == 90 and "bf16" in r.label]
 
@@ -253,17 +275,19 @@ def compiled() -> dict[KernelRequest, CompiledKernel]:
     return dict(zip(REQUESTS, compile_kernels(REQUESTS), strict=True))
 
 
-def test_integers_that_are_1_or_odd_fit_into_shared_memory() -> None:
-    for kernel in compile_kernels(ODD_REQUESTS):
-        assert kernel.shared <= shared_memory_limit(kernel.request.arch), kernel.request
+def test_sizes_and_strides_that_are_1_or_odd_spill_nothing_and_fit() -> None:
+    for kernel in compile_kernels(SPECIALISATIONS):
+        kernel.assert_fits()
 
 
 @pytest.mark.parametrize("name", ["first_row", "first_v", "C"])
 def test_where_a_chunk_lies_is_never_specialised(name: str) -> None:
     """A chunk of 1 column had a kernel of its own, whose operands did not fit."""
-    tiles = PRODUCT_TILES[90][0]
+    request = dh(90, PRODUCT_TILES[90][0])
+    signature = {other: kind for other, kind in request.signature.items() if other != name}
+    constant = replace(request, signature=signature, constexprs={**request.constexprs, name: 1})
     with pytest.raises(RuntimeError, match=f"arguments \\['{name}'\\] are never specialised"):
-        compile_kernels([odd_sizes(dh(90, tiles), name)])
+        compile_kernels([constant])
 
 
 def test_at_most_eight_candidates() -> None:
@@ -311,11 +335,12 @@ def test_both_heads_of_a_launch_share_one_loop_over_hidden_units(
 def test_both_operands_of_a_step_share_a_barrier(
     compiled: dict[KernelRequest, CompiledKernel],
 ) -> None:
-    """A step of a product waits once for both matrices, transposed or not."""
+    """A step waits once for both; E of dW goes to registers, and is waited for alone."""
     for request in MATRIX_90:
         if request.constexprs["FLAGS"].TMA:
             # A wait is tried once in the loop, and again and again in a loop of its own.
-            assert compiled[request].sass.count("PHASECHK") == 2, request
+            waits = 4 if request.label.startswith("dw") else 2
+            assert compiled[request].sass.count("PHASECHK") == waits, request
 
 
 def test_the_end_of_a_tile_is_short(compiled: dict[KernelRequest, CompiledKernel]) -> None:

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gift_kernels.linear_ce.triton.tiles import (
-    FLOAT32,
     LOGIT_TILES,
     PRODUCT_TILES,
+    SMALL,
     Machine,
 )
 from gift_kernels.linear_ce.types import LinearInputs, Problem
@@ -220,7 +220,7 @@ def test_chunks_are_wide_however_large_the_head(
     vocab_size: int, hidden_size: int, itemsize: int, guided: bool
 ) -> None:
     """A chunk of few columns adds to all of dH for each of them."""
-    arch = FLOAT32 if itemsize == 4 else 90
+    arch = SMALL if itemsize == 4 else 90
     tiles = (LOGIT_TILES[arch][0], PRODUCT_TILES[arch][0])
     guide = ((vocab_size, hidden_size),) if guided else ()
     work = plans.Work(132, *tiles, vocab_size, hidden_size, itemsize)

@@ -138,7 +138,7 @@ def _with_ones(request: KernelRequest, ones: tuple[str, ...]) -> KernelRequest:
 
 ONES = [
     *(
-        _with_ones(_request(90, path, configs(path, False)[0], 16), ones)
+        _with_ones(_request(90, path, configs(path, False)[0], 64), ones)
         for path in get_args(Path)
         for ones in (("M",), ("K",), ("M", "K"))
     ),

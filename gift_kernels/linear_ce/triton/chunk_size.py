@@ -16,6 +16,7 @@ from gift_kernels.linear_ce.triton.tiles import (
     Machine,
     ProductTiles,
     can_use_tma,
+    is_uneven,
     logit_tiles,
     machine_of,
     tiles_for,
@@ -93,6 +94,7 @@ def default_plan(
         biased=any(h.bias is not None for h in heads),
         capped=any(h.logit_softcap is not None for h in heads),
         entropy=with_entropy,
+        uneven=any(is_uneven(h.weight) for h in heads),
     )
 
 
@@ -107,11 +109,13 @@ def _plan(
     biased: bool,
     capped: bool,
     entropy: bool,
+    uneven: bool,
 ) -> Plan:
     """`default_plan` for N `count` and heads [V, D], the model's first."""
     options = {"biased": biased, "capped": capped, "entropy": entropy, "guided": len(heads) > 1}
-    tiles = logit_tiles(machine, dtype, tma=tma, **options)[0]
-    product_tiles = tiles_for(PRODUCT_TILES, machine, dtype)[0]
+    tiles = logit_tiles(machine, dtype, tma=tma, uneven=uneven, **options)[0]
+    product_tiles = tiles_for(PRODUCT_TILES, machine, dtype, uneven=uneven)[0]
+    dw_tiles = tiles_for(DW_TILES, machine, dtype, uneven=uneven)[0]
     small = Shape(64, 256)
     shapes = (small, small, small, small)
     blocks = (INTERPRETER_ROW_BLOCK, INTERPRETER_SLICE_BLOCK)
@@ -127,7 +131,6 @@ def _plan(
             Shape(STATISTICS_ROWS, STATISTICS_COLUMNS),
         )
         blocks = (ROW_BLOCK, SLICE_BLOCK)
-    dw_tiles = tiles_for(DW_TILES, machine, dtype)[0]
     return Plan(machine, *shapes, tiles, product_tiles, dw_tiles, *blocks)
 
 

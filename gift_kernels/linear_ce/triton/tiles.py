@@ -67,15 +67,15 @@ class Machine(NamedTuple):
     sms: int
 
 
-# Keys of the tables below: architectures, the interpreter, and float32 on any GPU.
-INTERPRETER, FLOAT32 = 0, -1
+# Keys of the tables below: architectures, the interpreter, and on any GPU float32 or uneven sizes.
+INTERPRETER, SMALL = 0, -1
 # The fastest measured on an H200, with the kernels of commit c35b29c. FLATTEN would serialize the
 # products, because the epilogue of a tile changes the accumulators in place.
 HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
 # interpreter's are small enough for several tiles in a small test.
 LOGIT_TILES = {
-    FLOAT32: (LogitTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
+    SMALL: (LogitTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
     INTERPRETER: (LogitTiles(32, 128, 32, 2, 1, 1, 2, 1, False),),
     80: (
         LogitTiles(128, 128, 64, 8, 8, 3, 1, 1, False),
@@ -92,20 +92,24 @@ CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
 LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(BLOCK_D=128, num_stages=2),)}
 NARROW_LOGIT_TILES = LOGIT_TILES | {90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
 PRODUCT_TILES = {
-    FLOAT32: (ProductTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
+    SMALL: (ProductTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
     INTERPRETER: (ProductTiles(32, 64, 32, 2, 1, 1, 2, 1, False),),
     80: (ProductTiles(128, 128, 64, 8, 8, 3, 2, 1, False),),
     90: (
+        ProductTiles(128, 256, 64, 8, 8, 3, 2, 1, True),
         ProductTiles(128, 256, 64, 8, 8, 4, 2, 1, False),
-        ProductTiles(128, 256, 64, 16, 8, 3, 2, 1, False),
     ),
     100: (ProductTiles(128, 256, 64, 8, 8, 3, 2, 1, False),),
     120: (ProductTiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
 }
 
-# Weights enter dW in registers: wider tiles spill on 80 and 100.
+# Weights enter dW in registers: wider tiles spill on 80 and 100, joined loops are serialized on 90.
 DW_TILES = PRODUCT_TILES | {
     80: (ProductTiles(128, 128, 32, 8, 8, 4, 2, 1, False),),
+    90: (
+        ProductTiles(128, 256, 64, 8, 8, 4, 2, 1, False),
+        ProductTiles(128, 256, 64, 8, 8, 3, 2, 1, False),
+    ),
     100: (ProductTiles(128, 128, 64, 8, 8, 4, 2, 1, False),),
 }
 
@@ -119,11 +123,18 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def tiles_for(
-    table: dict[int, tuple[AnyTiles, ...]], machine: Machine, dtype: torch.dtype
+    table: dict[int, tuple[AnyTiles, ...]],
+    machine: Machine,
+    dtype: torch.dtype,
+    *,
+    uneven: bool = False,
 ) -> tuple[AnyTiles, ...]:
-    """The candidates for this machine, the default first."""
-    if machine.arch > 0 and dtype == torch.float32:
-        return table[FLOAT32]
+    """The candidates for this machine, the default first.
+
+    `uneven` as in `is_uneven`: each address then takes registers of its own.
+    """
+    if machine.arch > 0 and (uneven or dtype == torch.float32):
+        return table[SMALL]
     known = [arch for arch in table if min(1, machine.arch) <= arch <= machine.arch]
     return table[max(known)]
 
@@ -137,6 +148,7 @@ def logit_tiles(
     capped: bool,
     entropy: bool,
     guided: bool,
+    uneven: bool = False,
 ) -> tuple[LogitTiles, ...]:
     """The candidates for the kernels of logits with these options, the default first."""
     table = LOGIT_TILES
@@ -146,7 +158,12 @@ def logit_tiles(
         table = LEAN_LOGIT_TILES
     elif capped:
         table = CAPPED_LOGIT_TILES
-    return tiles_for(table, machine, dtype)
+    return tiles_for(table, machine, dtype, uneven=uneven)
+
+
+def is_uneven(matrix: Tensor) -> bool:
+    """Whether rows are not contiguous, or their length or distance is no multiple of 16."""
+    return matrix.stride(1) != 1 or matrix.shape[1] % 16 != 0 or matrix.stride(0) % 16 != 0
 
 
 def can_use_tma(machine: Machine, *matrices: Tensor) -> bool:
