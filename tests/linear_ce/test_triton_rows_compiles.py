@@ -90,7 +90,8 @@ def kind_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, tuple):
-        return type(value)(*(part if is_1(part) else kind_of(part) for part in value))
+        parts = (p if p is None or is_1(p) else kind_of(p) for p in value)
+        return type(value)(*parts)
     return "fp32" if isinstance(value, float) else "i32"
 
 

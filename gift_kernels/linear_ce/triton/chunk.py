@@ -168,7 +168,6 @@ class Chunk:
             self.kernel_factors,
             GUESS=guess,
             BELOW=self.below,
-            HAS_BIAS=self.head.bias is not None,
             HAS_CAP=self.head.logit_softcap is not None,
             BLOCK_N=block_n,
             BLOCK_D=block_d,

@@ -109,7 +109,7 @@ class GatherSizes(NamedTuple):
 def _gather_kernel(
     hidden_ptr,  # [N, D]
     head_ptr,  # [V, D]
-    bias_ptr,  # [V]
+    bias_ptr,  # [V], or None
     target_ptr,  # [N] int64
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
@@ -124,7 +124,6 @@ def _gather_kernel(
     factor,  # Factors
     GUESS: tl.constexpr,
     BELOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,7 +163,7 @@ def _gather_kernel(
         x = tl.full((BLOCK_N,), NO_REFERENCE, tl.float32)
         if GUESS:
             a = tl.sum(dot, 1)
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
             x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
             # Comparisons with NaN are false; an infinite reference would make NaN later.
@@ -303,30 +302,37 @@ def _difference(a, b):
     return d, tl.where(tl.abs(error) < 1e30, error, 0.0)
 
 
+class HeadSizes(NamedTuple):
+    """Sizes of a head [V, D] where only some of its rows are read."""
+
+    D: int
+    stride_head_v: int
+    stride_head_d: int
+
+
+class FinishFactors(NamedTuple):
+    """Of a head's accumulators: nats and bits as above, the logit scale, the soft-cap or 1."""
+
+    nats: float
+    bits: float
+    scale: float
+    cap: float
+
+
 @triton.jit
 def _finish_kernel(
     state_ptr,  # [4, N] compact: ref of this rank's E; S, S2, M of the whole vocabulary
     target_logit_ptr,  # [N] compact, NaN where no column is the target
     place_ptr,  # [N] int32
     weight_ptr,  # [N], written if CONFIDENCE
-    loss_ptr,  # [N] weight times nll, or None, as all that follow may be
-    nll_ptr,  # [N]
-    lse_ptr,  # [N]
-    top1_ptr,  # [N]
-    largest_ptr,  # [N]
-    entropy_ptr,  # [N]
-    factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share
-    dh_ptr,  # [N, D] Σ E W
+    found,  # RowStats: pointers [N] in the caller's order, None where not asked for
+    factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share; or None
+    dh_ptr,  # [N, D] Σ E W, or None
     local_target_ptr,  # [N] int32, compact
     head_ptr,  # [V, D]
     N,
-    D,
-    stride_head_v,
-    stride_head_d,
-    nats,
-    bits,
-    scale,
-    cap,
+    size,  # HeadSizes
+    factor,  # FinishFactors
     transform,  # Transform
     HAS_POWER: tl.constexpr,
     CONFIDENCE: tl.constexpr,
@@ -338,6 +344,9 @@ def _finish_kernel(
 
     dH becomes factor · ΣE W + target_factor · W_y, the latter in float32.
     """
+    # Read here: in the loop over D Triton 3.6 loses those that are constants.
+    D, stride_head_v, stride_head_d = size.D, size.stride_head_v, size.stride_head_d
+    nats, bits, scale, cap = factor.nats, factor.bits, factor.scale, factor.cap
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < N
     place = tl.load(place_ptr + rows, mask=mask, other=-1)
@@ -363,20 +372,20 @@ def _finish_kernel(
         tl.store(weight_ptr + rows, w, mask=mask)
     else:
         w = tl.load(weight_ptr + rows, mask=mask, other=0.0)
-    if loss_ptr is not None:
-        tl.store(loss_ptr + rows, tl.where(counted & (w != 0.0), w * nll, 0.0), mask=mask)
-    if nll_ptr is not None:
-        tl.store(nll_ptr + rows, tl.where(counted, nll, 0.0), mask=mask)
-    if lse_ptr is not None:
+    if found.loss is not None:
+        tl.store(found.loss + rows, tl.where(counted & (w != 0.0), w * nll, 0.0), mask=mask)
+    if found.nll is not None:
+        tl.store(found.nll + rows, tl.where(counted, nll, 0.0), mask=mask)
+    if found.lse is not None:
         lse = tl.where(is_likely, nats * y, nats * largest + log_s) + log_small
-        tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
-    if top1_ptr is not None:
-        tl.store(top1_ptr + rows, counted & (x >= largest), mask=mask)
-    if largest_ptr is not None:
+        tl.store(found.lse + rows, tl.where(counted, lse, 0.0), mask=mask)
+    if found.top1 is not None:
+        tl.store(found.top1 + rows, counted & (x >= largest), mask=mask)
+    if found.largest is not None:
         # The target's, or that of the likeliest other token.
         likeliest = tl.where(is_likely, p, tl.maximum(p, 1.0 / (s * (1.0 + small))))
-        tl.store(largest_ptr + rows, tl.where(counted, likeliest, 0.0), mask=mask)
-    if entropy_ptr is not None:
+        tl.store(found.largest + rows, tl.where(counted, likeliest, 0.0), mask=mask)
+    if found.entropy is not None:
         # The sum of p_v (z_max − z_v), relative to the target's logit or to M: no cancellation.
         ln_2 = 0.6931471805599453
         s2 = tl.load(state_ptr + 2 * N + place, mask=counted, other=0.0) * ln_2
@@ -387,7 +396,7 @@ def _finish_kernel(
             log_small - from_target / (1.0 + u),
             log_s + log_small - (s2 - at_target) / (s * (1.0 + small)),
         )
-        tl.store(entropy_ptr + rows, tl.where(counted, entropy, 0.0), mask=mask)
+        tl.store(found.entropy + rows, tl.where(counted, entropy, 0.0), mask=mask)
     slope = scale
     if HAS_CAP:
         tanh = tl.maximum(x, -cap) / cap
