@@ -7,6 +7,7 @@ the GPU, so what Triton's binder and autotuner found for a kind of call is kept.
 import functools
 import math
 import os
+import threading
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def merge(
         # Merge the transpose, whose rows are contiguous: (W + B A)ᵀ = Wᵀ + Aᵀ Bᵀ.
         weight, out, a, b = weight.mT, out.mT, b.mT, a.mT
     key = (*map(_kind, (weight, out, a, b)), out.data_ptr() == weight.data_ptr(), transposed)
-    key = (*key, seed is not None, seed is not None and seed >= 1 << 31, config)
+    key = (*key, seed is not None, seed is not None and seed >= 1 << 31, config, _autotuning())
     with torch.cuda.device_of(weight):
         known = _known.get(key) or _prepare(weight, out, a, b, transposed, seed, config)
         if known.split is None:
@@ -133,6 +134,10 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
 
 
+# An autotuner holds the choice of its latest call, whichever thread made it.
+_tuning = threading.Lock()
+
+
 class Launch(NamedTuple):
     """`kernel[grid](*tensors, *numbers, **options)`."""
 
@@ -143,13 +148,16 @@ class Launch(NamedTuple):
 
     def __call__(self, *tensors: Any) -> "Launch":
         """Launches. Returns what does the same without the binder and the autotuner of Triton."""
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-        if compiled is None:  # it is compiled already, or interpreted
-            return self
+        launch, grid, numbers = self.kernel[self.grid], self.grid, self.numbers
         if isinstance(self.kernel, Autotuner):
-            tiles = self.kernel.best_config.kwargs
-            return Launch(compiled, self.grid(tiles), (*self.numbers, *tiles.values()), {})
-        return Launch(compiled, self.grid, self.numbers, {})
+            with _tuning:
+                compiled = launch(*tensors, *numbers, **self.options)
+                tiles = self.kernel.best_config.kwargs
+            grid, numbers = grid(tiles), (*numbers, *tiles.values())
+        else:
+            compiled = launch(*tensors, *numbers, **self.options)
+        # None: it is compiled already, or interpreted.
+        return self if compiled is None else Launch(compiled, grid, numbers, {})
 
 
 class Known(NamedTuple):

@@ -1,7 +1,11 @@
 """The Triton kernel of the merge: every configuration, its memory accesses, its dispatch."""
 
+import contextlib
 import importlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from merge_cases import (
     truth,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.autotuner import Autotuner
 
 from gift_kernels.lora_merge import triton as kernel
 from gift_kernels.lora_merge.api import lora_merge, lora_merge_
@@ -190,6 +195,44 @@ def test_a_second_call_binds_no_arguments_and_computes_nothing_on_the_host(
         a, b, scale = make_adapter(other.shape, 8, factors, device)
         lora_merge_(other, a, b, scale, impl="triton")
         assert launched == names
+
+
+def test_the_environment_is_heeded_for_calls_seen_before(monkeypatch, device):
+    launched: list[str] = []
+    tuner = _Kernel("tuned", launched, _Kernel("tuned again", launched))
+    monkeypatch.setattr(kernel, "_autotuned", lambda *_: tuner)
+    first = _Kernel("first", launched, _Kernel("first again", launched))
+    monkeypatch.setattr(kernel, "lora_merge_kernel", first)
+    monkeypatch.setattr(kernel, "_known", {})
+    compiling = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setattr(kernel, "knobs", compiling)
+    weight = make_weight((24, 40), "bf16", device)
+    adapter = make_adapter(weight.shape, 8, "bf16", device)
+    for value in ("1", "0", "1", "0"):
+        monkeypatch.setenv(kernel.AUTOTUNE_VARIABLE, value)
+        lora_merge_(weight, *adapter, impl="triton")
+    assert launched == ["tuned", "first", "tuned again", "first again"]
+
+
+class _Tuner(Autotuner):
+    """Finds another configuration for every call, and waits for other calls before it returns."""
+
+    def __init__(self) -> None:
+        self.calls = threading.Barrier(2)
+
+    def run(self, rows: int, **_: Any) -> Any:
+        self.best_config = kernel.triton.Config({"BLOCK_M": rows})
+        with contextlib.suppress(threading.BrokenBarrierError):  # no call came in between
+            self.calls.wait(0.2)
+        return f"compiled for {rows}"
+
+
+def test_threads_that_share_an_autotuner_keep_their_own_configurations():
+    tuner = _Tuner()
+    launches = [kernel.Launch(tuner, lambda tiles: tiles["BLOCK_M"], (n,), {}) for n in (32, 64)]
+    with ThreadPoolExecutor(2) as threads:
+        kept = list(threads.map(lambda launch: launch(), launches))
+    assert [(k.kernel, k.grid) for k in kept] == [("compiled for 32", 32), ("compiled for 64", 64)]
 
 
 def test_explicit_requests_are_never_replaced(monkeypatch, device):
