@@ -243,21 +243,14 @@ def plot(report: dict[str, Any], output: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
     bands, tokens = report["reliability"], report["tokens"]
-    left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="calibrated")
-    left.plot(
-        [band["mean_largest"] for band in bands],
-        [band["first_choice_is_target"] for band in bands],
-        marker="o",
-        label="first choice is the target",
-    )
+    figures.draw_reliability(left, [("first choice is the target", bands)], ["C0"])
     left.bar(
-        [(band["from"] + band["to"]) / 2 for band in bands],
-        [band["tokens"] / tokens for band in bands],
-        width=[band["to"] - band["from"] for band in bands],
+        [50 * (band["from"] + band["to"]) for band in bands],
+        [100 * band["tokens"] / tokens for band in bands],
+        width=[100 * (band["to"] - band["from"]) for band in bands],
         alpha=0.2,
         label="share of tokens",
     )
-    left.set_xlabel("the guide's largest probability")
     error = 100 * report["expected_calibration_error"]
     left.set_title(f"expected calibration error {error:.1f} %", fontsize=10)
     left.legend(frameon=False, fontsize=8)

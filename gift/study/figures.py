@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gift.figures import can_draw
+from gift.figures import can_draw, draw_reliability
 
 COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d405b", "#b56576")
 Palette = Mapping[str, str]
@@ -81,21 +81,14 @@ def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
     return _embedded(figure)
 
 
-def draw_reliability(calibrations: Sequence[Mapping[str, Any]]) -> str:
-    """A line a guide and pair: its largest probability against how often its first choice is it."""
+def draw_calibration(calibrations: Sequence[Mapping[str, Any]]) -> str:
+    """The reliability of every guide and pair."""
     figure, (panel,) = _panels(1, 4.6, 3.6)
-    panel.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
-    colors = _colors(len(calibrations) + 1)[1:]  # without the instruct model's
-    for color, one in zip(colors, calibrations, strict=True):
-        panel.plot(
-            [100 * band["mean_largest"] for band in one["reliability"]],
-            [100 * band["first_choice_is_target"] for band in one["reliability"]],
-            marker=".",
-            color=color,
-            label=_in_legend(f"{one['guide']}, {one['pair']}"),
-        )
-    panel.set_xlabel("the guide's largest probability, %", fontsize=8)
-    panel.set_ylabel("its first choice is the data's token, %", fontsize=8)
+    guides = [
+        (_in_legend(f"{one['guide']}, {one['pair']}"), one["reliability"]) for one in calibrations
+    ]
+    # Without the instruct model's color.
+    draw_reliability(panel, guides, _colors(len(guides) + 1)[1:])
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _embedded(figure)
@@ -189,7 +182,7 @@ def _draw_all(
     if bands:
         figures["bands"] = draw_bands(bands)
     if calibrations:
-        figures["calibration"] = draw_reliability(calibrations)
+        figures["calibration"] = draw_calibration(calibrations)
     if layers:
         figures["layers"] = draw_lines({"": layers}, "layer", "mean ‖Δ‖ / ‖A‖", palette)
     return figures
