@@ -1,6 +1,6 @@
 """Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
 
-Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
+Per chunk of B rows the logits [B, V] are the only large buffer (at most CHUNK_BYTES, or one row):
 they become exponentials and then the gradient of the logits in place. Where the device multiplies
 16-bit matrices into float32 (`matmul.mixed_products`), products take the inputs' dtype, to which
 exponentials are rounded, except the target's term; elsewhere the head is upcast, one block of

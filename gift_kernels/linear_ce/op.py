@@ -303,16 +303,16 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     of_sum: Tensor = upstream if row_count is None else upstream / row_count
     (want_dh, want_dw, want_db), row_weight_gradient = ctx.wanted, None
     hidden_dtype, head_dtype, bias_dtype, row_weight_dtype = ctx.dtypes
-    scale_rows = _scaled_rows if _is_plain(of_sum) else scaled_rows
+    rescaled = _scaled_rows if _is_plain(of_sum) else scaled_rows
     if want_dh:
         if ctx.impl == "triton":
-            dh = scale_rows(dh, of_sum, weight, hidden_dtype)
+            dh = rescaled(dh, of_sum, weight, hidden_dtype)
         else:
             dh = eager.scale_rows(dh, of_sum * weight).to(hidden_dtype)
     if ctx.recompute is not None:
         dw, db = head_gradient(*inputs, of_sum * weight, *ctx.recompute)
     elif want_dw and ctx.impl == "triton":
-        dw = scale_rows(dw, of_sum, None, head_dtype)
+        dw = rescaled(dw, of_sum, None, head_dtype)
     elif want_dw:
         dw = dw * of_sum
     if want_db and ctx.recompute is None:
