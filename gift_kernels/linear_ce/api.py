@@ -369,4 +369,6 @@ def _statistics(
     if "confidence" in asked:
         valid = target.flatten() != ignore_index
         found["confidence"] = torch.where(valid, torch.exp(-result.nll), 0)
+    if "weight" in found:
+        found["weight"] = found["weight"].clone()  # the backward reads its own
     return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

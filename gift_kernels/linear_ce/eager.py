@@ -280,8 +280,8 @@ def _add_hidden_gradient_(
     # Brings the largest exponential of a row to 2^15, because float16 ends at 6e-8.
     scale = None
     if operand == torch.float16:
-        largest = values.amax(1, keepdim=True)
-        scale = torch.where(largest > 0, largest, 1) * 2.0**-15
+        # Not less than 2^-100: a scale of 0 would make NaN of what is as good as 0.
+        scale = values.amax(1, keepdim=True).clamp(min=2.0**-100) * 2.0**-15
     for block in _vocab_blocks(head.weight.shape[0]):
         part = values[:, block] if scale is None else values[:, block] / scale
         wide_mm(part.to(operand), head.weight[block].to(operand), dh, accumulate=True)

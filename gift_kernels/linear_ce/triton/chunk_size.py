@@ -123,7 +123,7 @@ def _plan(
         (vocab_size, size), *of_guide = heads
         work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
         again = min(HEAD_ROWS, max(count, COUNT_STEP))
-        kept = min(size * 4 // dtype.itemsize, again)
+        kept = min(max(size, 1) * 4 // dtype.itemsize, again)
         shapes = (
             chunk_shape(work, count, *of_guide),
             head_chunk_shape(work, kept),
