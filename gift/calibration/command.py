@@ -87,20 +87,31 @@ def _encode(config: CalibrationConfig, store: ConfidenceStore) -> EncodedData:
     return data
 
 
-def _correctness(
-    config: CalibrationConfig, field: str, store: ConfidenceStore, data: EncodedData
-) -> dict[str, Any]:
-    """How well a row's mean and lowest confidence tell a correct response from a wrong one."""
+def read_correct(data: Path, field: str) -> dict[int, bool]:
+    """Of each row that has the field whether it is true, by the row's number from 0.
+
+    InputError: no row has it, or one has neither true nor false.
+    """
     said: dict[int, bool] = {}
-    for row, (place, _, content) in enumerate(json_lines(config.data)):
+    for row, (place, _, content) in enumerate(json_lines(data)):
         value = content.get(field)
         if value is not None and not isinstance(value, bool):
             raise InputError(f"--correct-field: {place}: {field} is {value!r}, not true or false")
         if value is not None:
             said[row] = value
+    if not said:
+        raise InputError(f"--correct-field: no row of {data} has {field}")
+    return said
+
+
+def _correctness(
+    config: CalibrationConfig, field: str, store: ConfidenceStore, data: EncodedData
+) -> dict[str, Any]:
+    """How well a row's mean and lowest confidence tell a correct response from a wrong one."""
+    said = read_correct(config.data, field)
     rows = [example.row for example in data.kept if example.row in said]
     if not rows:
-        raise InputError(f"--correct-field: no row of {config.data} has {field}")
+        raise InputError(f"--correct-field: no row of {config.data} that is used has {field}")
     correct = np.array([said[row] for row in rows])
     scores = {
         "mean_confidence": np.array([store.row(row).mean(dtype=np.float64) for row in rows]),
