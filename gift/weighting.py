@@ -118,7 +118,7 @@ def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Te
 
     `own` has the trained model's STATISTICS of the weighting, [N].
     """
-    q, guide = own.confidence, targets.guide
+    p, guide = own.confidence, targets.guide
     if config.weighting == "uniform":  # plain SFT; on the base model Shadow-FT, arXiv 2505.12716
         weight = torch.ones(len(targets.row), device=targets.row.device)
     elif config.weighting == "guide":  # GIFT, ACL 2026, arXiv 2605.01256
@@ -127,11 +127,11 @@ def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Te
     else:
         match config.weighting:
             case "self":  # DFT, arXiv 2508.05629
-                assert q is not None
-                signal = q
+                assert p is not None
+                signal = p
             case "own-times-guide":  # the product of the two, for what both models hold likely
-                assert q is not None and guide is not None
-                signal = q * guide
+                assert p is not None and guide is not None
+                signal = p * guide
             case "excess":  # own loss above the guide's, 1 on the largest: Rho-1, arXiv 2404.07965
                 assert own.nll is not None and guide is not None
                 # Both may hold the token impossible: ∞ − ∞ is no reason to learn it.
@@ -156,7 +156,7 @@ def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
         assert targets.guide_weight is not None
         zero = targets.guide_weight == 0
     elif config.weighting == "own-times-guide":
-        # q · guide is not above the guide's; its mean and the transform keep that order.
+        # p · guide is not above the guide's; its mean and the transform keep that order.
         assert targets.guide is not None
         shared = _shared(config, targets.guide, targets.span)
         zero = transform_weight(shared, _transform(config)) == 0
