@@ -47,6 +47,9 @@ from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift_kernels import token_confidence
 
+# The batches of each part of the data, by the name of the file for what is found of them.
+Parts = dict[str, list[list[Example]]]
+
 
 def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
     """Writes the confidence store of `config.data` under `config.model`; returns its summary.
@@ -70,10 +73,11 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
             model, packed = _load_guide(config, folder, data, clock)
             with clock("hash"):
                 weights = hashing.result()
-        made_from = _made_from(config, weights, tokenizer)
+        made_from = _made_from(config, weights, tokenizer, packed)
         partial = output.begin(made_from)
-        done = _annotate_missing(config, model, packed, data, output.work, clock)
-        values = _collect(data, output.work)
+        parts = _plan_parts(config, packed, data)
+        done = _annotate_missing(config, model, packed, parts, output.work, clock)
+        values = _collect(data, parts, output.work)
         confidence = [row[0] for row in values]
         largest, top1, entropy = np.concatenate(values, axis=1)[1:]
         statistics = GuideStatistics(largest, top1.astype(bool), entropy)
@@ -136,8 +140,10 @@ def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
     return summary
 
 
-def _made_from(config: AnnotateConfig, weights: str, tokenizer: Any) -> dict[str, Any]:
-    """Everything that determines the store's content: settings, model, tokenizer and data."""
+def _made_from(
+    config: AnnotateConfig, weights: str, tokenizer: Any, packed: bool
+) -> dict[str, Any]:
+    """Everything that determines the parts: settings, model, tokenizer, data and layout."""
     inputs = {"output", "overwrite", "model", "tokenizer", "data"}
     device = pick_device(config.device)
     return {
@@ -148,6 +154,7 @@ def _made_from(config: AnnotateConfig, weights: str, tokenizer: Any) -> dict[str
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "data": hash_json(read_rows(config.data, config)),
+        "layout": "packed" if packed else "padded",
     }
 
 
@@ -173,27 +180,30 @@ def _load_guide(
     return model, enable_packing(model, data.kept)
 
 
-def _annotate_missing(
-    config: AnnotateConfig, model: Any, packed: bool, data: EncodedData, work: Path, clock: Clock
-) -> list[Example]:
-    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`.
-
-    Returns the rows that were annotated now.
-    """
+def _plan_parts(config: AnnotateConfig, packed: bool, data: EncodedData) -> Parts:
+    """The batches of all rows, some of them a part."""
     lengths = [len(example.input_ids) for example in data.kept]
     batches = [
         [data.kept[number] for number in batch]
         for batch in plan_batches(lengths, config.batch_tokens, packed=packed)
     ]
-    layout = "packed" if packed else "padded"
-    parts = {
-        f"{layout}-{number:05d}.safetensors": batches[start : start + config.part_batches]
+    return {
+        f"part-{number:05d}.safetensors": batches[start : start + config.part_batches]
         for number, start in enumerate(range(0, len(batches), config.part_batches))
     }
+
+
+def _annotate_missing(
+    config: AnnotateConfig, model: Any, packed: bool, parts: Parts, work: Path, clock: Clock
+) -> list[Example]:
+    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`.
+
+    Returns the rows that were annotated now.
+    """
     finished = sealed_files(work)
     missing = {name: part for name, part in parts.items() if name not in finished}
-    done = len(batches) - sum(map(len, missing.values()))
-    with progress("annotate", len(batches), done) as bar:
+    total, left = (sum(map(len, some.values())) for some in (parts, missing))
+    with progress("annotate", total, total - left) as bar:
         for name, part in missing.items():
             found = []
             with clock("compute"):
@@ -238,11 +248,12 @@ def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray
     return by_row
 
 
-def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
+def _collect(data: EncodedData, parts: Parts, work: Path) -> list[np.ndarray]:
     """What `annotate_batch` found, in row order, from all parts."""
     values: dict[str, np.ndarray] = {}
-    for path in sealed_files(work).values():
-        values |= load_file(path)
+    for name, path in sealed_files(work).items():
+        if name in parts:
+            values |= load_file(path)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "

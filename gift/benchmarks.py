@@ -45,7 +45,9 @@ def _math(question: str, answer: str = "answer") -> Callable[[Row], Row]:
 
 
 def _gsm8k(row: Row) -> Row:
-    *_, number = row["answer"].rpartition("#### ")
+    _, mark, number = row["answer"].rpartition("#### ")
+    if not mark:
+        raise ValueError("`answer` does not end with #### and a number")
     return {"question": row["question"], "answer": number.strip().replace(",", "")}
 
 
@@ -183,6 +185,11 @@ def _questions(name: str, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
             raise InputError(
                 f"{place}: has no field {missing}, which --benchmark {name} reads; bring the "
                 f"{benchmark.split} split of {benchmark.dataset} with its own field names"
+            ) from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{place}: is no row of {benchmark.dataset}, which --benchmark {name} reads "
+                f"({error})"
             ) from None
         if question is not None:
             yield place, number, question

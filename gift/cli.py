@@ -71,6 +71,9 @@ def _add_command(
 ) -> None:
     """Registers a subcommand that builds `config` and calls `module:function` with it."""
 
+    fields = config.model_fields.items()
+    in_file = [key for key, field in fields if field.is_required() and not has_flag(field)]
+
     def command(**values: Any) -> None:
         recipe = values.pop("config")
         flags = {key: value for key, value in values.items() if value not in (None, [])}
@@ -78,6 +81,8 @@ def _add_command(
             raise InputError(
                 f"gift {name}: {' and '.join(missing)} missing; see gift {name} --help"
             )
+        if recipe is None and in_file:
+            raise InputError(f"--config: is required; its file has the {', '.join(in_file)}")
         module, attribute = function.split(":")
         options = build_config(config, recipe, flags)
         getattr(importlib.import_module(module), attribute)(options)
@@ -93,7 +98,7 @@ def _add_command(
             annotation=Path | None,
         )
     ]
-    for key, field in config.model_fields.items():
+    for key, field in fields:
         if not has_flag(field):
             continue
         kind, option = _flag(key, field)

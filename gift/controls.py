@@ -6,8 +6,9 @@
     constant   the mean of all confidences
 
 Each is transformed as the guide's confidences are, then scaled so that the weights of all rows have
-the mean that the guide's would have. Draws depend on the seed and the row's number alone, so that
-neither the other rows, nor ranks, nor resuming change them.
+the mean that the guide's would have. Each row is drawn with the seed and its number; `random`,
+`constant` and the scale read the confidences of all rows. All is formed before training, so that
+neither ranks, nor micro-batches, nor resuming change it.
 """
 
 from collections.abc import Sequence

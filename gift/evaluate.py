@@ -136,6 +136,14 @@ def asked_questions(config: EvaluateConfig, check: str) -> tuple[list[Question],
     return questions, source
 
 
+def check_evaluation(config: EvaluateConfig) -> None:
+    """InputError where `evaluate` could not ask or check these questions, whatever the model."""
+    check = config.check_by()
+    if check != "choice":
+        _checker(config, check)
+    asked_questions(config, check)
+
+
 def _checker(config: EvaluateConfig, check: Literal["exact", "math"]) -> Checker:
     return open_checker(check, config.answer_pattern, config.check_timeout)
 

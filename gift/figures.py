@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 INSTALL = "pip install matplotlib"
 
@@ -37,3 +39,19 @@ def plot_training(metrics: Path, output: Path) -> None:
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
+
+
+def draw_reliability(
+    panel: Any, guides: Sequence[tuple[str, Sequence[Mapping[str, float]]]], colors: Sequence[str]
+) -> None:
+    """A line a guide: its largest probability against how often its first choice is it.
+
+    Each guide is its label and the bands of `calibration.measures.reliability`.
+    """
+    panel.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
+    for color, (label, bands) in zip(colors, guides, strict=True):
+        sure = [100 * band["mean_largest"] for band in bands]
+        right = [100 * band["first_choice_is_target"] for band in bands]
+        panel.plot(sure, right, marker=".", color=color, label=label)
+    panel.set_xlabel("the guide's largest probability, %", fontsize=8)
+    panel.set_ylabel("its first choice is the data's token, %", fontsize=8)

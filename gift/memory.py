@@ -1,8 +1,9 @@
 """What a training step keeps in memory: tokens of a micro-batch, and whose activations.
 
-With `--gradient-checkpointing auto` the largest micro-batch is tried once before the first step:
-first with all activations kept, then with those of every layer recomputed in the backward, then
-with half the tokens, and so on. All ranks take the first that fits on each of them.
+With `--gradient-checkpointing auto` the largest micro-batch of the run is tried before the first
+step: with all activations kept, then with half the tokens, and so on down to the longest row; then,
+from the full size again, with those of every layer recomputed in the backward. All ranks take the
+first that fits on each of them.
 """
 
 import gc
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from gift.console import error_console
 from gift.errors import InputError
 from gift.files import read_json, write_json
 from gift.gradients import accumulate_gradients
-from gift.micro_batches import Split
+from gift.micro_batches import Split, global_batches, plan_micro_batches
 from gift.ranks import Group
 from gift.weighting import GuidedRow
 
 RECORD = "memory.json"
 # Share of a GPU that a trial leaves free: later micro-batches of other shapes fragment the memory.
 MARGIN = 0.05
+# What errors of PyTorch, cuBLAS, cuDNN and Triton say where memory is short.
+OUT_OF_MEMORY = ("out of memory", "can't allocate", "not enough memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def settle_memory(
     What was found is kept in `work`, so that a resumed run computes the same. A trial leaves no
     gradients, and random states as they were.
 
-    InputError: a micro-batch of one row is too large with everything recomputed.
+    InputError: a micro-batch of one row is too large with all recomputed that can be.
     """
     layers = layers_of(model)
     asked = config.gradient_checkpointing
@@ -94,41 +98,43 @@ def _try(
     longest = max(len(row.example.input_ids) for row in rows)
     device = next(model.parameters()).device
     for choice in _choices(split.tokens, layers, longest):
-        chosen = largest_micro_batch(config, rows, choice.tokens, split.packed)
+        chosen = largest_micro_batch(config, rows, replace(split, tokens=choice.tokens), group)
         recompute(model, choice.recomputed)
         fits = _fits(config, model, chosen, replace(split, tokens=sys.maxsize))
         misses = torch.tensor(float(not fits), device=device)
         group.all_reduce_(misses)
         if not misses:
             return choice
+    how = " with all activations recomputed" if layers else ""
     raise InputError(
-        f"--max-length: the memory does not hold a row of {longest} tokens with all activations "
-        "recomputed; lower it, or --lora-rank, or train on a larger device"
+        f"--max-length: the memory does not hold a row of {longest} tokens{how}; lower it, or "
+        "--lora-rank, or train on a larger device"
     )
 
 
 def _choices(tokens: int, layers: int, longest: int) -> Iterator[Memory]:
-    """From the fastest to the smallest: a micro-batch of one row."""
-    yield Memory(tokens, 0)
-    while layers:
-        yield Memory(tokens, layers)
-        if tokens <= longest:
-            return
-        tokens //= 2
+    """Down to the longest row: first with all activations kept, then with none of the layers'."""
+    for recomputed in dict.fromkeys((0, layers)):
+        limit = tokens
+        yield Memory(limit, recomputed)
+        while limit > longest:
+            limit //= 2
+            yield Memory(limit, recomputed)
 
 
 def largest_micro_batch(
-    config: TrainOptions, rows: Sequence[GuidedRow], tokens: int, packed: bool
+    config: TrainOptions, rows: Sequence[GuidedRow], split: Split, group: Group
 ) -> list[GuidedRow]:
-    """The longest rows, at least as many tokens as any micro-batch of these limits has."""
-    ordered = sorted(rows, key=lambda row: -len(row.example.input_ids))
-    chosen, filled = [], 0
-    for row in ordered[: config.micro_batch_size]:
-        if filled >= tokens:
-            break
-        chosen.append(row)
-        filled += len((row if packed else ordered[0]).example.input_ids)
-    return chosen
+    """Of all micro-batches that the rank will have, the one of most tokens; empty without any."""
+
+    def size(micro: list[GuidedRow]) -> tuple[int, int]:
+        lengths = [len(row.example.input_ids) for row in micro]
+        tokens = sum(lengths) if split.packed else len(lengths) * max(lengths)
+        return tokens, sum(row.example.targets for row in micro)
+
+    shares = (group.share(batch) for batch in global_batches(config, rows))
+    planned = (plan_micro_batches(config, share, split) for share in shares)
+    return max(chain.from_iterable(planned), key=size, default=[])
 
 
 def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> bool:
@@ -148,7 +154,10 @@ def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Sp
             torch.cuda.synchronize(device)
         del held
     except RuntimeError as error:  # PyTorch has a type of its own for GPUs only
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+        said = str(error).lower()
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            words in said for words in OUT_OF_MEMORY
+        ):
             raise
         fits = False
     for parameter in parameters:

@@ -64,15 +64,30 @@ def token_limit(config: TrainOptions, device: torch.device) -> int:
     return config.micro_batch_tokens or default
 
 
+def global_batches(config: TrainOptions, rows: Sequence[GuidedRow]) -> Iterator[list[GuidedRow]]:
+    """The rows of every optimizer step, from a seeded permutation of each epoch's own."""
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for first in range(0, len(rows), config.global_batch_size):
+            yield [rows[number] for number in order[first : first + config.global_batch_size]]
+
+
+def plan_micro_batches(
+    config: TrainOptions, rows: Sequence[GuidedRow], split: Split
+) -> list[list[GuidedRow]]:
+    """The micro-batches of some rows, in order."""
+    lengths = [len(row.example.input_ids) for row in rows]
+    plan = plan_batches(lengths, split.tokens, packed=split.packed, rows=config.micro_batch_size)
+    return [[rows[number] for number in numbers] for numbers in plan]
+
+
 def micro_batches(
     config: TrainOptions, rows: Sequence[GuidedRow], split: Split, device: torch.device
 ) -> Iterator[MicroBatch]:
     """All rows in micro-batches on the device, the next one copied before the last is used."""
-    lengths = [len(row.example.input_ids) for row in rows]
-    plan = plan_batches(lengths, split.tokens, packed=split.packed, rows=config.micro_batch_size)
     ahead = None
-    for numbers in plan:
-        chosen = [rows[number] for number in numbers]
+    for chosen in plan_micro_batches(config, rows, split):
         following = make_micro_batch(config, chosen, packed=split.packed).to(device)
         if ahead is not None:
             yield ahead

@@ -5,6 +5,7 @@ settings and of the content of its inputs (`gift.publish`): a folder with the ri
 and skipped, and a killed run resumes where it stopped.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from gift.config import AnnotateConfig, EvaluateConfig, MergeConfig, RunOptions,
 from gift.console import print_table
 from gift.data import read_rows
 from gift.errors import InputError
-from gift.evaluate import evaluate
+from gift.evaluate import check_evaluation, evaluate
 from gift.files import hash_file, hash_folder, hash_json, read_json
 from gift.lock import lock_path, owned
 from gift.lora_targets import find_targets
@@ -225,9 +226,11 @@ def _stages(config: RunOptions) -> list[Stage]:
         data=config.eval_data,
         output=config.output / "evaluation",
     )
-    if options.data is not None and not options.data.is_file():
-        raise InputError(f"--eval-data: {options.data}: no such file")
     if options.data is not None or options.benchmark is not None:
+        try:
+            check_evaluation(options)
+        except InputError as error:
+            raise InputError(re.sub(r"^--(?=\w)", "--eval-", str(error))) from None
         questions = hash_file(options.data) if options.data else ""
         stages.append(Stage("evaluate", options, evaluate, lambda: [questions, stages[-2].key()]))
     return stages

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from gift.gradients import SUMS, accumulate_gradients, flat_gradients
 from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
 from gift.memory import settle_memory
-from gift.micro_batches import BAND_NAMES, Split, token_limit
+from gift.micro_batches import BAND_NAMES, Split, global_batches, token_limit
 from gift.models import (
     check_head,
     folder_context,
@@ -57,6 +58,7 @@ from gift.weighting import (
     GuidedRow,
     check_weighting,
     guided_rows,
+    refuse_all_zero,
 )
 
 MANIFEST_FILE = "gift_train.json"
@@ -134,7 +136,9 @@ def _read_rows(
         require_same_rows(store, data, tokenizer)
     annotated = [torch.from_numpy(store.row(e.row)) for e in data.kept] if store else None
     lines = line_starts(data.kept, tokenizer) if config.confidence_level == "step" else None
-    return data, guided_rows(config, data.kept, annotated, lines)
+    rows = guided_rows(config, data.kept, annotated, lines)
+    refuse_all_zero(config, rows)
+    return data, rows
 
 
 @contextmanager
@@ -192,9 +196,8 @@ def _fit(
         loss_by_band = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
     model.train()
     with progress("train", steps, first_step, shown=group.is_main) as bar:
-        for step in range(first_step, steps):
+        for step, batch in islice(enumerate(global_batches(config, rows)), first_step, None):
             started = time.perf_counter()
-            batch = _global_batch(config, rows, step, steps_per_epoch)
             with clock("compute"):
                 sums, losses = accumulate_gradients(config, model, group.share(batch), split)
                 group.all_reduce_(sums)
@@ -230,6 +233,12 @@ def _fit(
                     state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
                     if group.is_main:
                         _write_metrics(partial, history)
+    if not any(entry["mean_weight"] for entry in history):
+        raise InputError(
+            f"every weight of every step was 0 (--weighting {config.weighting}, "
+            f"--confidence-threshold {config.confidence_threshold:g}), so that nothing was "
+            "learned; lower --confidence-threshold"
+        )
     return history, loss_by_band
 
 
@@ -259,17 +268,6 @@ def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, fl
         "token_accuracy": totals["correct"] / counted,
         "tokens": totals["tokens"],
     }
-
-
-def _global_batch(
-    config: TrainConfig, rows: Sequence[GuidedRow], step: int, steps_per_epoch: int
-) -> list[GuidedRow]:
-    """The rows of one optimizer step, from the epoch's own seeded permutation."""
-    epoch, position = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    first = position * config.global_batch_size
-    return [rows[number] for number in order[first : first + config.global_batch_size]]
 
 
 def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, Any]:

@@ -36,7 +36,7 @@ STATISTICS: dict[str, tuple[Statistic, ...]] = {
 # Options that would change what a weighting does not have.
 UNREAD = {
     "uniform": ("confidence_level", "confidence_floor", "confidence_power", "confidence_threshold"),
-    "excess": ("confidence_level",),
+    "excess": ("confidence_level", "confidence_power", "confidence_threshold"),
 }
 # EAFT takes the entropy of the 20 likeliest tokens, as an approximation of that of all, over the
 # most that 20 tokens can have.
@@ -103,12 +103,22 @@ def check_weighting(config: TrainOptions) -> None:
         )
 
 
+def refuse_all_zero(config: TrainOptions, rows: Sequence[GuidedRow]) -> None:
+    """InputError where every weight is known to be 0, so that nothing would be learned."""
+    if all(bool(known_zeros(config, gather_targets([row])).all()) for row in rows):
+        raise InputError(
+            f"every weight of the data is 0 (--weighting {config.weighting}, "
+            f"--confidence-threshold {config.confidence_threshold:g}), so that nothing would be "
+            "learned; lower --confidence-threshold, or give other confidences"
+        )
+
+
 def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Tensor:
     """Weights float32 [N] of N target tokens, as the options say.
 
     `own` has the trained model's STATISTICS of the weighting, [N].
     """
-    q, guide = own.confidence, targets.guide
+    p, guide = own.confidence, targets.guide
     if config.weighting == "uniform":  # plain SFT; on the base model Shadow-FT, arXiv 2505.12716
         weight = torch.ones(len(targets.row), device=targets.row.device)
     elif config.weighting == "guide":  # GIFT, ACL 2026, arXiv 2605.01256
@@ -117,11 +127,11 @@ def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Te
     else:
         match config.weighting:
             case "self":  # DFT, arXiv 2508.05629
-                assert q is not None
-                signal = q
+                assert p is not None
+                signal = p
             case "own-times-guide":  # the product of the two, for what both models hold likely
-                assert q is not None and guide is not None
-                signal = q * guide
+                assert p is not None and guide is not None
+                signal = p * guide
             case "excess":  # own loss above the guide's, 1 on the largest: Rho-1, arXiv 2404.07965
                 assert own.nll is not None and guide is not None
                 # Both may hold the token impossible: ∞ − ∞ is no reason to learn it.
@@ -146,7 +156,7 @@ def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
         assert targets.guide_weight is not None
         zero = targets.guide_weight == 0
     elif config.weighting == "own-times-guide":
-        # q · guide is not above the guide's; its mean and the transform keep that order.
+        # p · guide is not above the guide's; its mean and the transform keep that order.
         assert targets.guide is not None
         shared = _shared(config, targets.guide, targets.span)
         zero = transform_weight(shared, _transform(config)) == 0
@@ -245,19 +255,22 @@ def _shared(config: TrainOptions, signal: Tensor, span: Tensor) -> Tensor:
 def _top_share(config: TrainOptions, score: Tensor, targets: Targets) -> Tensor:
     """1 on the share of each row's tokens whose score [N] is largest, one at least; 0 elsewhere.
 
-    Of equal scores the earlier token comes first. Tokens of a fixed weight do not count.
+    Half a token more is a whole one. Of equal scores the earlier token comes first. Tokens of a
+    fixed weight do not count.
     """
-    counts = torch.ones_like(score)
+    counts = torch.ones_like(score, dtype=torch.float64)
     if config.end_weight is not None:
-        counts = (~targets.turn_ends).to(score.dtype)
+        counts = (~targets.turn_ends).double()
         score = torch.where(targets.turn_ends, -torch.inf, score)
     by_score = score.argsort(descending=True, stable=True)
     # Row after row, so that a row's tokens have the places of the row, the largest score first.
     order = by_score[targets.row[by_score].argsort(stable=True)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - targets.row
-    size = torch.zeros_like(score).index_add_(0, targets.row, counts)[targets.row]
-    return (rank < (config.excess_share * size).round().clamp(min=1)).to(score.dtype)
+    size = torch.zeros_like(counts).index_add_(0, targets.row, counts)[targets.row]
+    # 0.29 · 50 is a little less than 14.5 in floating point.
+    chosen = (config.excess_share * size + 0.5 + 1e-9).floor().clamp(min=1)
+    return (rank < chosen).to(score.dtype)
 
 
 def _transform(config: TrainOptions) -> WeightTransform:

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
 from gift.annotate import annotate, import_scores
 from gift.batches import make_batch, plan_batches
-from gift.confidence_store import load_store
+from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
+from gift.files import replacing
 from gift.models import check_head, context_length, lm_head, load_causal_lm, load_tokenizer
 from gift.publish import partial_path
 
@@ -165,6 +167,38 @@ def test_parts_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch):
     assert (tmp_path / "store/confidence.safetensors").read_bytes() == (
         tmp_path / "fresh/confidence.safetensors"
     ).read_bytes()
+
+
+def test_only_this_runs_parts_are_collected(folder, tmp_path, monkeypatch):
+    """A sealed file of another name has the same rows, in a shape of its own."""
+    annotate(config(folder, tmp_path / "whole"))
+    real = annotate_module._annotate_missing
+
+    def beside(*args):
+        done = real(*args)
+        work = partial_path(tmp_path / "store") / "work"
+        with replacing(work / "zzz-00000.safetensors", sealed=True) as temporary:
+            rows = {str(row): np.zeros(3, np.float32) for row in range(12)}
+            save_file(rows, temporary)
+        return done
+
+    monkeypatch.setattr(annotate_module, "_annotate_missing", beside)
+    annotate(config(folder, tmp_path / "store"))
+    whole, store = ((tmp_path / n / CONFIDENCE_FILE).read_bytes() for n in ("whole", "store"))
+    assert whole == store
+
+
+def test_parts_of_padded_rows_are_not_reused_for_packed_ones(folder, tmp_path, monkeypatch, capsys):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate_module, "enable_packing", lambda *_: False)
+        patch.setattr(annotate_module, "_collect", cut)
+        with pytest.raises(KeyboardInterrupt):
+            annotate(config(folder, tmp_path / "store"))
+    annotate(config(folder, tmp_path / "store"))
+    assert "differs in layout" in " ".join(capsys.readouterr().err.split())
 
 
 def test_dropped_rows_have_length_zero_and_a_reason(folder, tmp_path):

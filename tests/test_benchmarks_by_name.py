@@ -64,6 +64,32 @@ def test_rows_become_questions(name: str, tmp_path: Path) -> None:
         list(benchmark_rows(name, tmp_path / "data.jsonl")[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("gsm8k", {"question": "x", "answer": 5}, "is no row of openai/gsm8k"),
+        ("gsm8k", {"question": "x", "answer": "5 apples"}, "does not end with ####"),
+        ("olympiadbench", {"question": "x", "final_answer": None}, "is no row of Hothan"),
+        ("olympiadbench", {"question": 3, "final_answer": ["5"]}, "is no row of Hothan"),
+    ],
+)
+def test_rows_of_other_kinds_are_named(
+    name: str, row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rows, _ = benchmark_rows(name, write_rows(tmp_path / "data.jsonl", [row]))
+    with pytest.raises(InputError, match=f"line 1: .*{message}"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [("mmlu", "exact"), ("medqa", "math"), ("gsm8k", "choice")]
+)
+def test_a_benchmark_keeps_its_kind_of_question(name: str, check: str, tmp_path: Path) -> None:
+    config = EvaluateConfig(model="m", output=tmp_path / "o", benchmark=name, check=check)  # pyright: ignore
+    with pytest.raises(InputError, match=f"--check: {check} is no check for --benchmark {name}"):
+        config.check_by()
+
+
 def test_medical_mmlu_keeps_its_subjects(tmp_path: Path) -> None:
     row = ROWS["mmlu"][0]
     subjects = [*MEDICAL_SUBJECTS, "law", "college_physics"]
@@ -144,11 +170,11 @@ def test_an_interrupted_choice_goes_on_and_ends_the_same(
     evaluate(whole)
     passes, forward = [], gift.choices.last_hidden_state
 
-    def stop_at_third(*arguments: Any) -> Any:
+    def stop_at_third(*arguments: Any, **options: Any) -> Any:
         passes.append(1)
         if len(passes) == 3:
             raise RuntimeError("stopped")
-        return forward(*arguments)
+        return forward(*arguments, **options)
 
     monkeypatch.setattr(gift.choices, "last_hidden_state", stop_at_third)
     config = choose(model, tmp_path, QUESTIONS, batch_size=2)

@@ -101,11 +101,23 @@ def test_recipe_fills_options_and_flags_win(tmp_path):
         ("a: [1\n", "not valid YAML"),
         ("epochs: 0\n", "recipe.yaml: epochs: .*greater than or equal to 1, got 0"),
         ("epochs: 1\nepochs: 2\n", "recipe.yaml: epochs is there twice"),
+        ("a:\n  b: {c: 1, d: 2, c: 3}\n", "recipe.yaml: c is there twice, .* from line 2"),
         ("lora-rank: 1\nlora_rank: 2\n", "recipe.yaml: lora_rank is there twice"),
         ("weight_decay: .inf\n", "recipe.yaml: weight_decay: .*finite"),
         (f"seed: {2**63 - 1}\n", "recipe.yaml: seed: .*less than or equal to"),
     ],
-    ids=["typo", "type", "list", "syntax", "range", "twice", "two-spellings", "infinite", "seed"],
+    ids=[
+        "typo",
+        "type",
+        "list",
+        "syntax",
+        "range",
+        "twice",
+        "nested",
+        "two-spellings",
+        "infinite",
+        "seed",
+    ],
 )
 def test_bad_recipes_are_one_clear_error(tmp_path, text, message):
     recipe = tmp_path / "recipe.yaml"
@@ -113,6 +125,12 @@ def test_bad_recipes_are_one_clear_error(tmp_path, text, message):
     flags = {"model": "base", "data": "rows.jsonl", "output": "out"}
     with pytest.raises(InputError, match=message):
         build_config(TrainConfig, recipe, flags)
+
+
+def test_a_study_without_its_file_names_the_option(tmp_path):
+    result = CliRunner().invoke(cli.app, ["study", "--output", str(tmp_path / "out")])
+    expected = "--config: is required; its file has the pairs, methods, evaluations"
+    assert isinstance(result.exception, InputError) and str(result.exception) == expected
 
 
 def test_bad_input_is_one_line_without_a_stack_trace(folder, tmp_path):

@@ -15,9 +15,15 @@ import gift.gradients
 import gift.memory
 import gift.train
 from gift.config import TrainConfig
+from gift.data import encode_file
 from gift.errors import InputError
+from gift.memory import largest_micro_batch
+from gift.micro_batches import Split
+from gift.models import load_tokenizer
 from gift.publish import partial_path
+from gift.ranks import Group
 from gift.train import train
+from gift.weighting import GuidedRow, guided_rows
 
 ADAPTER = "adapter_model.safetensors"
 LAYERS = 2
@@ -45,6 +51,13 @@ def config(folder: Path, output: Path, **options: Any) -> TrainConfig:
         **options,
     }
     return TrainConfig(output=output, **settings)
+
+
+def guided(folder: Path) -> list[GuidedRow]:
+    """The rows as training has them."""
+    settings = config(folder, folder / "adapter")
+    data = encode_file(settings.data, load_tokenizer(folder / "base"), settings)
+    return guided_rows(settings, data.kept, None)
 
 
 class SmallMemory:
@@ -77,8 +90,9 @@ class SmallMemory:
 
 @pytest.mark.parametrize(
     ("room", "expected"),
-    [(10_000, (400, 0)), (600, (400, 2)), (300, (200, 2)), (150, (100, 2))],
-    ids=["all kept", "recomputed", "half the tokens", "a quarter"],
+    # A step's four rows have 164 tokens, the longest row 50.
+    [(492, (400, 0)), (300, (100, 0)), (150, (50, 0)), (149, (100, 2)), (60, (50, 2))],
+    ids=["all kept", "fewer tokens", "a row alone", "recomputed", "a row alone, recomputed"],
 )
 def test_the_first_that_fits_is_taken_and_said(
     folder: Path,
@@ -101,11 +115,12 @@ def test_a_trial_changes_nothing_but_the_memory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of trials are gone, failed or not, and random numbers are where they were."""
-    options = {"lora_dropout": 0.3, "micro_batch_tokens": 200}
+    longest = max(len(row.example.input_ids) for row in guided(folder))
+    options = {"lora_dropout": 0.3, "micro_batch_tokens": longest}
     train(config(folder, tmp_path / "asked", gradient_checkpointing="on", **options))
-    memory = SmallMemory(monkeypatch, 400)
+    memory = SmallMemory(monkeypatch, longest)
     train(config(folder, tmp_path / "found", **options))
-    assert memory.trained[0] == (200, LAYERS) and len(memory.tried) == 2
+    assert memory.trained[0] == (longest, LAYERS) and len(memory.tried) == 2
     asked, found = ((tmp_path / name / ADAPTER).read_bytes() for name in ("asked", "found"))
     assert asked == found
 
@@ -117,6 +132,54 @@ def test_a_row_that_fits_in_no_way_is_one_clear_error(
     with pytest.raises(InputError, match="--max-length: the memory does not hold a row"):
         train(config(folder, tmp_path / "adapter"))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_without_layers_to_recompute_takes_fewer_tokens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gift.memory, "layers_of", lambda _: [])
+    memory = SmallMemory(monkeypatch, 300)
+    train(config(folder, tmp_path / "adapter"))
+    assert set(memory.trained) == {(100, 0)}
+    SmallMemory(monkeypatch, 10)
+    with pytest.raises(InputError, match=r"hold a row of \d+ tokens; lower it"):
+        train(config(folder, tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "longest", "expected"),
+    [
+        (1024, 2, 1000, [(1024, 0), (512, 0), (1024, 2), (512, 2)]),
+        (1024, 2, 2000, [(1024, 0), (1024, 2)]),
+        (100, 0, 30, [(100, 0), (50, 0), (25, 0)]),
+    ],
+)
+def test_a_single_row_is_tried_before_anything_is_recomputed(
+    tokens: int, layers: int, longest: int, expected: list[tuple[int, int]]
+) -> None:
+    choices = gift.memory._choices(tokens, layers, longest)
+    assert [(choice.tokens, choice.recomputed) for choice in choices] == expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_every_lack_of_memory_is_recognised(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(gift.memory, "accumulate_gradients", fail)
+    with pytest.raises(InputError, match="the memory does not hold a row"):
+        train(config(folder, tmp_path / "adapter"))
 
 
 def test_other_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(
@@ -134,9 +197,9 @@ def test_a_resumed_run_takes_what_was_found_and_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"epochs": 2, "lora_dropout": 0.2}
-    SmallMemory(monkeypatch, 150)
+    SmallMemory(monkeypatch, 149)
     train(config(folder, tmp_path / "whole", **options))
-    memory = SmallMemory(monkeypatch, 150)
+    memory = SmallMemory(monkeypatch, 149)
     step = gift.train.accumulate_gradients
 
     def cut(*given: Any) -> Any:
@@ -170,9 +233,26 @@ def test_what_is_asked_for_is_not_tried(
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
 
 
-def test_no_micro_batch_is_larger_than_the_one_that_is_tried(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"micro_batch_tokens": 130},
+        {"micro_batch_tokens": 80},
+        {"global_batch_size": 2, "epochs": 2},
+        {"micro_batch_size": 1},
+    ],
+    ids=["several rows", "hardly more than a row", "a small global batch", "one row"],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_tried_is_the_largest_micro_batch_of_the_run(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, int],
+    packed: bool,
 ) -> None:
+    if not packed:
+        monkeypatch.setattr(gift.train, "enable_packing", lambda *_: False)
     memory = SmallMemory(monkeypatch, 10_000)
     sizes: list[int] = []
     real = gift.gradients.predicting_states
@@ -182,8 +262,17 @@ def test_no_micro_batch_is_larger_than_the_one_that_is_tried(
         return real(model, batch)
 
     monkeypatch.setattr(gift.gradients, "predicting_states", watched)
-    train(config(folder, tmp_path / "adapter", micro_batch_tokens=130))
-    assert sizes[0] == memory.tried[0][0] >= max(sizes) and len(sizes) > 3
+    train(config(folder, tmp_path / "adapter", **options))
+    assert len(memory.tried) == 1 and sizes[0] == max(sizes[1:]) and len(sizes) > 2
+
+
+def test_each_rank_tries_the_largest_of_its_own_share(folder: Path) -> None:
+    settings, split = config(folder, folder / "adapter", global_batch_size=4), Split(1000, True)
+    rows = guided(folder)
+    shares = [len(largest_micro_batch(settings, rows, split, Group(r, 3, None))) for r in (0, 1, 2)]
+    assert shares == [2, 1, 1]
+    nothing = largest_micro_batch(settings, rows, split, Group(8, 9, None))
+    assert nothing == []
 
 
 @pytest.mark.parametrize(("given", "text"), [(True, "on"), (False, "off"), (3, "3")])
@@ -205,7 +294,7 @@ def _rank(rank: int, folder: Path, output: Path, port: int) -> None:
             patch.setenv(name, str(value))
         torch.set_num_threads(1)
         # Only the second process's memory is small.
-        memory = SmallMemory(patch, 10_000 if rank == 0 else 300)
+        memory = SmallMemory(patch, 10_000 if rank == 0 else 149)
         train(config(folder, output))
         (folder / f"found-{output.name}-{rank}.json").write_text(json.dumps(memory.trained))
 
@@ -218,5 +307,5 @@ def test_ranks_agree_on_what_fits_on_all_of_them(folder: Path, tmp_path: Path) -
         _rank, (folder, output, port), nprocs=2, start_method="fork"
     )
     found = [json.loads((folder / f"found-agreed-{rank}.json").read_text()) for rank in (0, 1)]
-    assert found[0] == found[1] and set(map(tuple, found[0])) == {(200, 2)}
+    assert found[0] == found[1] and set(map(tuple, found[0])) == {(400, 2)}
     assert (output / ADAPTER).exists()

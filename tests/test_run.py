@@ -97,6 +97,25 @@ def test_changed_settings_are_refused_then_redo_only_what_they_touch(folder, tmp
     assert after["model.safetensors"] != before["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_check": "choice", "eval_samples": 2}, "--eval-samples: the answer of a multiple"),
+        ({"eval_answer_pattern": "(("}, "--eval-answer-pattern: '[(][(]' is not a regular"),
+        (
+            {"eval_check": "choice", "eval_samples": 4, "eval_max_new_tokens": 2048},
+            "questions.jsonl, line 1: `choices` must be a list",
+        ),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_the_first_stage(
+    folder, tmp_path, options, message
+):
+    with pytest.raises(InputError, match=message):
+        run(config(folder, tmp_path / "out", **options))
+    assert not list(tmp_path.iterdir())
+
+
 def test_changed_input_content_is_noticed(folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text((folder / "rows.jsonl").read_text())

@@ -306,6 +306,16 @@ def test_divergence_stops_with_the_row_ids(folder, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_an_adapter_that_no_token_trained_is_not_published(folder, tmp_path):
+    options = {"weighting": "self", "confidence_threshold": 1.0}
+    with pytest.raises(InputError, match="every weight of every step was 0"):
+        train(config(folder, tmp_path / "adapter", **options))
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(InputError, match="every weight of the data is 0"):
+        train(config(folder, tmp_path / "guided", confidence_threshold=1.0))
+    assert not partial_path(tmp_path / "guided").exists()
+
+
 def test_store_of_other_rows_is_refused_naming_the_first(folder, tmp_path):
     lines = (folder / "rows.jsonl").read_text().splitlines()
     lines[6] = lines[5]

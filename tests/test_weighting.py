@@ -21,6 +21,7 @@ from gift.weighting import (
     gather_targets,
     guided_rows,
     known_zeros,
+    refuse_all_zero,
     token_weights,
 )
 from gift_kernels import TokenStats, WeightTransform, weighted_ce
@@ -87,14 +88,24 @@ def test_excess_takes_the_share_of_every_row_and_the_earlier_of_equals():
     own = torch.tensor([0.5, 0.1, 0.2, 0.2, 0.9, 0.3, 0.3, 0.3])  # rows of 5 and 3 targets
     guide = [torch.full((5,), 0.4), torch.full((3,), 0.9)]
     expected = {
-        0.4: [0, 1, 1, 0, 0, 1, 0, 0],  # 2 of 5, and round(1.2) = 1 of 3
-        0.6: [0, 1, 1, 1, 0, 1, 1, 0],  # 3 of 5, and round(1.8) = 2 of 3
+        0.4: [0, 1, 1, 0, 0, 1, 0, 0],  # 2 of 5, and 1.2, so 1 of 3
+        0.6: [0, 1, 1, 1, 0, 1, 1, 0],  # 3 of 5, and 1.8, so 2 of 3
+        0.5: [0, 1, 1, 1, 0, 1, 1, 0],  # halves round up: 2.5 of 5, and 1.5 of 3
         0.01: [0, 1, 0, 0, 0, 1, 0, 0],  # one at least
         1.0: [1] * 8,
     }
     for share, chosen in expected.items():
         config = options("excess", excess_share=share)
         assert token_weights(config, own_stats(own), targets_of(config, guide)).tolist() == chosen
+
+
+@pytest.mark.parametrize(("share", "size", "chosen"), [(0.5, 1, 1), (0.5, 9, 5), (0.29, 50, 15)])
+def test_half_a_token_of_a_share_rounds_up(share, size, chosen):
+    config = options("excess", excess_share=share)
+    weight = token_weights(
+        config, own_stats(torch.rand(size)), targets_of(config, [torch.ones(size)])
+    )
+    assert weight.sum() == chosen
 
 
 def test_excess_leaves_tokens_of_a_fixed_weight_out_of_the_count():
@@ -181,6 +192,8 @@ REFUSED = [
     ("uniform", {"confidence_level": "step"}, "--confidence-level: --weighting uniform"),
     ("uniform", {"confidence_power": 2}, "--confidence-power: --weighting uniform"),
     ("excess", {"confidence_level": "sequence"}, "--confidence-level: --weighting excess"),
+    ("excess", {"confidence_power": 0}, "--confidence-power: --weighting excess"),
+    ("excess", {"confidence_threshold": 0.5}, "--confidence-threshold: --weighting excess"),
     ("guide", {"excess_share": 0.5}, "--excess-share: --weighting guide"),
     ("self", {"control": "random"}, "--control: --weighting self"),
     ("guide", {"control": "shuffle", "confidence_level": "sequence"}, "--control random"),
@@ -191,6 +204,33 @@ REFUSED = [
 def test_an_option_that_the_weighting_does_not_read_is_one_error(weighting, settings, message):
     with pytest.raises(InputError, match=message):
         check_weighting(options(weighting, **settings))
+
+
+def test_a_threshold_above_every_weight_is_refused():
+    with pytest.raises(ValueError, match="confidence_threshold"):
+        options("self", confidence_threshold=1.5)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "settings"),
+    [
+        ("guide", {"confidence_threshold": 0.5}),
+        ("own-times-guide", {"confidence_threshold": 0.5}),
+        ("guide", {"control": "constant", "confidence_threshold": 0.5}),
+    ],
+)
+def test_a_guide_that_leaves_every_weight_at_zero_is_one_error(weighting, settings):
+    guide = [torch.tensor([0.1, 0.2]), torch.tensor([0.4])]
+    examples = [example(row, len(q)) for row, q in enumerate(guide)]
+    config = options(weighting, **settings)
+    with pytest.raises(InputError, match="every weight of the data is 0"):
+        refuse_all_zero(config, guided_rows(config, examples, guide))
+    guide[1][0] = 0.9
+    config = options(weighting, **settings, end_weight=0)  # the ends alone are not 0.2 and less
+    with pytest.raises(InputError, match="every weight of the data is 0"):
+        refuse_all_zero(config, guided_rows(config, examples, guide))
+    config = options(weighting, confidence_threshold=0.3)
+    refuse_all_zero(config, guided_rows(config, examples, guide))
 
 
 def inside_and_in_the_open(

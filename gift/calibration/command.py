@@ -87,20 +87,31 @@ def _encode(config: CalibrationConfig, store: ConfidenceStore) -> EncodedData:
     return data
 
 
-def _correctness(
-    config: CalibrationConfig, field: str, store: ConfidenceStore, data: EncodedData
-) -> dict[str, Any]:
-    """How well a row's mean and lowest confidence tell a correct response from a wrong one."""
+def read_correct(data: Path, field: str) -> dict[int, bool]:
+    """Of each row that has the field whether it is true, by the row's number from 0.
+
+    InputError: no row has it, or one has neither true nor false.
+    """
     said: dict[int, bool] = {}
-    for row, (place, _, content) in enumerate(json_lines(config.data)):
+    for row, (place, _, content) in enumerate(json_lines(data)):
         value = content.get(field)
         if value is not None and not isinstance(value, bool):
             raise InputError(f"--correct-field: {place}: {field} is {value!r}, not true or false")
         if value is not None:
             said[row] = value
+    if not said:
+        raise InputError(f"--correct-field: no row of {data} has {field}")
+    return said
+
+
+def _correctness(
+    config: CalibrationConfig, field: str, store: ConfidenceStore, data: EncodedData
+) -> dict[str, Any]:
+    """How well a row's mean and lowest confidence tell a correct response from a wrong one."""
+    said = read_correct(config.data, field)
     rows = [example.row for example in data.kept if example.row in said]
     if not rows:
-        raise InputError(f"--correct-field: no row of {config.data} has {field}")
+        raise InputError(f"--correct-field: no row of {config.data} that is used has {field}")
     correct = np.array([said[row] for row in rows])
     scores = {
         "mean_confidence": np.array([store.row(row).mean(dtype=np.float64) for row in rows]),
@@ -232,21 +243,14 @@ def plot(report: dict[str, Any], output: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
     bands, tokens = report["reliability"], report["tokens"]
-    left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="calibrated")
-    left.plot(
-        [band["mean_largest"] for band in bands],
-        [band["first_choice_is_target"] for band in bands],
-        marker="o",
-        label="first choice is the target",
-    )
+    figures.draw_reliability(left, [("first choice is the target", bands)], ["C0"])
     left.bar(
-        [(band["from"] + band["to"]) / 2 for band in bands],
-        [band["tokens"] / tokens for band in bands],
-        width=[band["to"] - band["from"] for band in bands],
+        [50 * (band["from"] + band["to"]) for band in bands],
+        [100 * band["tokens"] / tokens for band in bands],
+        width=[100 * (band["to"] - band["from"]) for band in bands],
         alpha=0.2,
         label="share of tokens",
     )
-    left.set_xlabel("the guide's largest probability")
     error = 100 * report["expected_calibration_error"]
     left.set_title(f"expected calibration error {error:.1f} %", fontsize=10)
     left.legend(frameon=False, fontsize=8)

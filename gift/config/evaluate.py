@@ -85,7 +85,13 @@ class EvaluateOptions(RowOptions):
 
     def check_by(self) -> Literal["exact", "math", "choice"]:
         """The check in effect; InputError where an option has no part in it."""
-        check = self.check or (BENCHMARKS[self.benchmark].check if self.benchmark else "math")
+        of_benchmark = BENCHMARKS[self.benchmark].check if self.benchmark else None
+        check = self.check or of_benchmark or "math"
+        if of_benchmark is not None and (check == "choice") != (of_benchmark == "choice"):
+            raise InputError(
+                f"--check: {check} is no check for --benchmark {self.benchmark}, whose questions "
+                f"are {'multiple choice' if of_benchmark == 'choice' else 'open'}; leave it out"
+            )
         defaults = EvaluateOptions.model_fields
         for name in GENERATION if check == "choice" else ():
             if getattr(self, name) != defaults[name].default:

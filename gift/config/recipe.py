@@ -31,13 +31,24 @@ def build_config(
         raise InputError("; ".join(problems)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice; YAML keeps the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            line = node.start_mark.line + 1
+            raise InputError(
+                f"{', '.join(twice)} is there twice, in the mapping from line {line}; keep one"
+            )
+        return node
+
+
 def _read_recipe(recipe: Path) -> dict[str, Any]:
     """The recipe's values by their options' names; InputError where one is there twice."""
     try:
-        text = recipe.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        # A mapping keeps the last of equal keys; the document's nodes have them all.
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.load(recipe.read_text(encoding="utf-8"), _Loader)  # a safe loader
     except FileNotFoundError:
         raise InputError(f"--config: {recipe}: no such file") from None
     except IsADirectoryError:
@@ -45,9 +56,11 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise InputError(f"--config: {recipe}: not valid YAML ({detail})") from None
+    except InputError as error:
+        raise InputError(f"--config: {recipe}: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"--config: {recipe}: expected a mapping of option names to values")
-    names = Counter(key.value.replace("-", "_") for key, _ in document.value)  # pyright: ignore
+    names = Counter(key.replace("-", "_") for key in content)
     if twice := [name for name, count in names.items() if count > 1]:
         raise InputError(f"--config: {recipe}: {', '.join(twice)} is there twice; keep one")
     return {key.replace("-", "_"): value for key, value in content.items()}

@@ -4,7 +4,7 @@ A study's file has parts that no flag can give: pairs, methods and evaluations b
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,7 +54,7 @@ class EvaluationOptions(EvaluateOptions, DeviceOptions):
 class TuningOptions(EvaluateOptions, DeviceOptions):
     """The learning rates that are tried for every method, and the questions that decide."""
 
-    learning_rates: list[float] = Field(
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
         min_length=1, description="The rate with the best accuracy is taken, per pair and method."
     )
     data: str | None = Field(
@@ -140,6 +140,13 @@ class StudyConfig(OutputOptions):
             raise InputError(
                 f"seeds: {self.seeds}: expected different numbers from 0 to {LARGEST_SEED}"
             )
+        asked = {**self.evaluations, "tuning": self.tuning}
+        for name, one in asked.items():
+            if one is not None and "{seed}" in (one.data or ""):
+                raise InputError(
+                    f"{name}: data: {one.data} has {{seed}}, but all seeds are asked the same "
+                    "questions; leave it out"
+                )
         for name, method in self.methods.items():
             if "seed" in method.model_fields_set:
                 raise InputError(f"methods.{name}: has a seed; name all seeds under `seeds`")

@@ -22,7 +22,8 @@ class TrainOptions(Options):
         default=0.6,
         gt=0,
         le=1,
-        description="Share of each row's tokens that --weighting excess learns from.",
+        description="Share of each row's tokens that --weighting excess learns from; half a token "
+        "rounds up, and one is the least.",
     )
     confidence_level: Literal["token", "step", "sequence"] = Field(
         default="token",
@@ -44,7 +45,9 @@ class TrainOptions(Options):
         default=0.0, ge=0, description="Smallest weight a token can have."
     )
     confidence_power: float = Field(default=1.0, ge=0, description="Exponent of the weights.")
-    confidence_threshold: float = Field(default=0.0, ge=0, description="Smaller weights become 0.")
+    confidence_threshold: float = Field(
+        default=0.0, ge=0, le=1, description="Smaller weights become 0."
+    )
     end_weight: float | None = Field(
         default=None,
         ge=0,
@@ -94,7 +97,7 @@ class TrainOptions(Options):
         pattern="^(auto|on|off|[1-9][0-9]*)$",
         description="Which activations are recomputed in the backward, to save memory: on (all), "
         "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
-        "before the first step, fits so, else all, with fewer tokens if it must be.",
+        "before the first step, fits so, with fewer tokens if it must be, else all.",
     )
     checkpoint_steps: int = Field(
         default=10,

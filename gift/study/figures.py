@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gift.figures import can_draw
+from gift.figures import can_draw, draw_reliability
 
 COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d405b", "#b56576")
 Palette = Mapping[str, str]
@@ -54,7 +54,8 @@ def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> s
     figure, axes = _panels(len(panels), 3.6, 2.9)
     for panel, (name, lines) in zip(axes, panels.items(), strict=True):
         for method, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker=".", color=palette[method], label=method)
+            color, label = palette[method], _in_legend(method)
+            panel.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel(x_label, fontsize=8)
         panel.set_ylabel(y_label, fontsize=8)
@@ -80,23 +81,32 @@ def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
     return _embedded(figure)
 
 
-def draw_reliability(calibrations: Sequence[Mapping[str, Any]]) -> str:
-    """A line a guide and pair: its largest probability against how often its first choice is it."""
+def draw_calibration(calibrations: Sequence[Mapping[str, Any]]) -> str:
+    """The reliability of every guide and pair."""
     figure, (panel,) = _panels(1, 4.6, 3.6)
-    panel.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
-    for number, one in enumerate(calibrations):
-        panel.plot(
-            [100 * band["mean_largest"] for band in one["reliability"]],
-            [100 * band["first_choice_is_target"] for band in one["reliability"]],
-            marker=".",
-            color=COLORS[1 + number % (len(COLORS) - 1)],
-            label=f"{one['guide']}, {one['pair']}",
-        )
-    panel.set_xlabel("the guide's largest probability, %", fontsize=8)
-    panel.set_ylabel("its first choice is the data's token, %", fontsize=8)
+    guides = [
+        (_in_legend(f"{one['guide']}, {one['pair']}"), one["reliability"]) for one in calibrations
+    ]
+    # Without the instruct model's color.
+    draw_reliability(panel, guides, _colors(len(guides) + 1)[1:])
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _embedded(figure)
+
+
+def _in_legend(name: str) -> str:
+    """A label that matplotlib shows even if the name begins with _."""
+    return f" {name}"
+
+
+def _colors(count: int) -> list[str]:
+    """As many different colors."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    from matplotlib import colormaps, colors
+
+    spread = colormaps["turbo"]
+    return [colors.to_hex(spread(number / (count - 1))) for number in range(count)]
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
@@ -136,6 +146,18 @@ def figures_of(
     """Every figure by name; none where matplotlib is not installed."""
     if not can_draw():
         return {}
+    from matplotlib import rc_context
+
+    # A $ in a name is no formula.
+    with rc_context({"text.parse_math": False}):
+        return _draw_all(results, layers, calibrations)
+
+
+def _draw_all(
+    results: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    calibrations: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
     accuracy, bands = results["accuracy"], {k: v for k, v in results["loss_by_band"].items() if v}
     curves = {
         name: {
@@ -146,7 +168,7 @@ def figures_of(
         if len(next(iter(by_method.values()))) > 1
     }
     methods = list(next(iter(accuracy.values())))
-    palette = {method: COLORS[n % len(COLORS)] for n, method in enumerate(methods)}
+    palette = dict(zip(methods, _colors(len(methods)), strict=True))
     tasks, retained = results["task_evaluations"], results["retention_evaluations"]
     figures = {"accuracy": draw_accuracies(accuracy, palette)}
     if tasks and retained:
@@ -160,7 +182,7 @@ def figures_of(
     if bands:
         figures["bands"] = draw_bands(bands)
     if calibrations:
-        figures["calibration"] = draw_reliability(calibrations)
+        figures["calibration"] = draw_calibration(calibrations)
     if layers:
         figures["layers"] = draw_lines({"": layers}, "layer", "mean ‖Δ‖ / ‖A‖", palette)
     return figures

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gift.calibration.command import read_correct
 from gift.config import (
     AnnotateConfig,
     CalibrationConfig,
@@ -81,6 +82,8 @@ def plan(config: StudyConfig, rates: Rates) -> list[Run]:
     runs = []
     for name, pair in config.pairs.items():
         planner = _Planner(config, name, pair)
+        for evaluation, options in config.evaluations.items():
+            _check_questions(f"evaluations.{evaluation}", options, name)
         evaluations = {
             evaluation: planner.evaluate(evaluation, options, None)
             for evaluation, options in config.evaluations.items()
@@ -104,6 +107,8 @@ def plan_tuning(config: StudyConfig) -> list[Run]:
     """
     if config.tuning is None:
         return []
+    for name in config.pairs:
+        _check_questions("tuning", config.tuning, name)
     _refuse_shared_questions(config, config.tuning)
     runs = []
     for name, pair in config.pairs.items():
@@ -115,6 +120,15 @@ def plan_tuning(config: StudyConfig) -> list[Run]:
                 run.evaluations[TUNING] = stage
                 runs.append(run)
     return runs
+
+
+def _check_questions(part: str, options: TuningOptions | EvaluationOptions, pair: str) -> None:
+    """InputError where a part's options or questions cannot be used."""
+    try:
+        asked = _asked(options, pair, "")
+        asked_questions(asked, asked.check_by())
+    except InputError as error:
+        raise InputError(f"{part}: {error}") from None
 
 
 def _refuse_shared_questions(config: StudyConfig, tuning: TuningOptions) -> None:
@@ -129,9 +143,10 @@ def _refuse_shared_questions(config: StudyConfig, tuning: TuningOptions) -> None
 
 
 def _prompts(options: TuningOptions | EvaluationOptions, pair: str) -> set[str]:
-    config = _asked(options, pair, "")
-    questions, _ = asked_questions(config, config.check_by())
-    return {hash_json(question.turns[-1]) for question in questions}
+    """The questions as the data has them, without options and suffixes."""
+    config = _asked(options, pair, "").model_copy(update={"prompt_suffix": ""})
+    questions, _ = asked_questions(config, "exact")
+    return {question.turns[-1]["content"].strip() for question in questions}
 
 
 def _asked(options: TuningOptions | EvaluationOptions, pair: str, model: str) -> EvaluateConfig:
@@ -157,6 +172,7 @@ class _Planner:
         self._models = {"base": resolve_model(pair.base), "instruct": resolve_model(pair.instruct)}
         self._tokenizer = hash_folder(self._models["instruct"], TOKENIZER_FILES)
         self._checked: set[str] = set()
+        self._read: set[Path] = set()
 
     def chain(self, method: str, seed: int, rate: float | None, *, examine: bool) -> Run:
         """A method's stages up to the merge; with `examine` what to say of guide and change too."""
@@ -164,6 +180,9 @@ class _Planner:
         rate = options.learning_rate if rate is None else rate
         data = _path(options.data, self._name, seed)
         self._check(method, options, data)
+        if self._config.correct_field is not None and data not in self._read:
+            read_correct(data, self._config.correct_field)
+            self._read.add(data)
         label = f"{method}, {self._name}"
         instruct, trained = self._models["instruct"], self._models[options.trained]
         rows = hash_json(read_rows(data, options))

@@ -14,9 +14,9 @@ from gift.config import ReportConfig
 from gift.config.study import INSTRUCT
 from gift.console import console
 from gift.files import read_json, read_record, replacing
+from gift.micro_batches import BAND_NAMES
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
-from gift.train import BAND_NAMES
 
 REPORT_FILE = "report.html"
 SHOWN_QUESTIONS = 5
@@ -94,13 +94,13 @@ def _calibrations(study: Study) -> list[dict[str, Any]]:
         if name is None or name in found:
             continue
         report = read_json(study.stage(name) / "calibration.json")
-        tokens = [band["tokens"] for band in report["reliability"]]
-        means = {
-            key: float(np.average([band[key] for band in report["reliability"]], weights=tokens))
-            for key in ("mean_largest", "first_choice_is_target")
+        everything = next(kind for kind in report["kinds"] if kind["kind"] == "all")
+        found[name] = {
+            **report,
+            "first_choice_is_target": everything["first_choice_is_target"],
+            "pair": run["pair"],
+            "guide": study.settings["methods"][run["method"]]["guide"],
         }
-        guide = study.settings["methods"][run["method"]]["guide"]
-        found[name] = {**report, **means, "pair": run["pair"], "guide": guide}
     return list(found.values())
 
 
@@ -186,7 +186,7 @@ def _warnings(study: Study) -> list[tuple[str, str]]:
         (name, message)
         for name, path in logs
         if path.exists()
-        for message in WARNING.findall(path.read_text(encoding="utf-8"))
+        for message in dict.fromkeys(WARNING.findall(path.read_text(encoding="utf-8")))
     ]
 
 

@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from gift.config.study import INSTRUCT
 from gift.console import console, print_table
 from gift.errors import InputError
 from gift.files import read_json, read_record, write_json
+from gift.micro_batches import BAND_NAMES
+from gift.publish import check_published
 from gift.rows import json_lines
 from gift.study.plan import STAGES_FOLDER
 from gift.study.significance import Estimate, estimate, holm, permute_runs
-from gift.train import BAND_NAMES
 
 STUDY_FILE = "study.json"
 RESULTS_FILE = "results.json"
+# What results and report read of a run's stages; merged models may be gone.
+READ_STAGES = ("calibrate", "train", "diff")
 LEVEL = 0.05
 
 
@@ -44,14 +48,47 @@ class Difference:
         return self.p is not None and self.p < LEVEL
 
 
+class _Run(BaseModel):
+    pair: str
+    method: str
+    seed: int | None
+    learning_rate: float | None
+    stages: dict[str, str]
+    evaluations: dict[str, str]
+
+
+class _Settings(BaseModel):
+    pairs: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]]
+
+
+class _Record(BaseModel):
+    """What study.json has."""
+
+    settings: _Settings
+    methods: list[str]
+    evaluations: list[str]
+    compared: str
+    tuning: list[dict[str, Any]]
+    runs: list[_Run]
+    versions: dict[str, Any]
+
+
 class Study:
     """The folder of a study whose stages are finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record = read_record(
-            folder / STUDY_FILE, ("settings", "methods", "evaluations", "runs")
-        )
+        self.record = read_json(folder / STUDY_FILE)
+        try:
+            _Record.model_validate(self.record)
+        except ValidationError as error:
+            places = {".".join(map(str, problem["loc"])) for problem in error.errors()}
+            raise InputError(
+                f"{folder / STUDY_FILE}: {', '.join(sorted(places))} missing or not as written; "
+                "another version or another program wrote it, run gift study again"
+            ) from None
         self._answers: dict[str, list[list[dict[str, Any]]]] = {}
 
     @property
@@ -84,6 +121,18 @@ class Study:
     def stage(self, name: str) -> Path:
         """The folder of a stage."""
         return self.folder / STAGES_FOLDER / name
+
+    def read_stages(self) -> list[Path]:
+        """The folders that results and report read, each once."""
+        names = [
+            name
+            for run in self.record["runs"]
+            for name in (
+                *(name for kind, name in run["stages"].items() if kind in READ_STAGES),
+                *run["evaluations"].values(),
+            )
+        ]
+        return [self.stage(name) for name in dict.fromkeys(names)]
 
     def answers(self, run: dict[str, Any], evaluation: str) -> list[list[dict[str, Any]]]:
         """A run's rows of samples.jsonl: [question][sample]."""
@@ -187,10 +236,15 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """A finished study; InputError where the folder is none."""
+    """A finished study; InputError where the folder is none, or what is read of it is damaged."""
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{folder}: no {STUDY_FILE}, so this is not a finished study")
-    return Study(folder)
+    study = Study(folder)
+    for path in study.read_stages():
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; the study's command makes it anew")
+        check_published(path)
+    return study
 
 
 def _compared_pairs(methods: Sequence[str], compared: str) -> Iterator[tuple[str, str]]:

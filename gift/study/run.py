@@ -60,6 +60,9 @@ def study(config: StudyConfig) -> dict[str, Any]:
                 for one in tuning:
                     one["taken"] = rates[one["pair"], one["method"]] == one["learning_rate"]
             seconds |= execute(config, runs, pool)
+        if not config.keep_models:
+            stages = _in_order([*tried, *runs])
+            _remove_used(stages, {stage.key for stage in stages})
         write_json(config.output / STUDY_FILE, _record(config, runs, tuning))
         finished = read_study(config.output)
         results = finished.results()
@@ -257,12 +260,16 @@ def _begin_worker(places: Any) -> None:
 
 
 def _run_stage(stage: Stage, overwrite: bool) -> float:
-    """Runs one stage; what it prints goes to a file beside its folder. Returns its seconds."""
+    """Runs one stage; what it prints goes to a file beside its folder. Returns its seconds.
+
+    A resumed stage adds to its file.
+    """
     started = time.perf_counter()
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
     config = stage.config.model_copy(update={"overwrite": overwrite})
+    mode = "w" if stage.folder.exists() else "a"
     with (
-        stage.folder.with_suffix(".log").open("w", encoding="utf-8") as log,
+        stage.folder.with_suffix(".log").open(mode, encoding="utf-8") as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):

@@ -21,6 +21,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+# Shares are 0 to 1, so a standard error below this is rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def estimate(pairs: Sequence[np.ndarray], *, least: float = -1.0, seed: int = 0)
     mean = float(np.mean([values.mean() for values in pairs]))
     parts = [_variance(values, rng) for values in pairs]
     total = sum(part.total for part in parts)
-    if total == 0 or not all(part.terms for part in parts):
+    error = total**0.5 / len(pairs)
+    if error < ROUNDING or not all(part.terms for part in parts):
         return Estimate(mean, None, None, None)
     degrees = total**2 / sum(term**2 / df for part in parts for term, df in part.terms)
-    error = total**0.5 / len(pairs)
     low, high = np.clip(stats.t.interval(LEVEL, degrees, mean, error), least, 1)
     p = 2 * stats.t.sf(abs(mean) / error, degrees)
     return Estimate(mean, float(low), float(high), float(p))

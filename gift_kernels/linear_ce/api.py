@@ -123,7 +123,7 @@ def weighted_ce(
         impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
             where nothing is float64, else eager.
         chunk_size: rows of logits the eager implementation holds at once; by default as many as
-            fit in 256 MiB.
+            fit in 512 MiB.
 
     Scalar options may be Python or NumPy numbers or 0-d tensors; reading a GPU tensor synchronizes.
 
@@ -369,4 +369,6 @@ def _statistics(
     if "confidence" in asked:
         valid = target.flatten() != ignore_index
         found["confidence"] = torch.where(valid, torch.exp(-result.nll), 0)
+    if "weight" in found:
+        found["weight"] = found["weight"].clone()  # the backward reads its own
     return TokenStats(**{name: v.detach().reshape(target.shape) for name, v in found.items()})

@@ -1,6 +1,6 @@
 """Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
 
-Per chunk of C rows the logits [C, V] are the only large buffer (at most CHUNK_BYTES, or one row):
+Per chunk of B rows the logits [B, V] are the only large buffer (at most CHUNK_BYTES, or one row):
 they become exponentials and then the gradient of the logits in place. Where the device multiplies
 16-bit matrices into float32 (`matmul.mixed_products`), products take the inputs' dtype, to which
 exponentials are rounded, except the target's term; elsewhere the head is upcast, one block of
@@ -280,8 +280,8 @@ def _add_hidden_gradient_(
     # Brings the largest exponential of a row to 2^15, because float16 ends at 6e-8.
     scale = None
     if operand == torch.float16:
-        largest = values.amax(1, keepdim=True)
-        scale = torch.where(largest > 0, largest, 1) * 2.0**-15
+        # Not less than 2^-100: a scale of 0 would make NaN of what is as good as 0.
+        scale = values.amax(1, keepdim=True).clamp(min=2.0**-100) * 2.0**-15
     for block in _vocab_blocks(head.weight.shape[0]):
         part = values[:, block] if scale is None else values[:, block] / scale
         wide_mm(part.to(operand), head.weight[block].to(operand), dh, accumulate=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gift_kernels import checks
 from gift_kernels.linear_ce import eager
@@ -43,7 +44,7 @@ def call(
     *rest: Any,
 ) -> LinearCE:
     """The operator with the arguments of `solve`; differentiable in the loss."""
-    if not _is_plain(hidden):
+    if not is_plain(hidden, lm_head_weight, bias, target, row_weight):
         return LinearCE(*linear_ce(hidden, lm_head_weight, bias, target, row_weight, *rest))
     trained = (hidden, lm_head_weight, bias, row_weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
@@ -51,9 +52,14 @@ def call(
     return solve(hidden, lm_head_weight, bias, target, row_weight, *rest)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether nothing traces this tensor, so that other functions than operators may take it."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all have values and nothing traces them, so that any function may take them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return False
+    return all(
+        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta)
+        for tensor in tensors
+    )
 
 
 def solve(
@@ -303,20 +309,20 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     of_sum: Tensor = upstream if row_count is None else upstream / row_count
     (want_dh, want_dw, want_db), row_weight_gradient = ctx.wanted, None
     hidden_dtype, head_dtype, bias_dtype, row_weight_dtype = ctx.dtypes
-    scale_rows = _scaled_rows if _is_plain(of_sum) else scaled_rows
+    rescaled = _scaled_rows if is_plain(of_sum) else scaled_rows
     if want_dh:
         if ctx.impl == "triton":
-            dh = scale_rows(dh, of_sum, weight, hidden_dtype)
+            dh = rescaled(dh, of_sum, weight, hidden_dtype)
         else:
             dh = eager.scale_rows(dh, of_sum * weight).to(hidden_dtype)
     if ctx.recompute is not None:
         dw, db = head_gradient(*inputs, of_sum * weight, *ctx.recompute)
     elif want_dw and ctx.impl == "triton":
-        dw = scale_rows(dw, of_sum, None, head_dtype)
+        dw = rescaled(dw, of_sum, None, head_dtype)
     elif want_dw:
-        dw = dw * of_sum
+        dw = torch.where(of_sum == 0, 0, dw * of_sum)
     if want_db and ctx.recompute is None:
-        db = db * of_sum
+        db = torch.where(of_sum == 0, 0, db * of_sum)
     if nll is not None:
         # A row of weight 0 whose nll is infinite or NaN adds 0 to the loss: its weight's gradient
         # is 0 too.

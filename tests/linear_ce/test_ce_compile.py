@@ -9,6 +9,7 @@ import pytest
 import torch
 from ce_cases import CASE, IMPLS, arrange, generate, long_problem, outcome, with_guide
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from gift_kernels import Guide, TokenStats, token_confidence, weighted_ce
@@ -77,7 +78,7 @@ def test_the_operators_pass_opcheck(
 
     registered = operator.linear_ce
     # As under torch.compile, where the registered operators run.
-    monkeypatch.setattr(operator, "_is_plain", lambda tensor: False)
+    monkeypatch.setattr(operator, "is_plain", lambda *tensors: False)
     monkeypatch.setattr(operator, "linear_ce", recorded(registered))
     monkeypatch.setattr(operator, "head_gradient", recorded(operator.head_gradient))
     values = generate(CASE[case], torch.float32)
@@ -167,3 +168,45 @@ def test_works_under_activation_checkpointing(impl: str, device: str) -> None:
     loss = checkpoint(lambda: weighted_ce(**given, impl=impl), use_reentrant=False)
     assert isinstance(loss, Tensor)
     assert torch.equal(torch.autograd.grad(loss, given["hidden"])[0], expected[0])
+
+
+def test_tracers_see_one_operator_and_keep_its_meaning(device: str) -> None:
+    """Traced with all rows valid, run with some ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 8, generator=generator).to(device)
+    head = torch.randn(9, 8, generator=generator).to(device)
+    target = torch.tensor([1, 2, 3, 4], device=device)
+    fewer = torch.tensor([1, -100, 3, -100], device=device)
+    expected = weighted_ce(hidden, head, fewer)
+    traced = torch.jit.trace(weighted_ce, (hidden, head, target), check_trace=False)
+    torch.testing.assert_close(traced(hidden, head, fewer), expected)
+    graph = make_fx(lambda *given: weighted_ce(*given))(hidden, head, target)
+    assert "gift_kernels.linear_ce" in graph.code
+    torch.testing.assert_close(graph(hidden, head, fewer), expected)
+
+
+@every_impl
+def test_tensors_without_values_give_the_shapes_of_the_results(impl: str) -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, head = empty(2, 4, 8).requires_grad_(), empty(9, 8).requires_grad_()
+    target = empty(2, 4, dtype=torch.int64)
+    loss, stats = weighted_ce(hidden, head, target, stats=("nll",), impl=impl)
+    loss.backward()
+    assert loss.shape == () and stats.nll is not None and stats.nll.shape == (2, 4)
+    assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+    assert head.grad is not None and head.grad.shape == head.shape
+
+
+@every_impl
+def test_statistics_may_be_changed_before_the_backward(impl: str, device: str) -> None:
+    values = generate(CASE["weights-mean"], torch.float32)
+    gradients = []
+    for factor in (1.0, 2.0):
+        leaves, given = arrange(CASE["weights-mean"], values, torch.float32, device)
+        loss, stats = weighted_ce(**given, stats=("weight",), impl=impl)
+        stats.weight.mul_(factor)
+        loss.backward()
+        gradients.append(leaves["hidden"].grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

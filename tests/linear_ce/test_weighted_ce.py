@@ -104,6 +104,19 @@ def test_the_gradient_of_a_nearly_certain_token_keeps_its_accuracy_in_16_bits(
     assert error <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype], error
 
 
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("lead", [50.0, 90.0, 94.0, 100.0, 103.0, 110.0])
+def test_a_token_that_is_all_but_certain_has_a_gradient_in_float16(
+    lead: float, device: str
+) -> None:
+    """Other exponentials are smaller than any normal float32."""
+    head = torch.zeros(6, 2, dtype=torch.float16, device=device)
+    head[3, 0] = lead
+    hidden = torch.ones(1, 2, dtype=torch.float16, device=device, requires_grad=True)
+    weighted_ce(hidden, head, torch.tensor([3], device=device), impl="eager").backward()
+    assert hidden.grad is not None and hidden.grad.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("vocab_size", [100, 32000, 128256, 256000, 1 << 28])
 def test_chunks_on_a_gpu_are_whole_tiles_of_rows_within_their_bytes(vocab_size: int) -> None:
     rows = eager.rows_per_chunk(vocab_size, torch.bfloat16, device="cuda")

@@ -10,10 +10,10 @@ import pytest
 
 from gift.config import ReportConfig
 from gift.errors import InputError
+from gift.micro_batches import BAND_NAMES
 from gift.study import figures
 from gift.study.report import changes_by_layer, questions_decided, report
 from gift.study.results import read_study
-from gift.train import BAND_NAMES
 
 # One process makes the study that these tests read.
 pytestmark = pytest.mark.xdist_group("study")
@@ -131,6 +131,7 @@ def test_a_reply_is_text_whatever_it_holds(finished: Path, tmp_path: Path) -> No
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [{**row, "reply": "<script>alert(1)</script>"} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path.parent / "gift_files.json").unlink()  # the change is meant
     report(ReportConfig(study=folder))
     page = Page(folder / "report.html")
     assert "script" not in page.tags and "<script>" in page.sections["questions"]
@@ -146,6 +147,65 @@ def test_without_matplotlib_the_tables_remain(
     page = Page(folder / "report.html")
     assert "img" not in page.tags and "pip install matplotlib" in page.sections["accuracy"]
     assert tuple(page.sections) == SECTIONS
+
+
+def test_any_name_can_be_drawn_and_has_a_color_of_its_own() -> None:
+    names = ["$x_{", "_hidden", "a$", *map(str, range(9))]
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "runs": [0.5]}
+    results = {
+        "accuracy": {"$\\frac{$": dict.fromkeys(names, value)},
+        "loss_by_band": {name: dict.fromkeys(BAND_NAMES, 0.25) for name in names},
+        "pass": {"task$^$": {name: [0.5, 0.7] for name in names}},
+        "task_evaluations": [],
+        "retention_evaluations": [],
+    }
+    drawn = figures.figures_of(results, {}, [])
+    assert set(drawn) == {"accuracy", "pass", "bands"}
+    colors = figures._colors(len(names))
+    assert len({*colors}) == len(names)
+
+
+def test_a_legend_has_names_that_begin_with_an_underscore() -> None:
+    from matplotlib import pyplot
+
+    lines = {"_hidden": [(1, 0.5), (2, 0.7)]}
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: shown.append(figure))
+        figures.draw_lines({"": lines}, "x", "y", {"_hidden": "red"})
+    texts = [text.get_text().strip() for text in shown[0].axes[0].get_legend().get_texts()]
+    assert texts == ["_hidden"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.pop("compared"), r"study\.json: compared missing or not as written"),
+        (lambda record: record["runs"][0].pop("pair"), r"study\.json: runs\.0\.pair missing"),
+        (lambda record: record.update(settings=[]), r"study\.json: settings missing"),
+    ],
+    ids=["lacks", "run", "type"],
+)
+def test_a_record_of_another_program_is_refused(
+    finished: Path, tmp_path: Path, change, message: str
+) -> None:
+    record = json.loads((finished / "study.json").read_text())
+    change(record)
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=message):
+        report(ReportConfig(study=tmp_path))
+
+
+def test_a_damaged_or_missing_stage_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    path = next(folder.glob("stages/diff-*"))
+    (path / "diff.json").write_text("{}")
+    with pytest.raises(InputError, match=r"diff\.json: has 2 bytes"):
+        report(ReportConfig(study=folder))
+    shutil.rmtree(path)
+    with pytest.raises(InputError, match=r"diff-.*: no such folder"):
+        report(ReportConfig(study=folder))
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:

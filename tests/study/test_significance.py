@@ -52,7 +52,11 @@ def test_an_interval_beside_zero_has_a_p_below_5_percent() -> None:
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
-@pytest.mark.parametrize("values", [np.ones((3, 5)), np.array([[0.3]])], ids=["equal", "single"])
+@pytest.mark.parametrize(
+    "values",
+    [np.ones((3, 5)), np.full((3, 4), 1 / 3), np.full((2, 3), -0.1), np.array([[0.3]])],
+    ids=["ones", "thirds", "tenths", "single"],
+)
 def test_what_does_not_vary_has_no_interval(values: np.ndarray) -> None:
     found = estimate([values])
     assert (found.mean, found.low, found.high, found.p) == (values.mean(), None, None, None)

@@ -121,6 +121,35 @@ def test_another_merge_makes_only_what_it_changes_and_keeps_no_models(
     assert runs["half"]["diff"] in made
 
 
+def test_models_of_a_finished_study_can_be_removed(
+    folder: Path, finished: Path, tmp_path: Path, in_this_process: None
+) -> None:
+    output = tmp_path / "study"
+    shutil.copytree(finished, output)
+    assert count(stage_names(output), "merge") == 6
+    study(studies.config(folder, output, keep_models=False))
+    assert count(stage_names(output), "merge") == 0
+
+
+def test_a_resumed_stage_keeps_the_warnings_of_its_first_part(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prints(text: str) -> None:
+        monkeypatch.setitem(run_module.FUNCTIONS, "evaluate", lambda config, key: print(text))
+
+    config = studies.config(folder, tmp_path / "out", tuning=None)
+    stage = next(iter(plan(config, {})[0].evaluations.values()))
+    log = stage.folder.with_suffix(".log")
+    for text in ("killed", "resumed"):
+        prints(text)
+        run_module._run_stage(stage, overwrite=False)
+    assert log.read_text() == "killed\nresumed\n"
+    stage.folder.mkdir()
+    prints("anew")
+    run_module._run_stage(stage, overwrite=True)
+    assert log.read_text() == "anew\n"
+
+
 def test_a_stage_that_fails_is_named_and_what_is_finished_is_kept(
     folder: Path, tmp_path: Path, in_this_process: None
 ) -> None:
@@ -142,8 +171,13 @@ def test_a_stage_that_fails_is_named_and_what_is_finished_is_kept(
         ({"reference": "ours"}, "reference: no method 'ours'; there are GIFT, Shadow-FT"),
         ({"seeds": [1, 1]}, "seeds: .* expected different numbers"),
         ({"methods": {"GIFT": {"weightng": "self"}}}, r"methods.GIFT.weightng"),
+        ({"tuning": {"learning_rates": [1e-3, 0.0]}}, r"tuning.learning_rates.1\n.*greater than 0"),
+        (
+            {"evaluations": {"task": {"data": "{seed}.jsonl"}}},
+            r"task: data: {seed}.jsonl has {seed}",
+        ),
     ],
-    ids=["Instruct", "seed", "rate", "reference", "seeds", "typo"],
+    ids=["Instruct", "seed", "rate", "reference", "seeds", "typo", "zero", "seed-in-data"],
 )
 def test_a_file_that_contradicts_itself_is_refused(
     folder: Path, tmp_path: Path, changes: dict, message: str
@@ -170,8 +204,33 @@ def test_options_that_do_not_fit_are_refused_before_any_stage(
         plan(config, {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correct_field": "rihgt"}, "--correct-field: no row of .*rows.jsonl has rihgt"),
+        ({"evaluations": {"task": {"data": None}}}, r"evaluations\.task: --data: is required"),
+        (
+            {"evaluations": {"task": {"benchmark": "mmlu", "samples": 2}}},
+            r"evaluations\.task: --samples",
+        ),
+    ],
+    ids=["field", "no-data", "unread"],
+)
+def test_what_a_late_stage_would_refuse_is_refused_before_any(
+    folder: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    config = studies.config(folder, tmp_path / "out", tuning=None, **changes)
+    with pytest.raises(InputError, match=message):
+        plan(config, {})
+
+
 def test_tuning_on_the_questions_of_an_evaluation_is_refused(folder: Path, tmp_path: Path) -> None:
-    tuning = {"data": str(folder / "task.jsonl"), "learning_rates": [1e-3]}
+    """Whatever is added to them."""
+    tuning = {
+        "data": str(folder / "task.jsonl"),
+        "learning_rates": [1e-3],
+        "prompt_suffix": "Think.",
+    }
     config = studies.config(folder, tmp_path / "out", tuning=tuning)
     with pytest.raises(InputError, match=r"6 questions of .* are asked by the evaluation task too"):
         plan_tuning(config)

@@ -137,7 +137,7 @@ class Chunk:
         *,
         guess: bool = False,
     ) -> None:
-        """Copies this chunk's rows and targets, and starts their state, unless it is known already.
+        """Copies this chunk's rows and targets; starts their state if it has target logits.
 
         `guess` starts references at target logits.
         """

@@ -27,18 +27,18 @@ from gift_kernels.linear_ce.types import LinearInputs
 # LEAST_BYTES: lower bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
 CHUNK_BYTES, GUIDE_BYTES = 143_000_000, 13_000_000
 LEAST_BYTES, HEAD_BYTES = 64_000_000, 168_000_000
-# Of calls with more rows than the first. With fewer rows the head is read too often.
+# Fewest and most rows of a chunk in a longer call; with fewer the head is read too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
-# Where only partial sums are stored: all columns, or so many while buffers of kept rows exist.
+# Without E: at most so many rows and, only beside kept rows, so many columns.
 STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
 ALL = 1 << 62  # more columns than any head has
 # Time of a tile outside its loop over K, and of a chunk outside its tiles, in steps of that loop;
-# one of 128 × 256 takes 8 cycles of an H100's SM. The end of a tile of logits issues 1800 cycles of
-# instructions and stores 64 KiB; a tile of dH stores 128 KiB, and loads them first for all but the
-# first columns; three launches idle for 15 μs. `call_time` says what they were checked against.
+# one of 128 × 256 takes 16 cycles of an H100's SM. The end of a tile of logits issues 1800 cycles
+# of instructions and stores 64 KiB; a tile of dH stores 128 KiB, and loads them first for all but
+# the first columns; three launches idle for 15 μs. `call_time` says what they were checked against.
 END_OF_TILE, STORED_TILE, ADDED_TILE, LAUNCHES = 400, 500, 1000, 3000
-COUNT_STEP = 128  # numbers of rows that share a plan; no tile has more
+COUNT_STEP = 128  # numbers of rows are rounded up to this; no BLOCK_N is larger
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
 SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
@@ -123,7 +123,7 @@ def _plan(
         (vocab_size, size), *of_guide = heads
         work = Work(machine.sms, tiles, product_tiles, vocab_size, size, dtype.itemsize)
         again = min(HEAD_ROWS, max(count, COUNT_STEP))
-        kept = min(size * 4 // dtype.itemsize, again)
+        kept = min(max(size, 1) * 4 // dtype.itemsize, again)
         shapes = (
             chunk_shape(work, count, *of_guide),
             head_chunk_shape(work, kept),

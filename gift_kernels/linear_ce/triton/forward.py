@@ -7,8 +7,8 @@ From a row's weight to its gradient:
    stores E = 2^(x − ref) and partial sums, `Chunk.merge` adds the sums to the rows' state,
    `Chunk.add_to_dh` adds E W to dH.
 3. `finish_rows` makes nll and two factors of the state, and the gradient of each row's nll:
-   dH = factor · ΣE W + target_factor · W_y (`finish_dh` where the head is trainable, for dH is
-   complete only later). No weight has entered yet.
+   dH = factor · ΣE W + target_factor · W_y (with a trainable head `finish_dh`, once dH is
+   complete). No weight has entered yet.
 4. Given weights were made ready in step 1; where they are confidences, `finish_rows` writes them.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
    (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights and the hidden states
@@ -168,8 +168,8 @@ def head_gradients(
         for first_row in range(first_rest, count, chunk.rows):
             add_rows_again(chunk, target, rows, factors, order, into, first_row, shard)
     if dh is not None:
-        again = head.logit_scale * factors.share
-        factor = torch.where(rows.place < first_rest, factors.factor, again)
+        exact = head.logit_scale * factors.share
+        factor = torch.where(rows.place < first_rest, factors.factor, exact)
         finish_dh(dh, head, plan, rows, factors.local_target, factor, factors.target_factor, shard)
     return found, into
 

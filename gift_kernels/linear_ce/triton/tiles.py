@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 class LogitTiles(NamedTuple):
     """A tile of logits: BLOCK_N rows by BLOCK_V columns of the vocabulary, in steps of BLOCK_D.
 
-    Its epilogue handles PARTS slices of its columns one after another, which bounds registers and
-    the shared memory of the store. GROUP_M row tiles run one after another with one tile of the
+    Its end takes the columns in PARTS parts, 1 or 2, in turn, which bounds registers and the shared
+    memory of the store. GROUP_M row tiles run one after another with one tile of the
     head; FLATTEN makes one software pipeline of the loop over tiles and the loop over D.
     `per_sm` programs of num_warps warps share an SM. Kernels receive the tuple itself.
     """
@@ -86,8 +86,8 @@ LOGIT_TILES = {
     # Blackwell without tensor memory: Hopper's copies, Ampere's products, 99 KiB of shared memory.
     120: (LogitTiles(128, 128, 32, 16, 8, 4, 1, 1, False),),
 }
-# Tiles that spill no register, for: a soft-cap; an entropy, or a soft-cap and a bias; an entropy
-# with a soft-cap or a guide, or plain loads.
+# None of these spills. CAPPED: with a soft-cap. LEAN: with an entropy, or a soft-cap and a bias.
+# NARROW: with an entropy and a soft-cap or a guide, or with plain loads.
 CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
 LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(BLOCK_D=128, num_stages=2),)}
 NARROW_LOGIT_TILES = LOGIT_TILES | {90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}

@@ -20,8 +20,8 @@ therefore `ref` is guessed once and replaced by m only where a row exceeds it 2^
 `_merge_kernel` rescales the slices of such a row to one reference. FINAL: the references are known
 from an earlier pass, only E is wanted.
 
-Programs are persistent; tiles of GROUP_M row tiles run one after another, so that the tile of the
-head comes from L2 for all but the first. No atomics, no locks: each output element has one writer.
+Programs are persistent; GROUP_M row tiles run in turn on one tile of the head, which all but the
+first read from L2. No atomics, no locks: each output element has one writer.
 """
 
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ def _finish_dh_kernel(
     dh_ptr,  # [N, D]
     head_ptr,  # [V, D]
     place_ptr,  # [N] int32
-    local_target_ptr,  # [N] int32, compact
+    local_target_ptr,  # [N] int32 by valid token
     factor_ptr,  # [N]
     target_factor_ptr,  # [N]
     N,

@@ -71,19 +71,19 @@ def _compact_kernel(
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < N
-        valid = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
-        targets += valid.to(tl.int32)
+        is_target = mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index)
+        targets += is_target.to(tl.int32)
         w = tl.full((BLOCK,), 1.0, tl.float32)
         if given_ptr is not None:
-            w = tl.load(given_ptr + offs, mask=valid, other=0.0).to(tl.float32)
-        w = tl.where(valid, _transformed(w, transform, HAS_POWER), 0.0)
+            w = tl.load(given_ptr + offs, mask=is_target, other=0.0).to(tl.float32)
+        w = tl.where(is_target, _transformed(w, transform, HAS_POWER), 0.0)
         tl.store(weight_ptr + offs, w, mask=mask)
         # NaN weights are kept, so that the loss becomes NaN.
-        counted = valid if KEEP_ZERO_ROWS else valid & (w != 0.0)
-        ones = counted.to(tl.int32)
+        valid = is_target if KEEP_ZERO_ROWS else is_target & (w != 0.0)
+        ones = valid.to(tl.int32)
         place = count + tl.cumsum(ones, 0) - ones
-        tl.store(index_ptr + place, offs, mask=counted)
-        tl.store(place_ptr + offs, tl.where(counted, place, -1), mask=mask)
+        tl.store(index_ptr + place, offs, mask=valid)
+        tl.store(place_ptr + offs, tl.where(valid, place, -1), mask=mask)
         count += tl.sum(ones, 0)
     tl.store(count_ptr, count)
     tl.store(row_count_ptr, tl.maximum(tl.sum(targets, 0), 1).to(tl.float32))
@@ -114,9 +114,9 @@ def _gather_kernel(
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
     out_ptr,  # [rows, D]
-    local_target_ptr,  # [N] int32, compact: row of this head, or −1
-    state_ptr,  # [4, N] compact, or None: known already
-    target_logit_ptr,  # [N] compact, or None
+    local_target_ptr,  # [N] int32 by valid token: row of this head, or −1
+    state_ptr,  # [4, N] by valid token, or None: known already
+    target_logit_ptr,  # [N] by valid token, or None
     first_row,
     vocab_start,
     N,
@@ -321,14 +321,14 @@ class FinishFactors(NamedTuple):
 
 @triton.jit
 def _finish_kernel(
-    state_ptr,  # [4, N] compact: ref of this rank's E; S, S2, M of the whole vocabulary
-    target_logit_ptr,  # [N] compact, NaN where no column is the target
+    state_ptr,  # [4, N] by valid token: ref of this rank's E; S, S2, M of the whole vocabulary
+    target_logit_ptr,  # [N] by valid token, NaN where no column is the target
     place_ptr,  # [N] int32
     weight_ptr,  # [N], written if CONFIDENCE
     found,  # RowStats: pointers [N] in the caller's order, None where not asked for
     factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share; or None
     dh_ptr,  # [N, D] Σ E W, or None
-    local_target_ptr,  # [N] int32, compact
+    local_target_ptr,  # [N] int32 by valid token
     head_ptr,  # [V, D]
     N,
     size,  # HeadSizes
@@ -353,11 +353,11 @@ def _finish_kernel(
     counted = place >= 0
     ref = tl.load(state_ptr + place, mask=counted, other=0.0)
     s = tl.load(state_ptr + N + place, mask=counted, other=0.0)
-    largest = tl.load(state_ptr + 3 * N + place, mask=counted, other=0.0)
+    top_x = tl.load(state_ptr + 3 * N + place, mask=counted, other=0.0)
     x = tl.load(target_logit_ptr + place, mask=counted, other=0.0)
     # A logit of +inf gives NaN, as inf − inf does in nll.
     y = tl.where(x == float("inf"), float("nan"), x)
-    gap, error = _difference(largest, y)
+    gap, error = _difference(top_x, y)
     gap *= nats
     u = s * _exp(gap) * (1.0 + nats * error)
     # 1 + u where the target is more probable than all others together, else 1 + 1 / u times u.
@@ -377,10 +377,10 @@ def _finish_kernel(
     if found.nll is not None:
         tl.store(found.nll + rows, tl.where(counted, nll, 0.0), mask=mask)
     if found.lse is not None:
-        lse = tl.where(is_likely, nats * y, nats * largest + log_s) + log_small
+        lse = tl.where(is_likely, nats * y, nats * top_x + log_s) + log_small
         tl.store(found.lse + rows, tl.where(counted, lse, 0.0), mask=mask)
     if found.top1 is not None:
-        tl.store(found.top1 + rows, counted & (x >= largest), mask=mask)
+        tl.store(found.top1 + rows, counted & (x >= top_x), mask=mask)
     if found.largest is not None:
         # The target's, or that of the likeliest other token.
         likeliest = tl.where(is_likely, p, tl.maximum(p, 1.0 / (s * (1.0 + small))))
@@ -401,7 +401,7 @@ def _finish_kernel(
     if HAS_CAP:
         tanh = tl.maximum(x, -cap) / cap
         slope = scale * (1.0 - tanh * tanh)
-    origin = tl.where(is_likely, y, largest)
+    origin = tl.where(is_likely, y, top_x)
     share = tl.exp2((ref - origin) * bits) / (tl.where(is_likely, 1.0, s) * (1.0 + small))
     target_factor = -tl.where(is_likely, u, 1.0) / (1.0 + small) * slope
     if factor_ptr is not None:
