@@ -248,8 +248,14 @@ def lora_merge_kernel(
         if SPLIT:
             a_scale = tl.load(scales_ptr + offs_k, mask=mask_k, other=0.0)
             b_scale = tl.load(scales_ptr + K + offs_m, mask=mask_m, other=0.0)
-            # Not one after the other: acc * b_scale could overflow.
-            acc *= b_scale[:, None] * a_scale[None, :]
+            # Neither b_scale * a_scale nor acc times one of them need be in the range of float32.
+            # Each is cut in two exactly, so that every product stays inside if the result does.
+            b_inner = tl.minimum(tl.maximum(b_scale, 2.0**-63), 2.0**63)
+            a_inner = tl.minimum(tl.maximum(a_scale, 2.0**-63), 2.0**63)
+            b_outer = tl.minimum(b_scale * 2.0**63, 1.0) * tl.maximum(b_scale * 2.0**-63, 1.0)
+            a_outer = tl.minimum(a_scale * 2.0**63, 1.0) * tl.maximum(a_scale * 2.0**-63, 1.0)
+            acc *= b_inner[:, None] * a_inner[None, :]
+            acc *= b_outer[:, None] * a_outer[None, :]
         merged = w.to(tl.float32) + scale * acc
         if FLAGS.STOCHASTIC:
             if FLAGS.TRANSPOSED:

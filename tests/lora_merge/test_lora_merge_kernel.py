@@ -132,6 +132,27 @@ def test_rows_and_columns_of_any_size_are_merged_to_float32_accuracy(device):
     assert_rounded_once(lora_merge(weight, *adapter, impl="triton"), weight, [adapter])
 
 
+@pytest.mark.parametrize(
+    ("weight", "a", "b", "scale"),
+    [
+        pytest.param(1.0, [0.0, 1e24], [1e24, 0.0], 1.0, id="largest entries never meet"),
+        pytest.param(1.0, [0.0, 3e38], [3e38, 0.0], 1.0, id="of the largest numbers"),
+        pytest.param(0.0, [1e-19], [1e-19], 1.0, id="smallest products"),
+        pytest.param(0.0, [2.0**-63], [2.0**-63], 2.0**100, id="small products, large scale"),
+        pytest.param(0.0, [2.0**-120], [2.0**120], 1.0, id="small times large"),
+        pytest.param(0.0, [2.0**127], [2.0**-127], 1.0, id="largest times smallest"),
+        pytest.param(0.0, [1e24], [-1e24], 1.0, id="overflow"),
+    ],
+)
+def test_split_factors_of_extreme_sizes_give_what_float32_gives(weight, a, b, scale, device):
+    w = torch.tensor([[weight]], dtype=torch.bfloat16, device=device)
+    factor_a, factor_b = torch.tensor([a], device=device).mT, torch.tensor([b], device=device)
+    adapter = Adapter(factor_a, factor_b, scale)
+    for given in (adapter, Adapter(factor_b.mT, factor_a.mT, scale)):
+        merged = lora_merge(w, *given, impl="triton")
+        assert torch.equal(merged, lora_merge(w, *given, impl="eager"))
+
+
 def test_addresses_beyond_two_to_the_31(device):
     """Three rows with 2**30 entries between them: only a few pages of the buffer are touched."""
     step = (1 << 30) + 8
