@@ -79,7 +79,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         console.print(INTRODUCTION.format(references=references), highlight=False)
         error_console.print(
             f"Making {config.pairs} pairs of tiny models and adapting each {config.seeds} times in "
-            f"{len(METHODS)} ways: about two minutes on two cores.",
+            f"{len(METHODS)} ways: a few minutes on two cores.",
             highlight=False,
         )
         _make_world(config, place)
