@@ -134,3 +134,8 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
         description="Model whose tokenizer and chat template to use where there is no confidence "
         "store: the instruct model.",
     )
+    shard: bool = Field(
+        default=False,
+        description="Divide the frozen model among the processes of torchrun (FSDP2), for models "
+        "that one device does not hold. Changes memory and speed, not the adapter.",
+    )
