@@ -27,7 +27,7 @@ INTERRUPTED = {
     "annotate": ("gift.annotate.annotate_batch", 5, "work/part-00000.*"),
     "train": ("gift.train.accumulate_gradients", 2, "work/checkpoint-*/__0_0.distcp"),
     "merge": ("gift.merge.output.copy_side_files", 1, "gift_residual/model.safetensors.json"),
-    "evaluate": ("gift.evaluate._check", 1, "work/000000.*"),
+    "evaluate": ("gift.evaluate._check", 1, "work/000000-0000.*"),
 }
 WITH_STATISTICS = {
     "method": "regmean",

@@ -17,6 +17,8 @@ from gift.config import RunConfig
 from gift.errors import InputError
 from gift.run import run
 
+pytestmark = pytest.mark.xdist_group("whole runs")
+
 STAGES = {
     "confidence": "confidence.safetensors",
     "adapter": "adapter_model.safetensors",
