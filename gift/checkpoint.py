@@ -89,7 +89,7 @@ class TrainingState:
         self._scheduler.load_state_dict(record["scheduler"])
         for name, (_, put) in generators.items():
             if self._group.rank < record["ranks"]:
-                put(state[name][self._group.rank])
+                put(state[name][self._group.rank].clone())  # a view is misread
         loss_by_band = torch.tensor(record["loss_by_band"], dtype=torch.float64)
         return record["step"], record["history"], loss_by_band
 

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gift.errors import InputError
 from gift.models import lm_head, load_causal_lm, model_structure
+from gift.ranks import LONGEST_WAIT
 
 
 def require_processes() -> None:
@@ -38,19 +39,21 @@ def load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     InputError: see `model_structure`; or the model has no blocks.
     """
-    model = model_structure(folder, dtype).eval()
-    source = load_causal_lm(folder, dtype, torch.device("cpu")) if dist.get_rank() == 0 else None
-    lm_head(model)
-    embedding, head, decoder = (
-        *(model.get_input_embeddings(), model.get_output_embeddings()),
-        model.get_decoder(),
-    )
+    # Frozen before it is sharded: a gathered weight is what it was at its first gathering.
+    model = model_structure(folder, dtype).eval().requires_grad_(False)
+    lm_head(model)  # refuses a model without one
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder = model.get_decoder()
     blocks = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise InputError(f"--shard: {type(model).__name__} has no blocks that could be sharded")
     is_tied = head.weight is embedding.weight
     if is_tied:
         head.weight = None
+    source = load_causal_lm(folder, dtype, torch.device("cpu")) if dist.get_rank() == 0 else None
+    # The others wait here, as long as it takes: an exchange of NCCL's gives up after ten minutes.
+    waiting: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    dist.barrier(waiting)
     units = {*blocks, embedding, decoder} | (set() if is_tied else {head})
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for name, module in reversed(list(model.named_modules())):  # children before their parents
@@ -60,10 +63,11 @@ def load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if is_tied:
         head.weight = embedding.weight
+    embedding.set_unshard_in_backward(False)
+    # Gathered and dropped by `whole_head`.
     owner: Any = embedding if is_tied else head
     owner.set_reshard_after_forward(False, recurse=False)
     owner.set_reshard_after_backward(False, recurse=False)
-    embedding.set_unshard_in_backward(False)
     return model
 
 
@@ -80,19 +84,21 @@ def _receive(module: Any, source: Any) -> None:
 
 @contextmanager
 def whole_head(model: Any) -> Iterator[None]:
-    """Gathers the head of a sharded model while the block runs; the loss takes plain tensors."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = head.weight is embedding.weight
-    owner = embedding if is_tied else head
-    if not isinstance(owner, FSDPModule):
+    """Gathers the head of a sharded model while the block runs, once for all that it does.
+
+    The loss reads the weight itself, and takes no DTensor. Slices of the vocabulary would need
+    every rank's hidden states on all ranks, since each rank has rows of its own.
+    """
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    owner: Any = next((m for m in (head, embedding) if isinstance(m, FSDPModule)), None)
+    if owner is None:
         yield
         return
     owner.unshard()
-    if is_tied:
-        head.weight = embedding.weight
+    head.weight = owner.weight  # a tied head is not sharded itself
     try:
         yield
     finally:
         owner.reshard()
-        if is_tied:
-            head.weight = embedding.weight
+        head.weight = owner.weight

@@ -14,9 +14,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from gift.models import (
     versions,
 )
 from gift.packing import enable_packing
-from gift.publish import WORK_FOLDER, output_folder, partial_path
+from gift.publish import WORK_FOLDER
 from gift.sharding import load_sharded, require_processes, whole_head
 from gift.speed import SPEED_FILE, Clock, print_times, speed
 from gift.weighting import (
@@ -75,7 +74,10 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
 
     `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
     """
-    with ranks.process_group() as group, _work_folder(config, group, key) as begin:
+    with (
+        ranks.process_group() as group,
+        ranks.shared_folder(group, config.output, overwrite=config.overwrite, key=key) as output,
+    ):
         clock = Clock()
         if config.shard:
             require_processes()
@@ -97,8 +99,7 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
             "device": device.type,
             "dtype": str(dtype),
         }
-        partial = begin(made_from)
-        group.barrier()
+        partial = ranks.begin_shared(group, output, made_from)
         split = Split(token_limit(config, device), packed)
         with clock("trial"):
             split = settle_memory(config, model, rows, split, group, partial / WORK_FOLDER)
@@ -143,18 +144,6 @@ def _read_rows(
     rows = guided_rows(config, data.kept, annotated, lines)
     refuse_all_zero(config, rows)
     return data, rows
-
-
-@contextmanager
-def _work_folder(
-    config: TrainConfig, group: ranks.Group, key: str
-) -> Iterator[Callable[[dict[str, Any]], Path]]:
-    """Yields a function that makes the partial folder; only the main rank publishes it."""
-    if not group.is_main:
-        yield lambda _: partial_path(config.output)
-        return
-    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        yield output.begin
 
 
 def _made_from(

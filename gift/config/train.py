@@ -97,7 +97,7 @@ class TrainOptions(Options):
         pattern="^(auto|on|off|[1-9][0-9]*)$",
         description="Which activations are recomputed in the backward, to save memory: on (all), "
         "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
-        "before the first step, fits so, with fewer tokens if it must be, else all.",
+        "before the first step, fits so, with fewer tokens while the device stays busy, else all.",
     )
     checkpoint_steps: int = Field(
         default=10,
