@@ -24,6 +24,7 @@ from gift.files import read_json, write_json
 from gift.lock import owned
 from gift.merge.command import merge
 from gift.merge.diff import diff
+from gift.merge.statistics import merge_statistics
 from gift.models import versions
 from gift.publish import remove_published
 from gift.run import is_finished
@@ -36,6 +37,7 @@ FUNCTIONS = {
     "annotate": annotate,
     "calibrate": calibration,
     "train": train,
+    "statistics": merge_statistics,
     "merge": merge,
     "evaluate": evaluate,
     "diff": diff,
