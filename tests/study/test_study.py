@@ -267,7 +267,7 @@ def test_the_guide_may_be_the_base_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_workers_share_gpus_in_turn_or_else_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     assert worker_places(3, ["2", "5"]) == [("2", 2), ("5", 2), ("2", 2)]
     assert worker_places(2, []) == [(None, 4), (None, 4)]
     assert worker_places(16, []) == [(None, 1)] * 16
