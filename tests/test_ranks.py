@@ -81,11 +81,12 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
+        ("annotate", {}),
         ("evaluate", {"samples": 3, "max_new_tokens": 12}),
         ("evaluate", {"temperature": 0.0, "max_new_tokens": 12}),
         ("evaluate", {"data": "choices.jsonl", "check": "choice", **NO_REPLY}),
     ],
-    ids=["sampled", "greedy", "choice"],
+    ids=["annotate", "sampled", "greedy", "choice"],
 )
 @pytest.mark.parametrize("size", [2, 5], ids=["two", "more-ranks-than-work"])
 def test_ranks_give_the_files_of_one_process(
