@@ -50,6 +50,8 @@ from gift.demo.world import (
 )
 from gift.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("the demo's world")
+
 SCALE = 0.01
 STEP = re.compile(r"[b-e] (\d) (-?\d) = (\d)")
 

@@ -1,23 +1,32 @@
 """Options of `gift evaluate`."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from gift.benchmarks import BENCHMARKS
-from gift.config.options import LARGEST_SEED, DeviceOptions, OutputOptions, RowOptions
+from gift.benchmarks import BENCHMARKS, HARNESS_TASKS
+from gift.config.options import LARGEST_SEED, DeviceOptions, Options, OutputOptions, RowOptions
 from gift.errors import InputError
 
 if TYPE_CHECKING:
     BenchmarkName = str
 else:
-    BenchmarkName = Literal[tuple(BENCHMARKS)]
+    BenchmarkName = Literal[(*BENCHMARKS, *HARNESS_TASKS)]
 # What only generated replies have.
 GENERATION = (
     *("answer_pattern", "check_timeout", "unfinished", "samples", "temperature", "top_p"),
     *("max_new_tokens", "seed"),
 )
+# What lm-eval's tasks leave open.
+HARNESS = (
+    *("lm_eval", "benchmark", "include_path", "limit", "system_prompt", "seed", "batch_size"),
+    *("model", "output", "overwrite", "device", "dtype"),
+)
+# What only this process's own model has, and what only a server has.
+LOCAL = ("device", "dtype", "batch_size")
+SERVED = ("served_model", "concurrency", "retries", "request_timeout", "extra_body")
 
 
 class EvaluateOptions(RowOptions):
@@ -85,6 +94,10 @@ class EvaluateOptions(RowOptions):
 
     def check_by(self) -> Literal["exact", "math", "choice"]:
         """The check in effect; InputError where an option has no part in it."""
+        if self.benchmark in HARNESS_TASKS:
+            raise InputError(
+                f"--benchmark: {self.benchmark} is asked by lm-eval, in gift evaluate alone"
+            )
         of_benchmark = BENCHMARKS[self.benchmark].check if self.benchmark else None
         check = self.check or of_benchmark or "math"
         if of_benchmark is not None and (check == "choice") != (of_benchmark == "choice"):
@@ -92,23 +105,97 @@ class EvaluateOptions(RowOptions):
                 f"--check: {check} is no check for --benchmark {self.benchmark}, whose questions "
                 f"are {'multiple choice' if of_benchmark == 'choice' else 'open'}; leave it out"
             )
-        defaults = EvaluateOptions.model_fields
-        for name in GENERATION if check == "choice" else ():
-            if getattr(self, name) != defaults[name].default:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: the answer of a multiple choice is its likeliest "
-                    "letter, nothing is generated; leave it out"
-                )
+        if check == "choice":
+            refuse_given(
+                self,
+                GENERATION,
+                "the answer of a multiple choice is its likeliest letter, nothing is generated",
+            )
         return check
 
 
-class EvaluateConfig(EvaluateOptions, DeviceOptions, OutputOptions):
+class EndpointOptions(Options):
+    """Which server to ask, and how."""
+
+    endpoint: str | None = Field(
+        default=None,
+        description="Ask an OpenAI-compatible server at this URL, such as "
+        "http://localhost:8000/v1 (needs the extra `endpoint`; the key is OPENAI_API_KEY).",
+    )
+    served_model: str | None = Field(
+        default=None, description="The name under which the server has the model."
+    )
+    concurrency: int = Field(default=16, ge=1, description="Requests to the server at a time.")
+    retries: int = Field(
+        default=5,
+        ge=0,
+        description="How often a failed request is repeated, after waits of 0.5 to 8 seconds.",
+    )
+    request_timeout: float = Field(
+        default=600.0, gt=0, description="Seconds that the server may take for one reply."
+    )
+    extra_body: dict[str, Any] = Field(
+        default={},
+        description="Further fields of every request, such as top_k where the server takes it.",
+    )
+
+
+class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOptions):
     """Options of `gift evaluate`."""
 
-    model: str = Field(description="Model to evaluate: a local folder or a hub id.")
+    model: str | None = Field(
+        default=None,
+        description="Model to evaluate: a local folder or a hub id. With --endpoint not needed: "
+        "its tokenizer then only counts the tokens of prompts, to find a second BOS.",
+    )
     data: Path | None = Field(
         default=None,
         description="JSONL rows: a question (instruction, problem, question, prompt or messages) "
         "and its `answer`, a text or a number; for --check choice also `choices`, a list of texts, "
         "and the answer's letter or its place counted from 0.",
     )
+    lm_eval: str | None = Field(
+        default=None,
+        description="Tasks, groups or tags of lm-evaluation-harness in place of questions, "
+        "separated by commas (needs the extra `harness`).",
+    )
+    include_path: Path | None = Field(
+        default=None, description="Folder with further tasks for --lm-eval, as lm-eval's YAML."
+    )
+
+    def harness_tasks(self) -> list[str]:
+        """The tasks that lm-eval is to ask; none where the questions are asked here."""
+        if self.benchmark in HARNESS_TASKS:
+            return [HARNESS_TASKS[self.benchmark]]
+        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
+
+    def refuse_unread_settings(self) -> None:
+        """InputError where options do not go together, or one has no part in the evaluation."""
+        if self.harness_tasks():
+            unread = [name for name in type(self).model_fields if name not in HARNESS]
+            unread += ["benchmark"] * (self.lm_eval is not None)
+            refuse_given(self, unread, "lm-eval's tasks have questions and settings of their own")
+        else:
+            refuse_given(self, ("lm_eval", "include_path"), "no task of lm-eval is named")
+        if self.endpoint is None:
+            refuse_given(self, SERVED, "is for a server, whose URL --endpoint gives")
+            if self.model is None:
+                raise InputError("--model: is required, or the --endpoint of a server")
+            return
+        if self.served_model is None:
+            raise InputError(
+                "--served-model: is required with --endpoint, the server's name for the model"
+            )
+        if self.check_by() == "choice":
+            raise InputError(
+                "--check: choice reads the likelihoods of the options' letters, which servers do "
+                "not give alike; leave out --endpoint and give --model"
+            )
+        refuse_given(self, LOCAL, "the server decides it")
+
+
+def refuse_given(options: Options, names: Iterable[str], reason: str) -> None:
+    """InputError with `reason` for the first of the named options that has not its default."""
+    for name in names:
+        if getattr(options, name) != type(options).model_fields[name].default:
+            raise InputError(f"--{name.replace('_', '-')}: {reason}; leave it out")

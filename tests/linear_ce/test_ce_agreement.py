@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from gift_kernels import Guide, VocabParallel, weighted_ce
 
+pytestmark = pytest.mark.xdist_group("ranks that disagree")
+
 # What rank 1 passes instead, and how the error on both ranks begins.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "same": ({}, ""),

@@ -35,6 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gift_kernels import TokenStats, VocabParallel, checks, reference, token_confidence, weighted_ce
 from gift_kernels.linear_ce import eager
 
+pytestmark = pytest.mark.xdist_group("ranks of a cross-entropy")
+
 WORLD = 2
 # The vocabulary of the cases is 130. A guide has 6 more tokens, which the last rank holds.
 SLICES = {"equal": (0, 65, 130), "unequal": (0, 7, 130)}
