@@ -5,6 +5,8 @@ Ranks are forked, and exchange over gloo as those that torchrun starts.
 
 import json
 import os
+import signal
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,7 +16,9 @@ import pytest
 import stages
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
+from gift import annotate as annotate_module
 from gift.config import EvaluateConfig
 from gift.publish import LIST_FILE, partial_path
 from gift.speed import SPEED_FILE
@@ -28,6 +32,9 @@ NO_REPLY = {
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = stages.make_inputs(tmp_path_factory.mktemp("ranks"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "instruct")
+    model.save_pretrained(folder / "sharded", max_shard_size="30KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
     choices = [{"question": f"Which is {n}?", "choices": ["one", "2"], "answer": 0} for n in "123"]
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
     return folder
@@ -81,11 +88,13 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
+        ("annotate", {}),
+        ("merge", {"model": "sharded"}),
         ("evaluate", {"samples": 3, "max_new_tokens": 12}),
         ("evaluate", {"temperature": 0.0, "max_new_tokens": 12}),
         ("evaluate", {"data": "choices.jsonl", "check": "choice", **NO_REPLY}),
     ],
-    ids=["sampled", "greedy", "choice"],
+    ids=["annotate", "merge", "sampled", "greedy", "choice"],
 )
 @pytest.mark.parametrize("size", [2, 5], ids=["two", "more-ranks-than-work"])
 def test_ranks_give_the_files_of_one_process(
@@ -111,3 +120,85 @@ def test_ranks_give_the_files_of_one_process(
             del found["settings"]["overwrite"], expected["settings"]["overwrite"]
         assert found == expected, name
     assert not partial_path(tmp_path / "out").exists()
+
+
+def test_a_killed_rank_ends_the_others_and_any_number_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is killed before its third batch; three ranks then compute what is left."""
+    annotate_batch, batches = annotate_module.annotate_batch, tmp_path / "batches"
+    options = {"batch_tokens": 60, "part_batches": 1}
+    dies = True
+
+    def counted(*arguments: Any) -> Any:
+        rank = os.environ.get("RANK", "alone")
+        with batches.open("a") as file:
+            file.write(f"{rank}\n")
+        if dies and rank == "1" and batches.read_text().split().count("1") == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return annotate_batch(*arguments)
+
+    monkeypatch.setattr(annotate_module, "annotate_batch", counted)
+    started = time.monotonic()
+    (status, error), (killed, _) = annotate_by(2, tmp_path, **options)
+    assert time.monotonic() - started < 60
+    assert killed == -signal.SIGKILL and status == 1
+    assert "LostProcess: another process of this run ended without a message, killed" in error
+    assert not (tmp_path / "out").exists()
+    kept = len(list((partial_path(tmp_path / "out") / "work").glob("part-*")))
+    batches.write_text("")
+    dies = False
+    assert [status for status, _ in annotate_by(3, tmp_path, **options)] == [0] * 3
+    resumed = batches.read_text().split()
+    stages.call("annotate", tmp_path / "alone", **options)
+    total = len(batches.read_text().split()) - len(resumed)
+    assert kept > 2 and len(resumed) == total - kept and set(resumed) == {"0", "1", "2"}
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+
+def annotate_by(size: int, folder: Path, **options: Any) -> list[tuple[int, str]]:
+    return fork_ranks(
+        size, lambda _: stages.call("annotate", folder / "out", **options), folder / "rank"
+    )
+
+
+def test_the_error_of_one_rank_is_told_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, batch: Any, temperature: float) -> Any:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return annotate_batch(model, batch, temperature)
+
+    annotate_batch = annotate_module.annotate_batch
+    monkeypatch.setattr(annotate_module, "annotate_batch", full)
+    (_, told), (_, own) = annotate_by(2, tmp_path)
+    assert told.strip() == "LostProcess: process 1 of 2: OutOfMemoryError: CUDA out of memory."
+    assert own.strip() == "OutOfMemoryError: CUDA out of memory."
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "second", "message"),
+    [
+        ("annotate", {}, {"batch_tokens": 60}, "differs from process 0 in batch_tokens"),
+        ("evaluate", {}, {"seed": 5}, "differs from process 0 in seed"),
+        ("merge", {}, {"scale": [0.5]}, "differs from process 0 in scale"),
+        ("annotate", {"model": "none"}, {}, "none: no such folder"),
+    ],
+)
+def test_ranks_with_other_options_are_refused_by_all(
+    tmp_path: Path,
+    stage: str,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ended = fork_ranks(
+        2,
+        lambda rank: stages.call(stage, tmp_path / "out", **(second if rank else first)),
+        tmp_path / "rank",
+    )
+    assert all(status == 1 and message in error for status, error in ended), ended
+    assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
