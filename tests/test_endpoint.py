@@ -146,7 +146,7 @@ def test_a_server_that_does_not_sample_is_named(
 
 def test_another_model_name_is_refused(served: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{served} refuses .*line 1 .*Server is pinned to"):
-        evaluate(configure(tmp_path, served, served_model="other"))
+        evaluate(configure(tmp_path, served, served_model="other", concurrency=1))
 
 
 # One that misbehaves.
