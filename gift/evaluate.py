@@ -5,8 +5,8 @@ an answer, and math-verify would take the last expression before the cut. `unfin
 reports the share of replies that match the reference but did not end: what this rule costs.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,24 @@ from gift.answers import Checker, Verdict, open_checker
 from gift.benchmarks import BENCHMARKS, MATH_PROMPT, benchmark_rows
 from gift.choices import CHOICE_PROMPT, rate_options
 from gift.config import EvaluateConfig
-from gift.console import print_summary, print_table, progress
+from gift.console import progress
+from gift.endpoint import ServedReply, ask_server, require_client, summarize_server
 from gift.errors import InputError
-from gift.files import hash_json, replacing, sealed_files, write_json
+from gift.files import (
+    hash_json,
+    read_json_lines,
+    sealed_files,
+    write_json,
+    write_json_lines,
+)
 from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
-from gift.metrics import pass_at_k, standard_error, summarize, summarize_choices
+from gift.metrics import (
+    pass_at_k,
+    print_metrics,
+    standard_error,
+    summarize,
+    summarize_choices,
+)
 from gift.models import (
     load_causal_lm,
     load_tokenizer,
@@ -47,8 +60,6 @@ __all__ = [
     "standard_error",
 ]
 
-WARN_UNFINISHED = 0.2
-
 
 def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """Generates, checks and writes samples.jsonl and metrics.json; returns the metrics.
@@ -60,53 +71,91 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     Raises:
         InputError: bad options, data or model, or an existing output.
     """
+    config.refuse_unread_settings()
+    if config.endpoint is not None:
+        require_client(config)
     check = config.check_by()
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         questions, source = asked_questions(config, check)
         with nullcontext() if check == "choice" else _checker(config, check) as checker:
             unreadable = _count_unreadable(checker, questions) if checker else 0
-            folder = resolve_model(config.model)
-            tokenizer = load_tokenizer(folder)
-            prompts = render_prompts(tokenizer, questions)
-            weights = model_hash(folder)
-            device = pick_device(config.device)
-            model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-            inputs: list[list[int]] = [
-                tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
-            ]
-            require_embeddings(model, max(max(ids, default=0) for ids in inputs), config.model)
-            # Everything that determines what the model says. Not the batch size, so that a run that
-            # went out of memory can resume with a smaller one; nor the answers and the check.
-            made_from = {
-                "model": weights,
-                "tokenizer": tokenizer_hash(tokenizer),
-                "prompts": hash_json(inputs),
-                "device": model.device.type,
-                "dtype": str(model.dtype),
-            }
-            groups = [question.group for question in questions]
-            if checker is None:
-                samples = _choose(config, model, made_from, tokenizer, questions, prompts, output)
-                metrics = summarize_choices(samples, groups)
-            else:
-                short = _count_short(config, model, inputs)
-                replies = _generate(config, model, made_from, tokenizer, inputs, output)
-                samples = _check(config, checker, questions, prompts, replies)
-                metrics = summarize(samples, groups)
-                metrics |= {"unreadable_answers": unreadable, "questions_cut_by_context": short}
-        _write_lines(output.partial / "samples.jsonl", samples)
+            ask = _ask_model if config.endpoint is None else _ask_server
+            samples, metrics = ask(config, checker, questions, output)
+            if checker is not None:
+                metrics["unreadable_answers"] = unreadable
+        write_json_lines(output.partial / "samples.jsonl", samples)
         metrics |= {
             "data": source,
             "settings": config.model_dump(mode="json"),
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "model_hash": weights,
             "data_hash": hash_json([{**asdict(question), "place": ""} for question in questions]),
             "versions": versions(),
         }
         write_json(output.partial / "metrics.json", metrics)
-    _print(config, metrics)
+    print_metrics(config, metrics)
     return metrics
+
+
+def _ask_model(
+    config: EvaluateConfig, checker: Checker | None, questions: Sequence[Question], output: Output
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Loads the model and asks it: the rows of samples.jsonl, and metrics."""
+    assert config.model is not None, "checked with the options"
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    prompts = render_prompts(tokenizer, questions)
+    weights = model_hash(folder)
+    device = pick_device(config.device)
+    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+    inputs = _token_ids(tokenizer, prompts)
+    require_embeddings(model, max(max(ids, default=0) for ids in inputs), config.model)
+    # Everything that determines what the model says. Not the batch size, so that a run that
+    # went out of memory can resume with a smaller one; nor the answers and the check.
+    made_from = {
+        "model": weights,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "prompts": hash_json(inputs),
+        "device": model.device.type,
+        "dtype": str(model.dtype),
+    }
+    groups = [question.group for question in questions]
+    if checker is None:
+        samples = _choose(config, model, made_from, tokenizer, questions, prompts, output)
+        metrics = summarize_choices(samples, groups)
+    else:
+        short = _count_short(config, model, inputs)
+        replies = _generate(config, model, made_from, tokenizer, inputs, output)
+        samples = _check(config, checker, questions, prompts, replies)
+        metrics = summarize(samples, groups) | {"questions_cut_by_context": short}
+    return samples, metrics | {
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_hash": weights,
+    }
+
+
+def _ask_server(
+    config: EvaluateConfig, checker: Checker | None, questions: Sequence[Question], output: Output
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Asks a server: the rows of samples.jsonl, with the turns as prompts, and metrics."""
+    assert checker is not None, "options with --check choice are refused"
+    lengths = None
+    if config.model is not None:
+        tokenizer = load_tokenizer(resolve_model(config.model))
+        lengths = [len(ids) for ids in _token_ids(tokenizer, render_prompts(tokenizer, questions))]
+    replies = ask_server(config, questions, output, lengths)
+    turns = [question.turns for question in questions]
+    checked = _check(config, checker, questions, turns, replies)
+    flat = itertools.chain.from_iterable(replies)
+    samples = [
+        row | {"finish_reason": reply.finish_reason, "reasoning": reply.reasoning}
+        for row, reply in zip(checked, flat, strict=True)
+    ]
+    metrics = summarize(samples, [question.group for question in questions])
+    return samples, metrics | {"server": summarize_server(config, replies)}
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]  # pyright: ignore
 
 
 def asked_questions(config: EvaluateConfig, check: str) -> tuple[list[Question], dict[str, Any]]:
@@ -186,12 +235,12 @@ def _choose(
     """The rows of samples.jsonl of multiple choices: loads finished batches, rates the rest."""
     output.begin({**made_from, "options": [len(question.choices or ()) for question in questions]})
     kept = sealed_files(output.work)
-    done = {row["row"]: row["scores"] for row in _read_lines(kept.values())}
+    done = {row["row"]: row["scores"] for row in read_json_lines(kept.values())}
     with progress("choosing", len(prompts), done=len(done)) as bar:
 
         def keep(batch: dict[int, list[float]]) -> None:
             rows = [{"row": row, "scores": scores} for row, scores in batch.items()]
-            _write_lines(output.work / f"{min(batch):06d}.jsonl", rows, sealed=True)
+            write_json_lines(output.work / f"{min(batch):06d}.jsonl", rows, sealed=True)
             bar.advance(len(batch))
 
         scores = rate_options(
@@ -245,7 +294,7 @@ def _generate(
     kept = sealed_files(output.work)
     done = {
         (row["row"], row["sample"]): Reply(tuple(row["tokens"]), row["text"], row["finished"])
-        for row in _read_lines(kept.values())
+        for row in read_json_lines(kept.values())
     }
     number = 1 + max((int(Path(name).stem) for name in kept), default=-1)
     with progress("generating", len(prompts) * config.samples, done=len(done)) as bar:
@@ -253,7 +302,7 @@ def _generate(
         def keep(batch: list[FinishedReply]) -> None:
             nonlocal number
             rows = [{"row": row, "sample": sample} | asdict(r) for row, sample, r in batch]
-            _write_lines(output.work / f"{number:06d}.jsonl", rows, sealed=True)
+            write_json_lines(output.work / f"{number:06d}.jsonl", rows, sealed=True)
             number += 1
             bar.advance(len(batch))
 
@@ -272,29 +321,18 @@ def _generate(
         )
 
 
-def _read_lines(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    for path in parts:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]], *, sealed: bool = False) -> None:
-    with replacing(path, sealed=sealed) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def _check(
     config: EvaluateConfig,
     checker: Checker,
     questions: Sequence[Question],
-    texts: Sequence[str],
-    replies: Sequence[Sequence[Reply]],
+    prompts: Sequence[Any],
+    replies: Sequence[Sequence[Reply | ServedReply]],
 ) -> list[dict[str, Any]]:
     """The rows of samples.jsonl, question by question."""
     verdicts: dict[tuple[str, str], Verdict] = {}  # equal replies are checked once
     rows = []
     with progress("checking", len(questions)) as bar:
-        for row, (question, text) in enumerate(zip(questions, texts, strict=True)):
+        for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
             for sample, reply in enumerate(replies[row]):
                 key = (reply.text, question.answer)
                 if key not in verdicts:
@@ -305,7 +343,7 @@ def _check(
                     {
                         "row": row,
                         "sample": sample,
-                        "prompt": text,
+                        "prompt": prompt,
                         "reply": reply.text,
                         "answer": question.answer,
                         "extracted": verdict.extracted,
@@ -313,62 +351,8 @@ def _check(
                         "matches": verdict.correct,
                         "problem": verdict.problem,
                         "finished": reply.finished,
-                        "tokens": len(reply.tokens),
+                        "tokens": reply.length,
                     }
                 )
             bar.advance()
     return rows
-
-
-def _print(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
-    accuracy = _percent(metrics["accuracy"], metrics["standard_error"])
-    shown: dict[str, Any] = {"questions": metrics["questions"]}
-    if "samples" in metrics:
-        mean = f"avg@{metrics['samples']}"
-        shown |= {mean: accuracy, **_reply_figures(metrics)}
-    else:
-        mean = "accuracy"
-        right = _percent(metrics["mean_probability_of_answer"])
-        shown |= {mean: accuracy, "mean probability of the right option": right}
-    print_summary(f"Evaluation of {config.model}", shown | {"written to": config.output})
-    if metrics["groups"]:
-        print_table(
-            "By group",
-            ("group", "questions", mean),
-            [
-                (
-                    name,
-                    str(group["questions"]),
-                    _percent(group["accuracy"], group["standard_error"]),
-                )
-                for name, group in metrics["groups"].items()
-            ],
-        )
-    if metrics.get("unfinished", 0) > WARN_UNFINISHED:
-        warn(
-            f"{_percent(metrics['unfinished'])} of the replies did not end within "
-            f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens, or "
-            "the model does not use its end token"
-        )
-
-
-def _reply_figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    count, estimates = metrics["samples"], metrics["pass"]
-    shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if 1 < n < count] + [count] * (count > 1)
-    return {
-        **{
-            f"pass@{n}": _percent(
-                estimates[str(n)]["estimate"], estimates[str(n)]["standard_error"]
-            )
-            for n in shown
-        },
-        "unfinished replies": _percent(metrics["unfinished"]),
-        "replies without an answer": _percent(metrics["no_answer_found"]),
-        "mean reply tokens": f"{metrics['mean_reply_tokens']:.1f}",
-        "check timeouts": metrics["check_timeouts"],
-        "check crashes": metrics["check_crashes"],
-    }
-
-
-def _percent(share: float, error: float | None = None) -> str:
-    return f"{share:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")

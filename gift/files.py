@@ -101,6 +101,19 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_json_lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of JSONL files that this program wrote, file by file."""
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]], *, sealed: bool = False) -> None:
+    """Writes one row a line, whole or not at all; `sealed`: see `replacing`."""
+    with replacing(path, sealed=sealed) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def read_record(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     """Reads a JSON object; InputError names what it lacks of `keys` ("a.b" is b in a)."""
     record = read_json(path)

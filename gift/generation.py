@@ -36,6 +36,11 @@ class Reply:
     text: str
     finished: bool
 
+    @property
+    def length(self) -> int:
+        """Tokens of the reply."""
+        return len(self.tokens)
+
 
 FinishedReply = tuple[int, int, Reply]  # row, sample, reply
 

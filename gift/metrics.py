@@ -1,4 +1,4 @@
-"""Figures of an evaluation: avg@k and pass@n, with standard errors over the questions.
+"""Figures of an evaluation, computed and printed.
 
 Figures, all with questions as the independent units (the samples of one question are not):
 - avg@k: the mean share of right samples, with its standard error over questions (Miller 2024,
@@ -12,6 +12,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
+
+from gift.config import EvaluateConfig
+from gift.console import print_summary, print_table
+from gift.publish import warn
+
+WARN_UNFINISHED = 0.2
 
 
 def pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
@@ -52,6 +58,7 @@ def summarize(
     correct = [sum(s["correct"] for s in by_question[row]) for row in sorted(by_question)]
     count = len(samples) // len(correct)
     accuracies = [right / count for right in correct]
+    tokens = [s["tokens"] for s in samples if s["tokens"] is not None]  # some servers count none
     metrics: dict[str, Any] = {
         "questions": len(correct),
         "samples": count,
@@ -62,7 +69,7 @@ def summarize(
         "unfinished": fmean(not s["finished"] for s in samples),
         "unfinished_correct": fmean(s["matches"] and not s["finished"] for s in samples),
         "no_answer_found": fmean(s["extracted"] is None for s in samples),
-        "mean_reply_tokens": fmean(s["tokens"] for s in samples),
+        "mean_reply_tokens": fmean(tokens) if tokens else None,
         "check_timeouts": sum(s["problem"] == "timeout" for s in samples),
         "check_crashes": sum(s["problem"] == "crash" for s in samples),
     }
@@ -98,3 +105,62 @@ def _by_group(
 
 def _mean(values: Sequence[float], name: str) -> dict[str, float | None]:
     return {name: fmean(values), "standard_error": standard_error(values)}
+
+
+def print_metrics(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
+    """Prints an evaluation's metrics, and a warning where many replies did not end."""
+    accuracy = _percent(metrics["accuracy"], metrics["standard_error"])
+    shown: dict[str, Any] = {"questions": metrics["questions"]}
+    if "samples" in metrics:
+        mean = f"avg@{metrics['samples']}"
+        shown |= {mean: accuracy, **_reply_figures(metrics)}
+    else:
+        mean = "accuracy"
+        right = _percent(metrics["mean_probability_of_answer"])
+        shown |= {mean: accuracy, "mean probability of the right option": right}
+    print_summary(
+        f"Evaluation of {config.served_model or config.model}",
+        shown | {"written to": config.output},
+    )
+    if metrics["groups"]:
+        print_table(
+            "By group",
+            ("group", "questions", mean),
+            [
+                (
+                    name,
+                    str(group["questions"]),
+                    _percent(group["accuracy"], group["standard_error"]),
+                )
+                for name, group in metrics["groups"].items()
+            ],
+        )
+    if metrics.get("unfinished", 0) > WARN_UNFINISHED:
+        warn(
+            f"{_percent(metrics['unfinished'])} of the replies did not end within "
+            f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens, or "
+            "the model does not use its end token"
+        )
+
+
+def _reply_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    count, estimates = metrics["samples"], metrics["pass"]
+    tokens = metrics["mean_reply_tokens"]
+    shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if 1 < n < count] + [count] * (count > 1)
+    return {
+        **{
+            f"pass@{n}": _percent(
+                estimates[str(n)]["estimate"], estimates[str(n)]["standard_error"]
+            )
+            for n in shown
+        },
+        "unfinished replies": _percent(metrics["unfinished"]),
+        "replies without an answer": _percent(metrics["no_answer_found"]),
+        "mean reply tokens": "unknown" if tokens is None else f"{tokens:.1f}",
+        "check timeouts": metrics["check_timeouts"],
+        "check crashes": metrics["check_crashes"],
+    }
+
+
+def _percent(share: float, error: float | None = None) -> str:
+    return f"{share:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")

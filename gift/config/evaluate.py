@@ -1,12 +1,13 @@
 """Options of `gift evaluate`."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from gift.benchmarks import BENCHMARKS
-from gift.config.options import LARGEST_SEED, DeviceOptions, OutputOptions, RowOptions
+from gift.config.options import LARGEST_SEED, DeviceOptions, Options, OutputOptions, RowOptions
 from gift.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ GENERATION = (
     *("answer_pattern", "check_timeout", "unfinished", "samples", "temperature", "top_p"),
     *("max_new_tokens", "seed"),
 )
+# What only this process's own model has, and what only a server has.
+LOCAL = ("device", "dtype", "batch_size")
+SERVED = ("served_model", "concurrency", "retries", "request_timeout", "extra_body")
 
 
 class EvaluateOptions(RowOptions):
@@ -92,23 +96,77 @@ class EvaluateOptions(RowOptions):
                 f"--check: {check} is no check for --benchmark {self.benchmark}, whose questions "
                 f"are {'multiple choice' if of_benchmark == 'choice' else 'open'}; leave it out"
             )
-        defaults = EvaluateOptions.model_fields
-        for name in GENERATION if check == "choice" else ():
-            if getattr(self, name) != defaults[name].default:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: the answer of a multiple choice is its likeliest "
-                    "letter, nothing is generated; leave it out"
-                )
+        if check == "choice":
+            refuse_given(
+                self,
+                GENERATION,
+                "the answer of a multiple choice is its likeliest letter, nothing is generated",
+            )
         return check
 
 
-class EvaluateConfig(EvaluateOptions, DeviceOptions, OutputOptions):
+class EndpointOptions(Options):
+    """Which server to ask, and how."""
+
+    endpoint: str | None = Field(
+        default=None,
+        description="Ask an OpenAI-compatible server at this URL, such as "
+        "http://localhost:8000/v1 (needs the extra `endpoint`; the key is OPENAI_API_KEY).",
+    )
+    served_model: str | None = Field(
+        default=None, description="The name under which the server has the model."
+    )
+    concurrency: int = Field(default=16, ge=1, description="Requests to the server at a time.")
+    retries: int = Field(
+        default=5,
+        ge=0,
+        description="How often a failed request is repeated, after waits of 0.5 to 8 seconds.",
+    )
+    request_timeout: float = Field(
+        default=600.0, gt=0, description="Seconds that the server may take for one reply."
+    )
+    extra_body: dict[str, Any] = Field(
+        default={},
+        description="Further fields of every request, such as top_k where the server takes it.",
+    )
+
+
+class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOptions):
     """Options of `gift evaluate`."""
 
-    model: str = Field(description="Model to evaluate: a local folder or a hub id.")
+    model: str | None = Field(
+        default=None,
+        description="Model to evaluate: a local folder or a hub id. With --endpoint not needed: "
+        "its tokenizer then only counts the tokens of prompts, to find a second BOS.",
+    )
     data: Path | None = Field(
         default=None,
         description="JSONL rows: a question (instruction, problem, question, prompt or messages) "
         "and its `answer`, a text or a number; for --check choice also `choices`, a list of texts, "
         "and the answer's letter or its place counted from 0.",
     )
+
+    def refuse_unread_settings(self) -> None:
+        """InputError where options do not go together, or one has no part in the evaluation."""
+        if self.endpoint is None:
+            refuse_given(self, SERVED, "is for a server, whose URL --endpoint gives")
+            if self.model is None:
+                raise InputError("--model: is required, or the --endpoint of a server")
+            return
+        if self.served_model is None:
+            raise InputError(
+                "--served-model: is required with --endpoint, the server's name for the model"
+            )
+        if self.check_by() == "choice":
+            raise InputError(
+                "--check: choice reads the likelihoods of the options' letters, which servers do "
+                "not give alike; leave out --endpoint and give --model"
+            )
+        refuse_given(self, LOCAL, "the server decides it")
+
+
+def refuse_given(options: Options, names: Iterable[str], reason: str) -> None:
+    """InputError with `reason` for the first of the named options that has not its default."""
+    for name in names:
+        if getattr(options, name) != type(options).model_fields[name].default:
+            raise InputError(f"--{name.replace('_', '-')}: {reason}; leave it out")

@@ -1,0 +1,276 @@
+"""Questions asked of an OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`.
+
+Every reply is a chat completion of its own, so the server applies its chat template, with a seed of
+its own, because not every server takes `n`. The `openai` client repeats requests that find no
+connection, time out or get 408, 409, 429 or 5xx; replies that are cut off or hold no choice are
+repeated here. A question is kept once all its replies are there.
+"""
+
+import asyncio
+import importlib.util
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy
+
+from gift.config import EvaluateConfig
+from gift.console import progress
+from gift.errors import InputError
+from gift.files import hash_json, read_json_lines, sealed_files, write_json_lines
+from gift.publish import Output, warn
+from gift.questions import Question
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds, as the client's own
+KEPT = "finished questions are kept, and the same command resumes"
+
+
+@dataclass(frozen=True)
+class ServedReply:
+    """One reply of a server; counts of tokens are the server's, None where it gives none."""
+
+    text: str
+    finish_reason: str | None
+    length: int | None
+    prompt_tokens: int | None
+    model: str | None
+    reasoning: str | None = None  # what a server's reasoning parser took out of the text
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended the reply: not a limit, a filter or a failure."""
+        return self.finish_reason in ("stop", "tool_calls")
+
+
+def require_client(config: EvaluateConfig) -> None:
+    """InputError where the URL is none, the client is not installed, or torchrun runs this."""
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", config.endpoint or ""):
+        raise InputError(
+            f"--endpoint: {config.endpoint!r} is no URL such as http://localhost:8000/v1 (a key "
+            "belongs into OPENAI_API_KEY)"
+        )
+    if importlib.util.find_spec("openai") is None:
+        raise InputError(
+            "--endpoint: the package openai is not installed; install gift-tuning[endpoint]"
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "--endpoint: one process asks a server; start it without torchrun, and raise "
+            "--concurrency"
+        )
+
+
+def ask_server(
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    output: Output,
+    lengths: Sequence[int] | None = None,
+) -> list[list[ServedReply]]:
+    """All replies [row][sample]: loads those in the work folder, asks for and saves the rest.
+
+    Args:
+        lengths: how many tokens each prompt should have, to compare with the server's count.
+
+    Raises:
+        InputError: a question has tools, the server cannot be reached or refuses a request, or its
+            prompts have a token too many.
+    """
+    for question in questions:
+        if question.tools or any(m["role"] == "tool" or "tool_calls" in m for m in question.turns):
+            raise InputError(
+                f"{question.place}: has tools, whose calls servers take out of a reply in ways of "
+                "their own; leave out --endpoint and give --model"
+            )
+    output.begin(
+        {
+            "endpoint": config.endpoint,
+            "served model": config.served_model,
+            "questions": hash_json([question.turns for question in questions]),
+            "samples": config.samples,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+            "extra_body": config.extra_body,
+        }
+    )
+    replies: dict[int, list[ServedReply]] = defaultdict(list)
+    for line in read_json_lines(sealed_files(output.work).values()):
+        replies[line.pop("row")].append(ServedReply(**line))
+    differing = 0
+    with progress("asking", len(questions), done=len(replies)) as bar:
+
+        def keep(row: int, finished: list[ServedReply]) -> None:
+            nonlocal differing
+            if lengths is not None:
+                place = questions[row].place
+                differing += _differs(config, finished[0].prompt_tokens, lengths[row], place)
+            lines = [{"row": row} | asdict(reply) for reply in finished]
+            write_json_lines(output.work / f"{row:06d}.jsonl", lines, sealed=True)
+            replies[row] = finished
+            bar.advance()
+
+        pending = {row: q for row, q in enumerate(questions) if row not in replies}
+        asyncio.run(_ask(config, pending, keep))
+    if differing:
+        warn(
+            f"{config.endpoint} counts another number of tokens in {differing} of {len(pending)} "
+            f"prompts than the tokenizer and chat template of {config.model}: it has others"
+        )
+    return [replies[row] for row in range(len(questions))]
+
+
+def summarize_server(
+    config: EvaluateConfig, replies: Sequence[Sequence[ServedReply]]
+) -> dict[str, Any]:
+    """What the server said beside the texts, for metrics.json; warns where it does not sample."""
+    flat = [reply for of_question in replies for reply in of_question]
+    alike = all(len({reply.text for reply in of_question}) == 1 for of_question in replies)
+    if alike and config.samples > 1 and any(reply.text for reply in flat):
+        warn(
+            f"{config.endpoint} gave every question {config.samples} equal replies at temperature "
+            f"{config.temperature:g}: it does not sample, or heeds no seeds"
+        )
+    return {
+        "endpoint": config.endpoint,
+        "served_model": config.served_model,
+        "answered_as": sorted({str(reply.model) for reply in flat}),
+        "finish_reasons": Counter(str(reply.finish_reason) for reply in flat),
+        "prompt_tokens": sum(reply.prompt_tokens or 0 for reply in flat),
+        "reply_tokens": sum(reply.length or 0 for reply in flat),
+    }
+
+
+def _differs(config: EvaluateConfig, counted: int | None, length: int, place: str) -> bool:
+    """Whether a server counts other tokens in a prompt; InputError where it is one too many."""
+    if counted == length + 1:
+        raise InputError(
+            f"--endpoint: {config.endpoint} counts {counted} tokens in the prompt of {place}, the "
+            f"chat template of {config.model} gives {length}: the server seems to add a second "
+            "BOS; start it so that it adds none, or leave out --model to evaluate all the same"
+        )
+    return counted is not None and counted != length
+
+
+async def _ask(
+    config: EvaluateConfig,
+    questions: dict[int, Question],
+    on_question: Callable[[int, list[ServedReply]], None],
+) -> None:
+    """Asks the questions by row, `concurrency` requests at a time; the first failure ends all."""
+    from openai import AsyncOpenAI
+
+    client = AsyncOpenAI(
+        base_url=config.endpoint,
+        api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
+        max_retries=config.retries,
+        timeout=config.request_timeout,
+    )
+    gate = asyncio.Semaphore(config.concurrency)
+
+    async def ask(row: int, sample: int) -> tuple[int, int, ServedReply]:
+        async with gate:
+            return row, sample, await _request(client, config, questions[row], row, sample)
+
+    async with client:
+        tasks = [
+            asyncio.create_task(ask(row, sample))
+            for row in questions
+            for sample in range(config.samples)
+        ]
+        found: dict[int, dict[int, ServedReply]] = defaultdict(dict)
+        try:
+            for task in asyncio.as_completed(tasks):
+                row, sample, reply = await task
+                found[row][sample] = reply
+                if len(found[row]) == config.samples:
+                    on_question(row, [found[row][n] for n in range(config.samples)])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _request(
+    client: Any, config: EvaluateConfig, question: Question, row: int, sample: int
+) -> ServedReply:
+    from openai import OpenAIError
+
+    for attempt in range(config.retries + 1):
+        try:
+            return _read(
+                await client.chat.completions.create(
+                    model=config.served_model,
+                    messages=question.turns,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_tokens=config.max_new_tokens,
+                    seed=request_seed(config.seed, row, sample),
+                    extra_body=config.extra_body,
+                )
+            )
+        except OpenAIError as error:
+            raise _named(error, config, question.place) from error
+        except ValueError as error:  # no JSON, or not that of a completion
+            if attempt == config.retries:
+                raise InputError(
+                    f"--endpoint: {config.endpoint} answers {question.place} with no completion "
+                    f"({error}); {KEPT}"
+                ) from error
+            await asyncio.sleep(min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def request_seed(seed: int, row: int, sample: int) -> int:
+    """The seed of one request, from 0 to 2^31 - 1, which every server takes."""
+    return int(numpy.random.SeedSequence((seed, row, sample)).generate_state(1)[0]) >> 1
+
+
+def _read(completion: Any) -> ServedReply:
+    """The first choice; ValueError where there is none (the client checks no fields)."""
+    choices = getattr(completion, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", ...)
+    if not isinstance(text, str | None):
+        raise ValueError(f"no message in {str(completion)[:200]!r}")
+    usage = getattr(completion, "usage", None)
+    return ServedReply(
+        text or "",
+        getattr(choice, "finish_reason", None),
+        getattr(usage, "completion_tokens", None),
+        getattr(usage, "prompt_tokens", None),
+        getattr(completion, "model", None),
+        getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None),
+    )
+
+
+def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
+    """The client's error as one line that says what to do."""
+    import openai
+
+    said, body = str(error), getattr(error, "body", None)
+    if body and not (isinstance(body, dict) and "message" in body):
+        said += f": {body}"
+    said = " ".join(said.split())[:300]
+    match error:
+        case openai.APITimeoutError():
+            problem = (
+                f"gave no reply within --request-timeout {config.request_timeout:g} s, asked "
+                f"{config.retries + 1} times"
+            )
+        case openai.APIConnectionError():
+            problem = f"cannot be reached ({error.__cause__ or said}); is the server running?"
+        case openai.AuthenticationError() | openai.PermissionDeniedError():
+            problem = f"refuses the key in OPENAI_API_KEY ({said})"
+        case openai.NotFoundError():
+            problem = (
+                f"does not have the model {config.served_model!r}, or is not the URL that "
+                f"chat completions are under, which mostly ends in /v1 ({said})"
+            )
+        case _:
+            problem = f"refuses {place} ({said})"
+    return InputError(f"--endpoint: {config.endpoint} {problem}; {KEPT}")
