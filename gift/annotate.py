@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from gift import ranks
 from gift.batches import Batch, make_batch, plan_batches
 from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
 from gift.config import AnnotateConfig, ImportScoresConfig
@@ -42,59 +44,74 @@ from gift.models import (
     versions,
 )
 from gift.packing import enable_packing
-from gift.publish import output_folder
+from gift.publish import Output, output_folder
+from gift.ranks import Group
 from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift_kernels import token_confidence
 
-# The batches of each part of the data, by the name of the file for what is found of them.
-Parts = dict[str, list[list[Example]]]
+PART = "part-"  # begins the names of files with what was found of some rows
 
 
 def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
     """Writes the confidence store of `config.data` under `config.model`; returns its summary.
 
-    With `config.show_rows` it prints the first rows, writes nothing and returns nothing. `key` is
-    stored in the folder's `gift_files.json`, see `publish.output_folder`.
+    Several ranks share the batches; the main one writes the store, the others return nothing. With
+    `config.show_rows` it prints the first rows, writes nothing and returns nothing. `key` is stored
+    in the folder's `gift_files.json`, see `publish.output_folder`.
     """
-    if config.show_rows is not None:
-        _show_rows(config, config.show_rows)
+    with ranks.process_group(on_host=True) as group:
+        if config.show_rows is not None:
+            _show_rows(config, config.show_rows)
+            return {}
+        with ranks.shared_folder(
+            group, config.output, overwrite=config.overwrite, key=key
+        ) as output:
+            return _annotate(config, output, group)
+
+
+def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str, Any]:
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    structure = model_structure(folder)
+    data = encode_file(config.data, tokenizer, config, folder_context(folder))
+    require_vocabulary(structure, data, config.model)
+    clock = Clock()
+    # The files are hashed while the model is loaded from them.
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(model_hash, folder)
+        model, packed = _load_guide(config, folder, data, clock)
+        with clock("hash"):
+            weights = hashing.result()
+    made_from = _made_from(config, weights, tokenizer, packed)
+    ranks.begin_shared(group, output, made_from)
+    batches = _plan(config, packed, data)
+    missing = group.from_main(lambda: _unfinished(batches, output.work))
+    _annotate_batches(config, model, packed, batches, missing, output.work, group, clock)
+    if group.size > 1:
+        with clock("others"):
+            group.barrier()
+    if not group.is_main:
         return {}
-    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        folder = resolve_model(config.model)
-        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
-        structure = model_structure(folder)
-        data = encode_file(config.data, tokenizer, config, folder_context(folder))
-        require_vocabulary(structure, data, config.model)
-        clock = Clock()
-        # The files are hashed while the model is loaded from them.
-        with ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(model_hash, folder)
-            model, packed = _load_guide(config, folder, data, clock)
-            with clock("hash"):
-                weights = hashing.result()
-        made_from = _made_from(config, weights, tokenizer, packed)
-        partial = output.begin(made_from)
-        parts = _plan_parts(config, packed, data)
-        done = _annotate_missing(config, model, packed, parts, output.work, clock)
-        values = _collect(data, parts, output.work)
-        confidence = [row[0] for row in values]
-        largest, top1, entropy = np.concatenate(values, axis=1)[1:]
-        statistics = GuideStatistics(largest, top1.astype(bool), entropy)
-        summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
-        manifest = {
-            "kind": "gift confidence store",
-            "model": config.model,
-            "model_hash": made_from["model"],
-            "fingerprint": hash_json(made_from),
-            "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
-            "versions": versions(),
-            "summary": summary,
-        }
-        with clock("save"):
-            write_store(partial, data, confidence, tokenizer, manifest, statistics)
-        speed = stage_speed(clock, model, done)
-        write_json(partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
+    values = _collect(data, output.work)
+    confidence = [row[0] for row in values]
+    largest, top1, entropy = np.concatenate(values, axis=1)[1:]
+    statistics = GuideStatistics(largest, top1.astype(bool), entropy)
+    summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
+    manifest = {
+        "kind": "gift confidence store",
+        "model": config.model,
+        "model_hash": made_from["model"],
+        "fingerprint": hash_json(made_from),
+        "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
+        "versions": versions(),
+        "summary": summary,
+    }
+    with clock("save"):
+        write_store(output.partial, data, confidence, tokenizer, manifest, statistics)
+    rows = [example for number in missing for example in batches[number]]
+    speed = stage_speed(clock, model, rows, devices=group.size)
+    write_json(output.partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
     print_summary(f"Annotated {config.data.name}: {config.output}", {**summary, **speed})
     print_times(clock)
     return summary
@@ -144,7 +161,7 @@ def _made_from(
     config: AnnotateConfig, weights: str, tokenizer: Any, packed: bool
 ) -> dict[str, Any]:
     """Everything that determines the parts: settings, model, tokenizer, data and layout."""
-    inputs = {"output", "overwrite", "model", "tokenizer", "data"}
+    inputs = {"output", "overwrite", "model", "tokenizer", "data", "part_batches"}
     device = pick_device(config.device)
     return {
         **config.model_dump(mode="json", exclude=inputs),
@@ -180,43 +197,50 @@ def _load_guide(
     return model, enable_packing(model, data.kept)
 
 
-def _plan_parts(config: AnnotateConfig, packed: bool, data: EncodedData) -> Parts:
-    """The batches of all rows, some of them a part."""
+def _plan(config: AnnotateConfig, packed: bool, data: EncodedData) -> list[list[Example]]:
+    """The batches of all rows; one is computed as a whole by one rank, however many there are."""
     lengths = [len(example.input_ids) for example in data.kept]
-    batches = [
-        [data.kept[number] for number in batch]
-        for batch in plan_batches(lengths, config.batch_tokens, packed=packed)
-    ]
-    return {
-        f"part-{number:05d}.safetensors": batches[start : start + config.part_batches]
-        for number, start in enumerate(range(0, len(batches), config.part_batches))
-    }
+    plan = plan_batches(lengths, config.batch_tokens, packed=packed)
+    return [[data.kept[number] for number in batch] for batch in plan]
 
 
-def _annotate_missing(
-    config: AnnotateConfig, model: Any, packed: bool, parts: Parts, work: Path, clock: Clock
-) -> list[Example]:
-    """Annotates the parts that an interrupted run did not finish; each becomes a file in `work`.
+def _unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
+    """Numbers of the batches that an interrupted run did not finish."""
+    finished: set[str] = set()
+    for path in _parts(work):
+        with safe_open(path, "numpy") as part:
+            finished |= set(part.keys())
+    return [number for number, rows in enumerate(batches) if str(rows[0].row) not in finished]
 
-    Returns the rows that were annotated now.
-    """
-    finished = sealed_files(work)
-    missing = {name: part for name, part in parts.items() if name not in finished}
-    total, left = (sum(map(len, some.values())) for some in (parts, missing))
-    with progress("annotate", total, total - left) as bar:
-        for name, part in missing.items():
+
+def _annotate_batches(
+    config: AnnotateConfig,
+    model: Any,
+    packed: bool,
+    batches: Sequence[Sequence[Example]],
+    missing: Sequence[int],
+    work: Path,
+    group: Group,
+    clock: Clock,
+) -> None:
+    """Annotates this rank's share of the missing batches; some of them become a file in `work`."""
+    share = group.share(missing)
+    done = (len(batches) - len(missing)) // group.size
+    with progress("annotate", done + len(share), done) as bar:
+        for start in range(0, len(share), config.part_batches):
+            part = share[start : start + config.part_batches]
             found = []
             with clock("compute"):
-                for batch in part:
-                    made = make_batch(batch, packed=packed).to(model.device)
+                for number in part:
+                    made = make_batch(batches[number], packed=packed).to(model.device)
                     found.append(annotate_batch(model, made, config.guide_temperature))
                     bar.advance()
             with clock("wait"):
                 values = torch.cat(found, dim=1).cpu().numpy()
-            rows = [example for batch in part for example in batch]
-            with clock("save"), replacing(work / name, sealed=True) as temporary:
+            rows = [example for number in part for example in batches[number]]
+            path = work / f"{PART}{part[0]:06d}.safetensors"
+            with clock("save"), replacing(path, sealed=True) as temporary:
                 save_file(_by_row(rows, values), temporary)
-    return [example for part in missing.values() for batch in part for example in batch]
 
 
 @torch.no_grad()
@@ -248,12 +272,11 @@ def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray
     return by_row
 
 
-def _collect(data: EncodedData, parts: Parts, work: Path) -> list[np.ndarray]:
-    """What `annotate_batch` found, in row order, from all parts."""
+def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
+    """What `annotate_batch` found, in row order, from the parts of all ranks."""
     values: dict[str, np.ndarray] = {}
-    for name, path in sealed_files(work).items():
-        if name in parts:
-            values |= load_file(path)
+    for path in _parts(work):
+        values |= load_file(path)
     if len(values) != len(data.kept):
         raise OSError(
             f"{work}: parts are missing or differ from what was written; the disk is failing or "
@@ -263,3 +286,8 @@ def _collect(data: EncodedData, parts: Parts, work: Path) -> list[np.ndarray]:
         values[str(example.row)] if example else np.zeros((4, 0), np.float32)
         for example in data.examples
     ]
+
+
+def _parts(work: Path) -> list[Path]:
+    """The whole parts in the work folder."""
+    return [path for name, path in sealed_files(work).items() if name.startswith(PART)]

@@ -19,6 +19,7 @@ from gift.errors import InputError
 from gift.generation import reply_limits
 from gift.models import last_hidden_state, lm_head
 from gift.questions import LETTERS, Question
+from gift.ranks import ALONE, Group
 from gift_kernels import token_confidence
 
 CHOICE_PROMPT = "Answer with the letter of the right option alone."
@@ -40,6 +41,7 @@ def rate_options(
     batch_size: int,
     done: Mapping[int, list[float]],
     on_batch: Callable[[dict[int, list[float]]], None],
+    group: Group = ALONE,
 ) -> list[list[float]]:
     """The log-likelihood of every option's letter, by question and option.
 
@@ -48,6 +50,7 @@ def rate_options(
         batch_size: questions at a time, the longest first.
         done: scores of an earlier call by question, which are not computed again.
         on_batch: receives each batch's scores by question.
+        group: ranks that share the batches; each returns the scores of all.
 
     Raises:
         InputError: a prompt is empty or fills the model's context, or letters have no tokens.
@@ -63,11 +66,13 @@ def rate_options(
         for row in sorted(range(len(asked)), key=lambda row: -len(asked[row].inputs[0]))
         if row not in scores
     ]
-    for start in range(0, len(pending), batch_size):
-        rows = pending[start : start + batch_size]
+    batches = [pending[n : n + batch_size] for n in range(0, len(pending), batch_size)]
+    own: dict[int, list[float]] = {}
+    for rows in group.share(batches):
         found = dict(zip(rows, _score(model, [asked[row] for row in rows]), strict=True))
-        scores |= found
+        own |= found
         on_batch(found)
+    scores |= dict(group.gather(list(own.items())))
     return [scores[row] for row in range(len(asked))]
 
 

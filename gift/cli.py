@@ -6,6 +6,8 @@ device, 130 an interruption.
 
 import importlib
 import inspect
+import os
+import signal
 import sys
 import types
 import typing
@@ -60,6 +62,8 @@ def _options(
 
 
 CONFIGS: dict[str, type[Options]] = {}
+# The commands whose work several processes share.
+SHARED = ("annotate", "train", "merge", "evaluate")
 
 
 def _add_command(
@@ -83,9 +87,17 @@ def _add_command(
             )
         if recipe is None and in_file:
             raise InputError(f"--config: is required; its file has the {', '.join(in_file)}")
+        if _processes() > 1 and name not in SHARED:
+            raise InputError(
+                f"gift {name}: runs in one process, {_processes()} were started; start it without "
+                f"torchrun (several processes share {', '.join(SHARED)})"
+            )
         module, attribute = function.split(":")
         options = build_config(config, recipe, flags)
-        getattr(importlib.import_module(module), attribute)(options)
+        try:
+            getattr(importlib.import_module(module), attribute)(options)
+        except KeyboardInterrupt as error:  # Typer would end without a message
+            _fail(f"{error or 'interrupted'}; run the same command again to resume", 130)
 
     recipe_option = typer.Option(
         None, "--config", metavar="FILE", help="YAML recipe with any of the options below."
@@ -250,6 +262,8 @@ _add_command(
 
 def main() -> None:
     """Entry point of the console script."""
+    if _processes() > 1:
+        signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except InputError as error:
@@ -259,8 +273,20 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}; nothing was published", 1)
     except SafetensorError as error:
         _fail(f"{error}; nothing was published", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to resume", 130)
+
+
+def _processes() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _stop(*_: Any) -> None:
+    """torchrun's signal to the processes that are left, as an error that says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise KeyboardInterrupt(
+        "ended by a signal, as torchrun does where another process failed or was killed; its last "
+        "message names that one"
+    )
 
 
 def _fail(message: str, status: int) -> None:

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gift import ranks
 from gift.answers import Checker, Verdict, open_checker
 from gift.benchmarks import BENCHMARKS, MATH_PROMPT, benchmark_rows
 from gift.choices import CHOICE_PROMPT, rate_options
@@ -30,6 +30,7 @@ from gift.files import (
     write_json_lines,
 )
 from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
+from gift.harness import evaluate_tasks
 from gift.metrics import (
     pass_at_k,
     print_metrics,
@@ -48,8 +49,9 @@ from gift.models import (
     tokenizer_hash,
     versions,
 )
-from gift.publish import Output, output_folder, warn
+from gift.publish import Output, warn
 from gift.questions import LETTERS, Question, read_questions, render_prompts
+from gift.ranks import Group
 from gift.rows import json_lines
 
 __all__ = [
@@ -65,22 +67,32 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """Generates, checks and writes samples.jsonl and metrics.json; returns the metrics.
 
     Finished batches stay in OUTPUT.partial, so that a call with the same settings, model and data
-    resumes where an interrupted one stopped, and ends with the same files. `key` is stored in the
-    folder's `gift_files.json`, see `publish.output_folder`.
+    resumes where an interrupted one stopped, and ends with the same files. Several ranks share the
+    batches; the main one checks, writes and returns the metrics, the others return nothing. `key`
+    is stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
     Raises:
         InputError: bad options, data or model, or an existing output.
     """
     config.refuse_unread_settings()
+    if config.harness_tasks():
+        return evaluate_tasks(config, key)
     if config.endpoint is not None:
         require_client(config)
     check = config.check_by()
-    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
+    with (
+        ranks.process_group(on_host=True) as group,
+        ranks.shared_folder(group, config.output, overwrite=config.overwrite, key=key) as output,
+    ):
         questions, source = asked_questions(config, check)
         with nullcontext() if check == "choice" else _checker(config, check) as checker:
-            unreadable = _count_unreadable(checker, questions) if checker else 0
-            ask = _ask_model if config.endpoint is None else _ask_server
-            samples, metrics = ask(config, checker, questions, output)
+            unreadable = _count_unreadable(checker, questions) if checker and group.is_main else 0
+            if config.endpoint is None:
+                samples, metrics = _ask_model(config, checker, questions, output, group)
+            else:
+                samples, metrics = _ask_server(config, checker, questions, output)
+            if not group.is_main:
+                return {}
             if checker is not None:
                 metrics["unreadable_answers"] = unreadable
         write_json_lines(output.partial / "samples.jsonl", samples)
@@ -96,9 +108,13 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
 
 
 def _ask_model(
-    config: EvaluateConfig, checker: Checker | None, questions: Sequence[Question], output: Output
+    config: EvaluateConfig,
+    checker: Checker | None,
+    questions: Sequence[Question],
+    output: Output,
+    group: Group,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Loads the model and asks it: the rows of samples.jsonl, and metrics."""
+    """Loads the model and asks it: the rows of samples.jsonl, and metrics; nothing but on main."""
     assert config.model is not None, "checked with the options"
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
@@ -119,11 +135,13 @@ def _ask_model(
     }
     groups = [question.group for question in questions]
     if checker is None:
-        samples = _choose(config, model, made_from, tokenizer, questions, prompts, output)
+        samples = _choose(config, model, made_from, tokenizer, questions, prompts, output, group)
         metrics = summarize_choices(samples, groups)
     else:
         short = _count_short(config, model, inputs)
-        replies = _generate(config, model, made_from, tokenizer, inputs, output)
+        replies = _generate(config, model, made_from, tokenizer, inputs, output, group)
+        if not group.is_main:
+            return [], {}
         samples = _check(config, checker, questions, prompts, replies)
         metrics = summarize(samples, groups) | {"questions_cut_by_context": short}
     return samples, metrics | {
@@ -231,12 +249,14 @@ def _choose(
     questions: Sequence[Question],
     prompts: Sequence[str],
     output: Output,
+    group: Group,
 ) -> list[dict[str, Any]]:
     """The rows of samples.jsonl of multiple choices: loads finished batches, rates the rest."""
-    output.begin({**made_from, "options": [len(question.choices or ()) for question in questions]})
-    kept = sealed_files(output.work)
-    done = {row["row"]: row["scores"] for row in read_json_lines(kept.values())}
-    with progress("choosing", len(prompts), done=len(done)) as bar:
+    options = [len(question.choices or ()) for question in questions]
+    ranks.begin_shared(group, output, {**made_from, "options": options})
+    done = {row["row"]: row["scores"] for row in _finished(output, group)}
+    total = len(done) + group.count(len(prompts) - len(done))
+    with progress("choosing", total, done=len(done)) as bar:
 
         def keep(batch: dict[int, list[float]]) -> None:
             rows = [{"row": row, "scores": scores} for row, scores in batch.items()]
@@ -251,6 +271,7 @@ def _choose(
             batch_size=config.batch_size,
             done=done,
             on_batch=keep,
+            group=group,
         )
     rows = []
     for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
@@ -278,9 +299,12 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     output: Output,
+    group: Group,
 ) -> list[list[Reply]]:
     """All replies [row][sample]: loads those in the work folder, generates and saves the rest."""
-    output.begin(
+    ranks.begin_shared(
+        group,
+        output,
         {
             **made_from,
             "end tokens": list(end_token_ids(model, tokenizer)),
@@ -289,21 +313,19 @@ def _generate(
             "top_p": config.top_p,
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
-        }
+        },
     )
-    kept = sealed_files(output.work)
     done = {
         (row["row"], row["sample"]): Reply(tuple(row["tokens"]), row["text"], row["finished"])
-        for row in read_json_lines(kept.values())
+        for row in _finished(output, group)
     }
-    number = 1 + max((int(Path(name).stem) for name in kept), default=-1)
-    with progress("generating", len(prompts) * config.samples, done=len(done)) as bar:
+    total = len(done) + group.count(len(prompts) * config.samples - len(done))
+    with progress("generating", total, done=len(done)) as bar:
 
         def keep(batch: list[FinishedReply]) -> None:
-            nonlocal number
             rows = [{"row": row, "sample": sample} | asdict(r) for row, sample, r in batch]
-            write_json_lines(output.work / f"{number:06d}.jsonl", rows, sealed=True)
-            number += 1
+            first = "{:06d}-{:04d}".format(*batch[0][:2])  # no other batch begins with it
+            write_json_lines(output.work / f"{first}.jsonl", rows, sealed=True)
             bar.advance(len(batch))
 
         return generate_replies(
@@ -318,7 +340,13 @@ def _generate(
             batch_size=config.batch_size,
             on_batch=keep,
             done=done,
+            group=group,
         )
+
+
+def _finished(output: Output, group: Group) -> list[dict[str, Any]]:
+    """The lines of the finished batches, as the main rank finds them before any rank adds one."""
+    return group.from_main(lambda: list(read_json_lines(sealed_files(output.work).values())))
 
 
 def _check(

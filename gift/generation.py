@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.errors import InputError
 from gift.models import context_length
+from gift.ranks import ALONE, Group
 
 # Taking finished sequences out of the batch copies the cache once, which costs about as much as one
 # step of the whole batch; it pays when at least this share of the batch is finished.
@@ -58,6 +59,7 @@ def generate_replies(
     batch_size: int,
     on_batch: Callable[[list[FinishedReply]], None] | None = None,
     done: Mapping[tuple[int, int], Reply] | None = None,
+    group: Group = ALONE,
 ) -> list[list[Reply]]:
     """Generates `samples` replies to every prompt; the result is indexed [row][sample].
 
@@ -71,6 +73,7 @@ def generate_replies(
         batch_size: sequences at a time; longest prompts first, to run out of memory early.
         on_batch: receives each batch as it is finished.
         done: replies of an earlier call by (row, sample), which are not generated again.
+        group: ranks that share the batches; each returns the replies of all.
 
     Raises:
         InputError: an option out of range, an empty prompt or one that fills the context, no end
@@ -87,9 +90,11 @@ def generate_replies(
         for sample in range(samples)
         if (row, sample) not in replies
     ]
+    # Whole batches, so that several ranks give the replies that one gives.
+    batches = [pending[n : n + batch_size] for n in range(0, len(pending), batch_size)]
+    own: list[FinishedReply] = []
     with _evaluating(model):
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
+        for batch in group.share(batches):
             tokens = _decode_batch(
                 model,
                 [prompts[row] for row, _ in batch],
@@ -101,9 +106,10 @@ def generate_replies(
                 (row, sample, _reply(tokenizer, ids, end_ids))
                 for (row, sample), ids in zip(batch, tokens, strict=True)
             ]
-            replies |= {(row, sample): reply for row, sample, reply in finished}
+            own += finished
             if on_batch is not None:
                 on_batch(finished)
+    replies |= {(row, sample): reply for row, sample, reply in group.gather(own)}
     return [[replies[row, sample] for sample in range(samples)] for row in range(len(prompts))]
 
 

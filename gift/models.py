@@ -252,8 +252,8 @@ def lm_head(model: Any) -> LMHead:
     scale = getattr(config, "logit_scale", None) or 1.0
     scaling = getattr(config, "logits_scaling", None) or 1.0
     return LMHead(
-        weight=layer.weight.detach(),
-        bias=layer.bias.detach() if getattr(layer, "bias", None) is not None else None,
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
         logit_scale=scale / scaling,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
     )

@@ -1,18 +1,36 @@
-"""Data parallelism under torchrun: the process group, shares of a batch and who writes files."""
+"""Several processes under torchrun: the group, shares of work, one output folder, who prints.
+
+Each process takes a share; only the main one (rank 0) prints, owns the output folder and publishes
+it. A process that fails tells the others why, and they end with the same message. torchrun ends
+the others where one was killed; without it they notice at their next exchange.
+"""
 
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gift.console import quiet
+from gift.errors import InputError
+from gift.publish import MADE_FROM_FILE, Output, output_folder
+
 Item = TypeVar("Item")
+FAILED = "gift/failed"
+# How long a process waits for the others' shares.
+LONGEST_WAIT = timedelta(days=30)
+
+
+class LostProcess(OSError):
+    """Another process of the group failed or was killed."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +49,43 @@ class Group:
         """Every `size`-th item; empty where there are fewer items than ranks."""
         return items[self.rank :: self.size]
 
+    def count(self, items: int) -> int:
+        """How many of so many items the main rank's share has."""
+        return -(-items // self.size)
+
     def all_reduce_(self, values: Tensor) -> None:
         """Sums over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with _exchange():
+                dist.all_reduce(values)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with _exchange():
+                dist.barrier()
+
+    def gather(self, values: list[Item]) -> list[Item]:
+        """The lists of all ranks, one after the other, on every rank; they are pickled."""
+        return gather_lists(values) if self.size > 1 else values
+
+    def from_main(self, compute: Callable[[], Item]) -> Item:
+        """What the main rank computes, on every rank; it is pickled."""
+        values: list[Any] = [compute() if self.is_main else None]
+        if self.size > 1:
+            with _exchange():
+                dist.broadcast_object_list(values)
+        return values[0]
+
+    def require_equal(self, given: Mapping[str, Any]) -> None:
+        """InputError on every rank where one was given other values, which names them."""
+        first, *others = self.gather([dict(given)])
+        for rank, other in enumerate(others, 1):
+            if differing := sorted(name for name in first if other.get(name) != first[name]):
+                raise InputError(
+                    f"process {rank} of {self.size} differs from process 0 in "
+                    f"{', '.join(differing)}; give all processes the same options and files"
+                )
 
     def peak_memory_gb(self) -> float:
         """Peak memory of this process's device in GB: allocated on CUDA, else resident."""
@@ -49,21 +95,88 @@ class Group:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+ALONE = Group(0, 1, None)
+
+
 @contextmanager
-def process_group() -> Iterator[Group]:
-    """The group torchrun describes in the environment; one process without it."""
+def process_group(*, on_host: bool = False) -> Iterator[Group]:
+    """The group torchrun describes in the environment; one process without it.
+
+    Args:
+        on_host: the ranks exchange Python objects only, and wait for each other's shares.
+
+    Raises:
+        InputError: the environment lacks a variable or names a GPU that is not there.
+        LostProcess: another rank failed or was killed.
+    """
     if "WORLD_SIZE" not in os.environ:
-        yield Group(0, 1, None)
+        yield ALONE
         return
-    device = None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device else "gloo")
+    device = _own_gpu()
     try:
-        yield Group(dist.get_rank(), dist.get_world_size(), device)
+        store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:  # a variable is not set
+        raise InputError(f"{error}; start several processes with torchrun") from None
+    group = Group(rank, size, device)
+    dist.init_process_group(
+        "nccl" if device and not on_host else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=LONGEST_WAIT if on_host else None,
+    )
+    try:
+        with nullcontext() if group.is_main else quiet():
+            yield group
+            group.barrier()  # so that all are told where one fails at the end
+    except BaseException as error:
+        _tell(store, group, error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _own_gpu() -> torch.device | None:
+    """The GPU of this process, made the current one; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise InputError(
+            f"LOCAL_RANK: is {number}, and this machine has {count} GPUs; start at most {count} "
+            "processes on it (--nproc-per-node)"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """LostProcess where an exchange between processes breaks off."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise LostProcess(
+            "another process of this run ended without a message, killed or out of memory "
+            f"({first_line}); run the same command again to resume"
+        ) from error
+
+
+def _tell(store: dist.Store, group: Group, error: BaseException) -> None:
+    """Leaves the first failure in the store; LostProcess with it where the error is its echo."""
+    message = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if not isinstance(error, InputError | OSError):
+        message = f"{type(error).__name__}: {message}"
+    own = f"process {group.rank} of {group.size}: {message}"
+    try:
+        first = store.compare_set(FAILED, "", own).decode()
+    except RuntimeError:  # the process that kept the store has ended
+        return
+    # torchrun ends the others by a signal, which arrives as an interruption.
+    if first != own and isinstance(error, LostProcess | dist.DistError | KeyboardInterrupt):
+        raise LostProcess(first) from error
 
 
 def gather_lists(values: list[Item]) -> list[Item]:
@@ -71,10 +184,41 @@ def gather_lists(values: list[Item]) -> list[Item]:
     if not dist.is_initialized():
         return values
     lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, values)
+    with _exchange():
+        dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
 def gather_tensors(value: Tensor) -> list[Tensor]:
     """The tensor of every rank, on every rank."""
     return gather_lists([value])
+
+
+@contextmanager
+def shared_folder(
+    group: Group, path: Path, *, overwrite: bool = False, key: str = ""
+) -> Iterator[Output]:
+    """`publish.output_folder` of all ranks: the main rank owns it and publishes it."""
+    owned = output_folder(path, overwrite=overwrite, key=key)
+    with owned if group.is_main else nullcontext(Output(path, key)) as output:
+        group.barrier()
+        yield output
+
+
+def begin_shared(
+    group: Group, output: Output, made_from: Mapping[str, Any], keep: Collection[str] = ()
+) -> Path:
+    """`Output.begin` by the main rank; all return once the folder is there.
+
+    InputError on every rank: one has another `made_from` or output, or does not see the folder.
+    """
+    group.require_equal({"output": str(output.path), **made_from})
+    if group.is_main:
+        output.begin(made_from, keep)
+    group.barrier()
+    if not (output.work / MADE_FROM_FILE).exists():
+        raise InputError(
+            f"--output: process {group.rank} does not see {output.work}, which process 0 made; "
+            "several machines need a folder that all of them share"
+        )
+    return output.partial

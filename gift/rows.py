@@ -74,12 +74,46 @@ def read_conversations(
     for place, _, row in json_lines(path, option):
         if len(conversations) == limit:
             break
-        conversation, keys = _conversation(row, place, ignore)
+        conversation, keys = read_conversation(row, place, ignore)
         conversations.append(conversation)
         unread.update(keys)
     if not conversations:
         raise InputError(f"{option}: {path} has no rows")
     return conversations, unread
+
+
+def read_conversation(
+    row: dict[str, Any], place: str, ignore: Collection[str] = ()
+) -> tuple[Conversation, list[str]]:
+    """One row's conversation, and the keys with a value that it does not read.
+
+    InputError begins with `place` where the row cannot be used.
+    """
+    row = {key: value for key, value in row.items() if key not in ignore}
+    refuse_unread(row, place)
+    question, reply = next((keys for keys in FORMATS if all(key in row for key in keys)), ("", ""))
+    read = {"system", "tools", question, reply}
+    if "messages" in row:
+        read = {"system", "tools", "messages"}
+        turns = read_messages(row["messages"], place, "messages", ignore)
+    elif question == "instruction":
+        read.add("input")
+        asked = [
+            read_text(row[key], place, key) for key in ("instruction", "input") if row.get(key)
+        ]
+        turns = _exchange("\n\n".join(asked), read_text(row[reply], place, reply))
+    elif question and isinstance(row[question], list) and isinstance(row[reply], list):
+        turns = read_messages(row[question], place, question, ignore)
+        turns += read_messages(row[reply], place, reply, ignore)
+    elif question:
+        turns = _exchange(*(read_text(row[key], place, key) for key in (question, reply)))
+    else:
+        raise InputError(
+            f"{place}: expected the keys instruction and response, prompt and completion, or "
+            f"messages; got {', '.join(sorted(row)) or 'no keys'}"
+        )
+    unread = [key for key in row if key not in read and _has_value(row[key])]
+    return Conversation(add_system(turns, row, place), read_tools(row, place)), unread
 
 
 def read_messages(
@@ -180,37 +214,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice!a} appears twice")
     return values
-
-
-def _conversation(
-    row: dict[str, Any], place: str, ignore: Collection[str]
-) -> tuple[Conversation, list[str]]:
-    """One row's conversation, and the keys with a value that it does not read."""
-    row = {key: value for key, value in row.items() if key not in ignore}
-    refuse_unread(row, place)
-    question, reply = next((keys for keys in FORMATS if all(key in row for key in keys)), ("", ""))
-    read = {"system", "tools", question, reply}
-    if "messages" in row:
-        read = {"system", "tools", "messages"}
-        turns = read_messages(row["messages"], place, "messages", ignore)
-    elif question == "instruction":
-        read.add("input")
-        asked = [
-            read_text(row[key], place, key) for key in ("instruction", "input") if row.get(key)
-        ]
-        turns = _exchange("\n\n".join(asked), read_text(row[reply], place, reply))
-    elif question and isinstance(row[question], list) and isinstance(row[reply], list):
-        turns = read_messages(row[question], place, question, ignore)
-        turns += read_messages(row[reply], place, reply, ignore)
-    elif question:
-        turns = _exchange(*(read_text(row[key], place, key) for key in (question, reply)))
-    else:
-        raise InputError(
-            f"{place}: expected the keys instruction and response, prompt and completion, or "
-            f"messages; got {', '.join(sorted(row)) or 'no keys'}"
-        )
-    unread = [key for key in row if key not in read and _has_value(row[key])]
-    return Conversation(add_system(turns, row, place), read_tools(row, place)), unread
 
 
 def _exchange(question: str, reply: str) -> list[Message]:

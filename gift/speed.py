@@ -20,7 +20,10 @@ PEAK = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090"
 
 
 class Clock:
-    """Seconds of a stage by kind: load, hash, compute, wait (for the device), save."""
+    """Seconds of a stage by kind: load, hash, compute, wait (for the device), others, save.
+
+    `others` is the wait of several processes for each other.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -69,13 +72,13 @@ def _active_share(config: Any) -> float:
 
 
 def stage_speed(
-    clock: Clock, model: Any, rows: Sequence[Example], *, trains: bool = False
+    clock: Clock, model: Any, rows: Sequence[Example], *, devices: int = 1
 ) -> dict[str, float]:
-    """`speed` of a stage that computed these rows, over its seconds of compute and wait."""
-    seconds = clock.seconds.get("compute", 0.0) + clock.seconds.get("wait", 0.0)
+    """`speed` of a stage that read these rows, over its seconds of compute and waiting."""
+    seconds = sum(clock.seconds.get(kind, 0.0) for kind in ("compute", "wait", "others"))
     if not rows or not seconds:
         return {}
-    return speed(model, rows, seconds, trains=trains)
+    return speed(model, rows, seconds, devices=devices)
 
 
 def speed(

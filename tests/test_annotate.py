@@ -172,7 +172,7 @@ def test_parts_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch):
 def test_only_this_runs_parts_are_collected(folder, tmp_path, monkeypatch):
     """A sealed file of another name has the same rows, in a shape of its own."""
     annotate(config(folder, tmp_path / "whole"))
-    real = annotate_module._annotate_missing
+    real = annotate_module._annotate_batches
 
     def beside(*args):
         done = real(*args)
@@ -182,7 +182,7 @@ def test_only_this_runs_parts_are_collected(folder, tmp_path, monkeypatch):
             save_file(rows, temporary)
         return done
 
-    monkeypatch.setattr(annotate_module, "_annotate_missing", beside)
+    monkeypatch.setattr(annotate_module, "_annotate_batches", beside)
     annotate(config(folder, tmp_path / "store"))
     whole, store = ((tmp_path / n / CONFIDENCE_FILE).read_bytes() for n in ("whole", "store"))
     assert whole == store

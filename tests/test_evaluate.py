@@ -216,7 +216,7 @@ def test_unfinished_work_serves_another_batch_size_but_no_other_settings(
 
     interrupt(configure(model, tmp_path))
     assert made() == 36
-    next((tmp_path / "out.partial" / "work").glob("000002.*.jsonl")).unlink()
+    sorted((tmp_path / "out.partial" / "work").glob("*.jsonl"))[2].unlink()
     interrupt(configure(model, tmp_path, batch_size=3))
     assert made() == 36
     assert "starting over" not in capfd.readouterr().err

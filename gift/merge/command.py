@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gift import ranks
 from gift.config import MergeConfig
 from gift.console import console, print_summary, print_table
 from gift.errors import InputError
@@ -27,7 +28,8 @@ from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE, ShardPlan, write_shards
 from gift.merge.transforms import BLOCK_BYTES
 from gift.models import pick_device, resolve_model, versions
-from gift.publish import Output, check_published, output_folder
+from gift.publish import Output, check_published
+from gift.ranks import Group
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint
 
 OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -36,20 +38,24 @@ OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": 
 def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
     """Plans, checks and writes the merged model; returns the summary.
 
-    `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
+    Several ranks share the shards; the main one writes the rest and publishes. `key` is stored in
+    the folder's `gift_files.json`, see `publish.output_folder`.
 
     InputError: everything that cannot be merged correctly, in one message and before any output is
     written; an existing output without `overwrite`; too little disk.
     """
-    if config.dry_run:
-        return _merge(config, None)
-    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        summary = _merge(config, output)
-    print_summary(f"Merged model: {config.output}", summary)
-    return summary
+    with ranks.process_group(on_host=True) as group:
+        if config.dry_run:
+            return _merge(config, None, group)
+        with ranks.shared_folder(
+            group, config.output, overwrite=config.overwrite, key=key
+        ) as output:
+            summary = _merge(config, output, group)
+        print_summary(f"Merged model: {config.output}", summary)
+        return summary
 
 
-def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
+def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str, Any]:
     """Plans the merge and writes it to `output`; only plans if that is None."""
     coefficients = config.coefficients()
     method = METHODS[config.method]
@@ -98,9 +104,13 @@ def _merge(config: MergeConfig, output: Output | None) -> dict[str, Any]:
         "summary": summary,
         "versions": versions(),
     }
-    partial = output.begin(made_from, keep=[RESIDUAL_FOLDER, *(shard.name for shard in shards)])
-    _check_disk(partial, shards)
-    done = write_shards(output, shards, config.save_residual)
+    keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
+    partial = ranks.begin_shared(group, output, made_from, keep)
+    if group.is_main:
+        _check_disk(partial, shards)
+    done = write_shards(output, shards, config.save_residual, group)
+    if not group.is_main:
+        return summary
     merge_output.copy_side_files(folder, files, partial)
     _write_rest(config, plan, shards, partial)
     merge_output.write_card(partial, manifest)

@@ -17,6 +17,7 @@ from gift.files import hash_file, naming, read_json, replacing, sealed_files
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualWriter
 from gift.merge.transforms import BLOCK_BYTES, Transform
 from gift.publish import Output
+from gift.ranks import ALONE, Group
 from gift.shards import (
     ShardWriter,
     Span,
@@ -72,16 +73,21 @@ class ShardPlan:
 
 
 def write_shards(
-    output: Output, shards: Sequence[ShardPlan], save_residual: bool = False
+    output: Output,
+    shards: Sequence[ShardPlan],
+    save_residual: bool = False,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Writes or links every shard that an interrupted call did not finish; returns their hashes.
 
     A record in the work folder names each shard that was re-read and found correct. One shard is
-    verified while the next is written.
+    verified while the next is written. The ranks of a group share the shards; each returns all.
     """
-    done = _finished_shards(output, shards)
-    jobs = sum(len(shard.jobs) for shard in shards)
-    finished = sum(len(shard.jobs) for shard in shards if shard.name in done)
+    finished = group.from_main(lambda: _finished_shards(output, shards))
+    share = group.share([shard for shard in shards if shard.name not in finished])
+    done: dict[str, Any] = {}
+    count = sum(len(shard.jobs) for shard in shards if shard.name in finished) // group.size
+    jobs = count + sum(len(shard.jobs) for shard in share)
     waiting: list[tuple[str, dict[str, str], dict[str, str], Future[None]]] = []
 
     def settle() -> None:
@@ -95,14 +101,12 @@ def write_shards(
         waiting.clear()
 
     with (
-        progress("merge", jobs, finished) as bar,
+        progress("merge", jobs, count) as bar,
         torch.no_grad(),
         ThreadPoolExecutor(1) as verifier,
     ):
-        for shard in shards:
+        for shard in share:
             path = output.partial / shard.name
-            if shard.name in done:
-                continue
             bar.note(shard.name)
             if shard.is_unchanged:
                 done[shard.name] = {"made": _take_over(shard.source, path)}
@@ -118,7 +122,7 @@ def write_shards(
             verified = verifier.submit(verify_shard, path, hashes)
             waiting.append((shard.name, hashes, residual_files, verified))
         settle()
-    return done
+    return finished | dict(group.gather(list(done.items())))
 
 
 def _take_over(source: Path, target: Path) -> str:

@@ -1,0 +1,113 @@
+"""Joins a confidence store to a Hugging Face data set, row by row."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gift.confidence_store import ConfidenceStore, load_store
+from gift.config import DataOptions
+from gift.console import error_console
+from gift.data import Example, encode
+from gift.errors import InputError
+from gift.models import listed
+from gift.rows import read_conversation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORE_INDEX = -100
+
+
+def with_confidence(
+    dataset: "Dataset",
+    store: ConfidenceStore | str | Path,
+    *,
+    missing: Literal["error", "drop"] = "error",
+) -> "Dataset":
+    """The rows as tokens, with the guide's confidence in each of them that is a target.
+
+    Rows are tokenised with the store's tokenizer, chat template, `max_length`, `overlong` and
+    `ignore_keys`, and found in the store by a hash of their tokens and targets: they may be in any
+    order, and some of those that were annotated.
+
+    Args:
+        dataset: rows in a format of `gift annotate`: instruction/response, prompt/completion or
+            messages.
+        store: what `gift annotate` wrote, or its folder.
+        missing: what happens where rows have no confidence. "error" names them; "drop" leaves them
+            out, and says on stderr which they are.
+
+    Returns:
+        A data set of three columns, lists of one length: `input_ids`; `labels`, -100 where a token
+        is no target; and `token_weight` float32, where `token_weight[i]` is the confidence in
+        `labels[i]`, 0 where that is -100.
+
+    Raises:
+        InputError: rows without confidence, a row that cannot be used, a damaged store.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise InputError("the package datasets is not installed; pip install 'gift-tuning[hub]'")
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise InputError(
+            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__} (take one split "
+            "of a DatasetDict; load a stream as a whole)"
+        )
+    if missing not in ("error", "drop"):
+        raise InputError(f"missing: expected 'error' or 'drop', got {missing!r}")
+    if not isinstance(store, ConfidenceStore):
+        store = load_store(Path(store), "store")
+    examples, reasons = _encode(dataset, store)
+    place = {digest: row for row, digest in enumerate(store.manifest["data"]["row_digests"])}
+    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": [], "token_weight": []}
+    lost = []
+    for number, example in enumerate(examples):
+        if example is None or example.digest not in place:
+            lost.append(f"row {number} ({reasons.get(number, 'not annotated')})")
+            continue
+        weight = np.zeros(len(example.input_ids), np.float32)
+        weight[example.is_target] = store.row(place[example.digest])
+        columns["input_ids"].append(example.input_ids)
+        columns["labels"].append(np.where(example.is_target, example.input_ids, IGNORE_INDEX))
+        columns["token_weight"].append(weight)
+    if lost:
+        _report(lost, len(examples), store, missing)
+    kinds = {"input_ids": "int32", "labels": "int32", "token_weight": "float32"}
+    features = {name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _encode(
+    dataset: "Dataset", store: ConfidenceStore
+) -> tuple[Sequence[Example | None], dict[int, str]]:
+    """The rows as they were annotated, None where they are lost, and why by number."""
+    settings: dict[str, Any] = store.manifest["settings"]
+    options = DataOptions(**{k: v for k, v in settings.items() if k in DataOptions.model_fields})
+    # A column that some rows lack is None in them.
+    rows = ({k: v for k, v in row.items() if v is not None} for row in dataset)  # pyright: ignore
+    data = encode(
+        [
+            read_conversation(row, f"dataset, row {number}", options.ignored_keys())[0]
+            for number, row in enumerate(rows)
+        ],
+        store.tokenizer(),
+        max_length=options.max_length,
+        context=store.manifest["data"]["context"],
+        overlong=options.overlong,
+        max_dropped=1,
+    )
+    return data.examples, {lost.row: lost.reason for lost in data.lost}
+
+
+def _report(lost: list[str], rows: int, store: ConfidenceStore, missing: str) -> None:
+    text = f"{len(lost)} of {rows} rows have no confidence in {store.folder}: {listed(lost)}"
+    if missing == "error" or len(lost) == rows:
+        raise InputError(
+            f"dataset: {text}; annotate this data, or leave the rows out with missing='drop'"
+        )
+    note = f"note: left out: {text}"
+    error_console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,204 @@
+"""Stages in several processes: the files of one process, errors told by all, resuming.
+
+Ranks are forked, and exchange over gloo as those that torchrun starts.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stages
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from gift import annotate as annotate_module
+from gift.config import EvaluateConfig
+from gift.publish import LIST_FILE, partial_path
+from gift.speed import SPEED_FILE
+
+NO_REPLY = {
+    name: EvaluateConfig.model_fields[name].default for name in ("samples", "max_new_tokens")
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = stages.make_inputs(tmp_path_factory.mktemp("ranks"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "instruct")
+    model.save_pretrained(folder / "sharded", max_shard_size="30KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
+    choices = [{"question": f"Which is {n}?", "choices": ["one", "2"], "answer": 0} for n in "123"]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_inputs(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def fork_ranks(size: int, action: Callable[[int], Any], log: Path) -> list[tuple[int, str]]:
+    """Runs `action(rank)` in so many forked processes; the exit status and error of each."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    port = store.port
+    del store
+    children = []
+    for rank in range(size):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                with (
+                    Path(f"{log}-{rank}.out").open("w") as out,
+                    Path(f"{log}-{rank}.err").open("w") as err,
+                    redirect_stdout(out),
+                    redirect_stderr(err),
+                ):
+                    try:
+                        action(rank)
+                        status = 0
+                    except Exception as error:
+                        print(f"{type(error).__name__}: {error}", file=err)
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [(status, Path(f"{log}-{rank}.err").read_text()) for rank, status in enumerate(statuses)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """A published folder's files, without the stage's times and the list that has their hash."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (SPEED_FILE, LIST_FILE)
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("annotate", {}),
+        ("merge", {"model": "sharded"}),
+        ("evaluate", {"samples": 3, "max_new_tokens": 12}),
+        ("evaluate", {"temperature": 0.0, "max_new_tokens": 12}),
+        ("evaluate", {"data": "choices.jsonl", "check": "choice", **NO_REPLY}),
+    ],
+    ids=["annotate", "merge", "sampled", "greedy", "choice"],
+)
+@pytest.mark.parametrize("size", [2, 5], ids=["two", "more-ranks-than-work"])
+def test_ranks_give_the_files_of_one_process(
+    inputs: Path, tmp_path: Path, stage: str, options: dict[str, Any], size: int
+) -> None:
+    stages.call(stage, tmp_path / "out", **options)
+    alone = content(tmp_path / "out")
+    ended = fork_ranks(
+        size,
+        lambda _: stages.call(stage, tmp_path / "out", overwrite=True, **options),
+        tmp_path / "rank",
+    )
+    assert [status for status, _ in ended] == [0] * size, ended
+    assert "value" in (tmp_path / "rank-0.out").read_text()
+    printed = [(tmp_path / f"rank-{rank}.out").read_text() for rank in range(1, size)]
+    assert not any(printed) and not any(errors for _, errors in ended[1:])
+    shared = content(tmp_path / "out")
+    assert shared.keys() == alone.keys()
+    for name, expected in alone.items():
+        found = shared[name]
+        if name == "metrics.json":
+            found, expected = (json.loads(text) for text in (found, expected))
+            del found["settings"]["overwrite"], expected["settings"]["overwrite"]
+        assert found == expected, name
+    assert not partial_path(tmp_path / "out").exists()
+
+
+def test_a_killed_rank_ends_the_others_and_any_number_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is killed before its third batch; three ranks then compute what is left."""
+    annotate_batch, batches = annotate_module.annotate_batch, tmp_path / "batches"
+    options = {"batch_tokens": 60, "part_batches": 1}
+    dies = True
+
+    def counted(*arguments: Any) -> Any:
+        rank = os.environ.get("RANK", "alone")
+        with batches.open("a") as file:
+            file.write(f"{rank}\n")
+        if dies and rank == "1" and batches.read_text().split().count("1") == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return annotate_batch(*arguments)
+
+    monkeypatch.setattr(annotate_module, "annotate_batch", counted)
+    started = time.monotonic()
+    (status, error), (killed, _) = annotate_by(2, tmp_path, **options)
+    assert time.monotonic() - started < 60
+    assert killed == -signal.SIGKILL and status == 1
+    assert "LostProcess: another process of this run ended without a message, killed" in error
+    assert not (tmp_path / "out").exists()
+    kept = len(list((partial_path(tmp_path / "out") / "work").glob("part-*")))
+    batches.write_text("")
+    dies = False
+    assert [status for status, _ in annotate_by(3, tmp_path, **options)] == [0] * 3
+    resumed = batches.read_text().split()
+    stages.call("annotate", tmp_path / "alone", **options)
+    total = len(batches.read_text().split()) - len(resumed)
+    assert kept > 2 and len(resumed) == total - kept and set(resumed) == {"0", "1", "2"}
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+
+def annotate_by(size: int, folder: Path, **options: Any) -> list[tuple[int, str]]:
+    return fork_ranks(
+        size, lambda _: stages.call("annotate", folder / "out", **options), folder / "rank"
+    )
+
+
+def test_the_error_of_one_rank_is_told_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, batch: Any, temperature: float) -> Any:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return annotate_batch(model, batch, temperature)
+
+    annotate_batch = annotate_module.annotate_batch
+    monkeypatch.setattr(annotate_module, "annotate_batch", full)
+    (_, told), (_, own) = annotate_by(2, tmp_path)
+    assert told.strip() == "LostProcess: process 1 of 2: OutOfMemoryError: CUDA out of memory."
+    assert own.strip() == "OutOfMemoryError: CUDA out of memory."
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "second", "message"),
+    [
+        ("annotate", {}, {"batch_tokens": 60}, "differs from process 0 in batch_tokens"),
+        ("evaluate", {}, {"seed": 5}, "differs from process 0 in seed"),
+        ("merge", {}, {"scale": [0.5]}, "differs from process 0 in scale"),
+        ("annotate", {"model": "none"}, {}, "none: no such folder"),
+    ],
+)
+def test_ranks_with_other_options_are_refused_by_all(
+    tmp_path: Path,
+    stage: str,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ended = fork_ranks(
+        2,
+        lambda rank: stages.call(stage, tmp_path / "out", **(second if rank else first)),
+        tmp_path / "rank",
+    )
+    assert all(status == 1 and message in error for status, error in ended), ended
+    assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
