@@ -97,7 +97,7 @@ def _add_command(
         try:
             getattr(importlib.import_module(module), attribute)(options)
         except KeyboardInterrupt as error:  # Typer would end without a message
-            _fail(f"{error or 'interrupted'}; run the same command again to resume", 130)
+            _fail(f"{str(error) or 'interrupted'}; run the same command again to resume", 130)
 
     recipe_option = typer.Option(
         None, "--config", metavar="FILE", help="YAML recipe with any of the options below."
