@@ -187,7 +187,8 @@ _add_command(
     "gift.train:train",
     "Stage 2: train a LoRA adapter on the base model. Confidence weights the loss. Costs "
     "about three forward passes per epoch and memory for the frozen model, the adapter and one "
-    "micro-batch. Under torchrun each process takes a share of every batch.",
+    "micro-batch. Under torchrun each process takes a share of every batch, and with --shard "
+    "of the model.",
 )
 
 
