@@ -149,6 +149,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         group="subject",
     ),
 }
+# Benchmarks that lm-eval asks, and its tasks.
+HARNESS_TASKS = {"ifeval": "ifeval"}
 
 
 def benchmark_rows(name: str, data: Path | None) -> tuple[Iterator[PlacedRow], Row]:

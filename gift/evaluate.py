@@ -30,6 +30,7 @@ from gift.files import (
     write_json_lines,
 )
 from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
+from gift.harness import evaluate_tasks
 from gift.metrics import (
     pass_at_k,
     print_metrics,
@@ -74,6 +75,8 @@ def evaluate(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
         InputError: bad options, data or model, or an existing output.
     """
     config.refuse_unread_settings()
+    if config.harness_tasks():
+        return evaluate_tasks(config, key)
     if config.endpoint is not None:
         require_client(config)
     check = config.check_by()

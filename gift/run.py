@@ -242,7 +242,7 @@ def _hash_of(folder: Path, name: str) -> str:
     return hash_file(folder / name)
 
 
-def pick(kind: type[Config], config: BaseModel, prefix: str = "", **given: Any) -> Config:
+def pick(kind: type[Config], config: BaseModel, /, prefix: str = "", **given: Any) -> Config:
     """A stage's config from the options of the same names, and what is given."""
     values = {**given, "overwrite": False}
     for name in kind.model_fields:

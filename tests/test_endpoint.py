@@ -146,7 +146,7 @@ def test_a_server_that_does_not_sample_is_named(
 
 def test_another_model_name_is_refused(served: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{served} refuses .*line 1 .*Server is pinned to"):
-        evaluate(configure(tmp_path, served, served_model="other"))
+        evaluate(configure(tmp_path, served, served_model="other", concurrency=1))
 
 
 # One that misbehaves.
@@ -434,6 +434,9 @@ def test_prompts_are_compared_with_the_tokenizers(
     [
         ({"endpoint": "localhost:8000"}, "--endpoint: 'localhost:8000' is no URL such as http"),
         ({"endpoint": "http://user:key@host/v1"}, "is no URL .*OPENAI_API_KEY"),
+        ({"endpoint": "http://host:99999/v1"}, "is no URL"),
+        ({"endpoint": "http://[::1/v1"}, "is no URL"),
+        ({"extra_body": {"seed": 1, "n": 2}}, "extra_body: n, seed come from other options"),
         ({"served_model": None}, "--served-model: is required with --endpoint"),
         ({"dtype": "float32"}, "--dtype: the server decides it; leave it out"),
         ({"batch_size": 4}, "--batch-size: the server decides it"),

@@ -6,18 +6,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from gift.benchmarks import BENCHMARKS
+from gift.benchmarks import BENCHMARKS, HARNESS_TASKS
 from gift.config.options import LARGEST_SEED, DeviceOptions, Options, OutputOptions, RowOptions
 from gift.errors import InputError
 
 if TYPE_CHECKING:
     BenchmarkName = str
 else:
-    BenchmarkName = Literal[tuple(BENCHMARKS)]
+    BenchmarkName = Literal[(*BENCHMARKS, *HARNESS_TASKS)]
 # What only generated replies have.
 GENERATION = (
     *("answer_pattern", "check_timeout", "unfinished", "samples", "temperature", "top_p"),
     *("max_new_tokens", "seed"),
+)
+# What lm-eval's tasks leave open.
+HARNESS = (
+    *("lm_eval", "benchmark", "include_path", "limit", "system_prompt", "seed", "batch_size"),
+    *("model", "output", "overwrite", "device", "dtype"),
 )
 # What only this process's own model has, and what only a server has.
 LOCAL = ("device", "dtype", "batch_size")
@@ -89,6 +94,10 @@ class EvaluateOptions(RowOptions):
 
     def check_by(self) -> Literal["exact", "math", "choice"]:
         """The check in effect; InputError where an option has no part in it."""
+        if self.benchmark in HARNESS_TASKS:
+            raise InputError(
+                f"--benchmark: {self.benchmark} is asked by lm-eval, in gift evaluate alone"
+            )
         of_benchmark = BENCHMARKS[self.benchmark].check if self.benchmark else None
         check = self.check or of_benchmark or "math"
         if of_benchmark is not None and (check == "choice") != (of_benchmark == "choice"):
@@ -116,7 +125,9 @@ class EndpointOptions(Options):
     served_model: str | None = Field(
         default=None, description="The name under which the server has the model."
     )
-    concurrency: int = Field(default=16, ge=1, description="Requests to the server at a time.")
+    concurrency: int = Field(
+        default=16, ge=1, le=1000, description="Requests to the server at a time."
+    )
     retries: int = Field(
         default=5,
         ge=0,
@@ -145,9 +156,29 @@ class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOpti
         "and its `answer`, a text or a number; for --check choice also `choices`, a list of texts, "
         "and the answer's letter or its place counted from 0.",
     )
+    lm_eval: str | None = Field(
+        default=None,
+        description="Tasks, groups or tags of lm-evaluation-harness in place of questions, "
+        "separated by commas (needs the extra `harness`).",
+    )
+    include_path: Path | None = Field(
+        default=None, description="Folder with further tasks for --lm-eval, as lm-eval's YAML."
+    )
+
+    def harness_tasks(self) -> list[str]:
+        """The tasks that lm-eval is to ask; none where the questions are asked here."""
+        if self.benchmark in HARNESS_TASKS:
+            return [HARNESS_TASKS[self.benchmark]]
+        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
 
     def refuse_unread_settings(self) -> None:
         """InputError where options do not go together, or one has no part in the evaluation."""
+        if self.harness_tasks():
+            unread = [name for name in type(self).model_fields if name not in HARNESS]
+            unread += ["benchmark"] * (self.lm_eval is not None)
+            refuse_given(self, unread, "lm-eval's tasks have questions and settings of their own")
+        else:
+            refuse_given(self, ("lm_eval", "include_path"), "no task of lm-eval is named")
         if self.endpoint is None:
             refuse_given(self, SERVED, "is for a server, whose URL --endpoint gives")
             if self.model is None:

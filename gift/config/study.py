@@ -34,7 +34,8 @@ class MethodOptions(RunStages):
     )
     guide: str = Field(
         default="instruct",
-        description="The model that annotates: instruct, base, or another's folder or hub id.",
+        description="The model that annotates: instruct, base, or another's folder or hub id; "
+        "{pair} in it stands for that of the run.",
     )
 
 

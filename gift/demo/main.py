@@ -1,5 +1,6 @@
 """`gift demo`: a world small enough for a laptop, and a study of four methods in it."""
 
+from collections.abc import Mapping
 from concurrent.futures import as_completed
 from pathlib import Path
 from random import Random
@@ -105,7 +106,14 @@ def _make_world(config: DemoConfig, place: Path) -> None:
             for name, seed in pairs.items()
         ]
         for name, seed in pairs.items():
-            _write_data(config, place, name, seed)
+            write_data(
+                place,
+                name,
+                seed,
+                seeds=config.seeds,
+                questions=config.questions,
+                noise=world.CLEAN if config.clean else world.TASK_NOISE,
+            )
         for job in as_completed(jobs):
             job.result()
             bar.advance()
@@ -116,30 +124,42 @@ def _make_pair(folder: Path, seed: int, scale: float, overwrite: bool) -> None:
         make_pair(folder, seed, steps_scale=scale, overwrite=overwrite)
 
 
-def _write_data(config: DemoConfig, place: Path, pair: str, pair_seed: int) -> None:
-    """A task set per seed, and questions that are in none of them."""
-    place.mkdir(parents=True, exist_ok=True)
+def write_data(
+    folder: Path, pair: str, pair_seed: int, *, seeds: int, questions: int, noise: world.Noise
+) -> None:
+    """A task set per seed, and questions that are in none of them.
+
+    The noise of the references changes neither the task sets' prompts nor the questions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
-    for seed in range(config.seeds):
-        rng = Random(f"task/{pair_seed}/{seed}")
-        rows = world.task_rows(rng, TASK_ROWS, world.CLEAN if config.clean else world.TASK_NOISE)
-        world.write_rows(place / f"{pair}-rows-{seed}.jsonl", rows)
+    for seed in range(seeds):
+        rows = world.task_rows(Random(f"task/{pair_seed}/{seed}"), TASK_ROWS, noise)
+        world.write_rows(folder / f"{pair}-rows-{seed}.jsonl", rows)
         taken |= {row["instruction"] for row in rows}
     rng = Random(f"questions/{pair_seed}")
-    programs = world.distinct_programs(rng, config.questions, taken)
-    constrained = world.distinct_programs(rng, config.questions // 2, taken)
-    for name, questions in (
+    programs = world.distinct_programs(rng, questions, taken)
+    constrained = world.distinct_programs(rng, questions // 2, taken)
+    for name, asked in (
         ("task", world.task_questions(programs)),
         ("style", world.style_questions(programs)),
         ("format", world.constraint_questions(rng, constrained)),
-        ("other", world.puzzle_questions(rng, config.questions)),
+        ("other", world.puzzle_questions(rng, questions)),
     ):
-        world.write_rows(place / f"{pair}-{name}.jsonl", questions)
+        world.write_rows(folder / f"{pair}-{name}.jsonl", asked)
+
+
+def ask(folder: Path, evaluations: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Evaluations, as a study's file has them, of the questions that `write_data` wrote."""
+    asked = {"check": "exact", "max_new_tokens": 48, "batch_size": 512, "device": "cpu"}
+    return {
+        name: {**asked, **options, "data": str(folder / f"{{pair}}-{options['data']}.jsonl")}
+        for name, options in evaluations.items()
+    }
 
 
 def _study(config: DemoConfig, place: Path) -> dict[str, Any]:
     """The study's file."""
-    asked = {"check": "exact", "max_new_tokens": 48, "batch_size": 512, "device": "cpu"}
     return {
         "pairs": {
             name: {model: str(place / name / model) for model in ("base", "instruct")}
@@ -147,10 +167,7 @@ def _study(config: DemoConfig, place: Path) -> dict[str, Any]:
         },
         "settings": {"data": str(place / "{pair}-rows-{seed}.jsonl"), "device": "cpu", **SETTINGS},
         "methods": METHODS,
-        "evaluations": {
-            name: {**asked, **options, "data": str(place / f"{{pair}}-{options['data']}.jsonl")}
-            for name, options in EVALUATIONS.items()
-        },
+        "evaluations": ask(place, EVALUATIONS),
         "correct_field": "correct",
         "seeds": list(range(config.seeds)),
     }

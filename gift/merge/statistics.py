@@ -38,9 +38,9 @@ from gift.models import (
 from gift.publish import output_folder
 
 
-def merge_statistics(config: StatisticsConfig) -> dict[str, Any]:
+def merge_statistics(config: StatisticsConfig, key: str = "") -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
-    with output_folder(config.output, overwrite=config.overwrite) as output:
+    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         folder = resolve_model(config.model)
         tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
         data = encode_file(config.data, tokenizer, config, folder_context(folder))

@@ -8,6 +8,9 @@ from typing import Any
 from gift.figures import can_draw, draw_reliability
 
 COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d405b", "#b56576")
+COLUMNS = 3  # of panels
+LEGEND_LINE = 0.17  # inches
+FEW = 8  # methods: more are drawn closer, and named in a legend
 Palette = Mapping[str, str]
 # Panels by title, in each the points of a line by its name.
 Lines = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
@@ -16,9 +19,10 @@ BANDS = ("#b5493c", "#dda15e", "#8fb3a5", "#2f6b5b")
 
 def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette) -> str:
     """A panel an evaluation: every method's accuracy with its interval, dots are runs."""
-    figure, panels = _panels(len(accuracy), 3.4, 0.45 * len(next(iter(accuracy.values()))) + 1.1)
-    for panel, (name, methods) in zip(panels, accuracy.items(), strict=True):
-        for place, (method, value) in enumerate(methods.items()):
+    methods = list(next(iter(accuracy.values())))
+    figure, panels = _panels(len(accuracy), 3.4, _row_height(len(methods)) * len(methods) + 1.1)
+    for number, (panel, (name, values)) in enumerate(zip(panels, accuracy.items(), strict=True)):
+        for place, (method, value) in enumerate(values.items()):
             color = palette[method]
             panel.barh(place, 100 * value["mean"], height=0.6, color=color, alpha=0.55)
             if value["low"] is not None:
@@ -28,8 +32,9 @@ def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette)
             panel.plot(runs, [place] * len(runs), "o", color=color, markersize=3)
         panel.set_title(name, fontsize=10)
         panel.set_xlim(0, 100)
-        panel.set_yticks(range(len(methods)), methods, fontsize=8)
-        panel.invert_yaxis()
+        # Names stand once in a row of panels.
+        panel.set_yticks(range(len(methods)), [] if number % COLUMNS else methods, fontsize=8)
+        panel.set_ylim(len(methods) - 0.4, -0.6)
         panel.set_xlabel("right answers, %", fontsize=8)
     return _embedded(figure)
 
@@ -38,10 +43,14 @@ def draw_retention(
     points: Mapping[str, tuple[float, float]], task: str, retention: str, palette: Palette
 ) -> str:
     """Task accuracy against what is retained, a point a method."""
-    figure, (panel,) = _panels(1, 4.6, 3.4)
-    for method, (x, y) in points.items():
-        panel.plot(100 * x, 100 * y, "o", color=palette[method], markersize=8)
-        panel.annotate(method, (100 * x, 100 * y), (6, 4), textcoords="offset points", fontsize=8)
+    figure, (panel,) = _panels(1, 4.6, max(3.4, LEGEND_LINE * len(points)))
+    for number, (method, (x, y)) in enumerate(points.items(), 1):
+        label = method if len(points) <= FEW else str(number)
+        name = f"{number} {method}"
+        panel.plot(100 * x, 100 * y, "o", color=palette[method], markersize=8, label=name)
+        panel.annotate(label, (100 * x, 100 * y), (6, 4), textcoords="offset points", fontsize=8)
+    if len(points) > FEW:
+        panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     panel.set_xlabel(f"{task}: right answers, %", fontsize=8)
     panel.set_ylabel(f"{retention}: right answers, %", fontsize=8)
     panel.margins(0.2)
@@ -51,7 +60,8 @@ def draw_retention(
 
 def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> str:
     """A panel a name, in it a line a method through its points (x, y)."""
-    figure, axes = _panels(len(panels), 3.6, 2.9)
+    most = max(map(len, panels.values()))
+    figure, axes = _panels(len(panels), 3.6, max(2.9, LEGEND_LINE * most))
     for panel, (name, lines) in zip(axes, panels.items(), strict=True):
         for method, points in lines.items():
             color, label = palette[method], _in_legend(method)
@@ -68,30 +78,39 @@ def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> s
 
 def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
     """A bar a method: the share of each confidence band."""
-    figure, (panel,) = _panels(1, 7.0, 0.42 * len(shares) + 1.2)
+    figure, (panel,) = _panels(1, 7.0, _row_height(len(shares)) * len(shares) + 1.2)
     left = [0.0] * len(shares)
     for color, band in zip(BANDS, next(iter(shares.values())), strict=True):
         widths = [100 * values[band] for values in shares.values()]
         panel.barh(list(shares), widths, left=left, color=color, label=band)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     panel.set_xlim(0, 100)
-    panel.invert_yaxis()
+    panel.tick_params(axis="y", labelsize=8)
+    panel.set_ylim(len(shares) - 0.4, -0.6)
     panel.set_xlabel("share of the weighted loss, %", fontsize=8)
     panel.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _embedded(figure)
 
 
 def draw_calibration(calibrations: Sequence[Mapping[str, Any]]) -> str:
-    """The reliability of every guide and pair."""
-    figure, (panel,) = _panels(1, 4.6, 3.6)
-    guides = [
-        (_in_legend(f"{one['guide']}, {one['pair']}"), one["reliability"]) for one in calibrations
-    ]
-    # Without the instruct model's color.
-    draw_reliability(panel, guides, _colors(len(guides) + 1)[1:])
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    """A panel a guide: its reliability with every pair."""
+    guides: dict[str, list[tuple[str, Any]]] = {}
+    for one in calibrations:
+        line = _in_legend(one["pair"]), one["reliability"]
+        guides.setdefault(one["guide"], []).append(line)
+    figure, panels = _panels(len(guides), 3.6, 3.2)
+    for panel, (guide, lines) in zip(panels, guides.items(), strict=True):
+        # Without the instruct model's color.
+        draw_reliability(panel, lines, _colors(len(lines) + 1)[1:])
+        panel.set_title(guide, fontsize=9)
+        panel.grid(alpha=0.3)
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _embedded(figure)
+
+
+def _row_height(rows: int) -> float:
+    """Of bars, in inches."""
+    return 0.42 if rows <= FEW else 0.25
 
 
 def _in_legend(name: str) -> str:
@@ -110,13 +129,13 @@ def _colors(count: int) -> list[str]:
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its panels, at most three in a row."""
+    """A figure and its panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(count, 3)
+    columns = min(count, COLUMNS)
     rows = -(-count // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False
@@ -131,7 +150,13 @@ def _embedded(figure: Any) -> str:
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
+    legends = [legend for panel in figure.axes if (legend := panel.get_legend())]
+    # Legends stand outside the panels and take no room from them.
+    for legend in legends:
+        legend.set_in_layout(False)
     figure.tight_layout()
+    for legend in legends:
+        legend.set_in_layout(True)
     with pyplot.rc_context({"svg.hashsalt": "gift"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)

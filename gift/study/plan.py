@@ -18,6 +18,8 @@ from gift.config import (
     DiffConfig,
     EvaluateConfig,
     MergeConfig,
+    MergeOptions,
+    StatisticsConfig,
     TrainConfig,
 )
 from gift.config.run import RunOptions
@@ -39,7 +41,7 @@ from gift.run import PATH_FIELDS, TOKENIZER_FILES, check_pair, pick
 
 STAGES_FOLDER = "stages"
 TUNING = "tuning"
-INPUTS = PATH_FIELDS | {"model_a", "model_b", "store"}
+INPUTS = PATH_FIELDS | {"model_a", "model_b", "store", "statistics"}
 Rates = Mapping[tuple[str, str], float]
 
 
@@ -63,7 +65,8 @@ class Stage:
 class Run:
     """One line of the table of runs; the instruct model's own has no seed and no rate.
 
-    `stages` are annotate, calibrate, train, merge and diff, as far as the run has them.
+    `stages` are annotate, train, those of the merge's statistics, merge, calibrate and diff, as far
+    as the run has them.
     """
 
     pair: str
@@ -204,22 +207,12 @@ class _Planner:
             f"{label}, seed {seed}",
             annotated,
         )
-        merge = self._stage(
-            "merge",
-            pick(
-                MergeConfig,
-                options,
-                model=str(instruct),
-                base=str(self._models["base"]) if METHODS[options.method].needs_base else None,
-                adapter=[str(train.folder)],
-                dtype="keep",
-                output=Path("merge"),
-            ),
-            [*map(model_hash, self._models.values()), self._tokenizer, train.key],
-            f"{label}, seed {seed}",
-            train,
+        statistics = self._statistics(options, data, rows, train, f"{label}, seed {seed}")
+        collected = [stage for stage in statistics.values() if stage.kind == "statistics"]
+        merge = self._merge(
+            options, train, f"{label}, seed {seed}", self._models["instruct"], collected
         )
-        stages = {"annotate": annotated, "train": train, "merge": merge}
+        stages = {"annotate": annotated, "train": train, **statistics, "merge": merge}
         if examine:
             guide = CalibrationConfig(
                 store=annotated.folder,
@@ -251,7 +244,9 @@ class _Planner:
         return self._stage("evaluate", asked, [questions, *inputs], label, *needs)
 
     def _annotate(self, options: MethodOptions, data: Path, rows: str) -> Stage:
-        guide = self._models.get(options.guide) or resolve_model(options.guide)
+        guide = self._models.get(options.guide) or resolve_model(
+            options.guide.replace("{pair}", self._name)
+        )
         annotation = pick(
             AnnotateConfig,
             options,
@@ -262,6 +257,69 @@ class _Planner:
         )
         inputs = [model_hash(guide), self._tokenizer, rows]
         return self._stage("annotate", annotation, inputs, f"{data.name} by {guide}")
+
+    def _merge(
+        self,
+        options: MethodOptions,
+        train: Stage,
+        label: str,
+        model: Path,
+        statistics: Sequence[Stage] = (),
+    ) -> Stage:
+        """The adapter merged into a model."""
+        # Statistics are those of the trained model with its adapter: the merge must mean it too.
+        of_base = bool(statistics) and options.trained == "base"
+        with_base = METHODS[options.method].needs_base or of_base
+        config = pick(
+            MergeConfig,
+            options,
+            model=str(model),
+            base=str(self._models["base"]) if with_base else None,
+            adapter=[str(train.folder)],
+            statistics=[str(stage.folder) for stage in statistics],
+            dtype="keep",
+            output=Path("merge"),
+        )
+        needs = (train, *statistics)
+        read = [model_hash(one) for one in (model, self._models["base"])]
+        inputs = [*read, self._tokenizer, *(stage.key for stage in needs)]
+        return self._stage("merge", config, inputs, label, *needs)
+
+    def _statistics(
+        self, options: MethodOptions, data: Path, rows: str, train: Stage, label: str
+    ) -> dict[str, Stage]:
+        """What the merge method reads of the instruct and of the task model, by name.
+
+        The task model is the trained one with its adapter. Both read the rows to adapt to.
+        """
+        if METHODS[options.method].statistics is None:
+            return {}
+        plain = options.model_copy(
+            update={**MergeOptions().model_dump(), "untie_embeddings": options.untie_embeddings}
+        )
+        trained, instruct = self._models[options.trained], self._models["instruct"]
+        task = self._merge(plain, train, f"{label}, task model", trained)
+
+        def collect(model: Path, name: str, source: str, *needs: Stage) -> Stage:
+            config = pick(
+                StatisticsConfig,
+                options,
+                model=str(model),
+                tokenizer=str(instruct),
+                data=data,
+                kind=options.method,
+                output=Path("statistics"),
+            )
+            inputs = [source, self._tokenizer, rows]
+            return self._stage("statistics", config, inputs, name, *needs)
+
+        return {
+            "statistics of instruct": collect(
+                instruct, f"{options.method}, {self._name}", model_hash(instruct)
+            ),
+            "task model": task,
+            "statistics of task": collect(task.folder, label, task.key, task),
+        }
 
     def _stage(
         self, kind: str, options: Any, inputs: Sequence[str], label: str, *needs: Stage
@@ -281,9 +339,4 @@ class _Planner:
             check_pair(run)
         except InputError as error:
             raise InputError(f"methods.{method}: {error}") from None
-        if METHODS[options.method].statistics:
-            raise InputError(
-                f"methods.{method}: a study makes no statistics, which --method {options.method} "
-                "needs; use gift merge-statistics and gift merge"
-            )
         self._checked.add(method)

@@ -19,7 +19,9 @@ from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
 
 REPORT_FILE = "report.html"
-SHOWN_QUESTIONS = 5
+SHOWN = 5  # questions won and lost; with more guides than that, each is folded
+SHOWN_RUNS = 60
+MAIN_OPTIONS = ("trained", "weighting", "guide", "method")
 LAYER = re.compile(r"\.(\d+)\.")
 WARNING = re.compile(r"^warning: (.*)$", re.M)
 HASHES = ("base_model_hash", "guide_model_hash", "tokenizer_hash", "template_hash", "data_hash")
@@ -60,7 +62,9 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
         identities=_identities(study),
         settings=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
         instruct=INSTRUCT,
-        shown=SHOWN_QUESTIONS,
+        own_options=_own_options(study),
+        shown=SHOWN,
+        shown_runs=SHOWN_RUNS,
     )
     path = study.folder / REPORT_FILE
     with replacing(path) as temporary:
@@ -86,6 +90,18 @@ def changes_by_layer(study: Study) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def _own_options(study: Study) -> dict[str, str]:
+    """The compared method's main options; of each other method what differs from it."""
+    methods, compared = study.settings["methods"], study.record["compared"]
+    usual = methods[compared]
+    own = {
+        name: {key: value for key, value in options.items() if value != usual[key]}
+        for name, options in methods.items()
+    }
+    own[compared] = {key: usual[key] for key in MAIN_OPTIONS}
+    return {name: ", ".join(f"{k}: {v}" for k, v in own[name].items()) for name in methods}
+
+
 def _calibrations(study: Study) -> list[dict[str, Any]]:
     """What gift calibration says of each guide's first store, with its pair."""
     found: dict[str, dict[str, Any]] = {}
@@ -94,12 +110,16 @@ def _calibrations(study: Study) -> list[dict[str, Any]]:
         if name is None or name in found:
             continue
         report = read_json(study.stage(name) / "calibration.json")
+        options = study.settings["methods"][run["method"]]
+        guide = options["guide"]
+        if options["guide_temperature"] != 1:
+            guide += f" at temperature {options['guide_temperature']}"
         everything = next(kind for kind in report["kinds"] if kind["kind"] == "all")
         found[name] = {
             **report,
             "first_choice_is_target": everything["first_choice_is_target"],
             "pair": run["pair"],
-            "guide": study.settings["methods"][run["method"]]["guide"],
+            "guide": guide,
         }
     return list(found.values())
 

@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -24,6 +24,7 @@ from gift.files import read_json, write_json
 from gift.lock import owned
 from gift.merge.command import merge
 from gift.merge.diff import diff
+from gift.merge.statistics import merge_statistics
 from gift.models import versions
 from gift.publish import remove_published
 from gift.run import is_finished
@@ -36,6 +37,7 @@ FUNCTIONS = {
     "annotate": annotate,
     "calibrate": calibration,
     "train": train,
+    "statistics": merge_statistics,
     "merge": merge,
     "evaluate": evaluate,
     "diff": diff,
@@ -62,7 +64,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
             seconds |= execute(config, runs, pool)
         if not config.keep_models:
             stages = _in_order([*tried, *runs])
-            _remove_used(stages, {stage.key for stage in stages})
+            _remove_used(stages, stages, {stage.key for stage in stages})
         write_json(config.output / STUDY_FILE, _record(config, runs, tuning))
         finished = read_study(config.output)
         results = finished.results()
@@ -160,7 +162,7 @@ def execute(
                 bar.note(stage.label)
                 bar.advance()
                 if not config.keep_models:
-                    _remove_used(stages, done)
+                    _remove_used(stage.needs, stages, done)
     return seconds
 
 
@@ -176,23 +178,20 @@ def _in_order(runs: Sequence[Run]) -> list[Stage]:
 def _unfinished(stages: Sequence[Stage], overwrite: bool) -> list[Stage]:
     """The stages to run: a merged model only where something that is not finished reads it."""
     needed: list[Stage] = []
+    read: set[str] = set()
     for stage in reversed(stages):
-        is_read = any(_reads(other, stage) for other in needed)
-        wanted = is_read or stage.kind != "merge"
+        wanted = stage.key in read or stage.kind != "merge"
         if wanted and not is_finished(stage.folder, stage.key, overwrite):
             needed.append(stage)
+            read |= {need.key for need in stage.needs}
     return needed[::-1]
 
 
-def _reads(stage: Stage, other: Stage) -> bool:
-    return other.key in {need.key for need in stage.needs}
-
-
-def _remove_used(stages: Sequence[Stage], done: set[str]) -> None:
-    """Removes the merged models that nothing reads any more."""
-    for stage in stages:
-        readers = [other for other in stages if _reads(other, stage)]
-        if stage.kind == "merge" and all(other.key in done for other in readers):
+def _remove_used(candidates: Iterable[Stage], stages: Sequence[Stage], done: set[str]) -> None:
+    """Removes those of the candidates that are merged models which nothing reads any more."""
+    read = {need.key for stage in stages if stage.key not in done for need in stage.needs}
+    for stage in candidates:
+        if stage.kind == "merge" and stage.key not in read:
             remove_published(stage.folder)
 
 
@@ -243,7 +242,7 @@ def visible_gpus() -> list[str]:
 
 def worker_places(workers: int, gpus: Sequence[str]) -> list[tuple[str | None, int]]:
     """The GPU of each worker, in turn, and its number of threads."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     return [(gpus[n % len(gpus)] if gpus else None, threads) for n in range(workers)]
 
 

@@ -158,7 +158,7 @@ def test_rows_that_trl_cuts_keep_their_weights(mode: str, models: Path, tmp_path
 
 @every_kind
 def test_recomputed_activations_give_the_same(kind: str, models: Path, tmp_path: Path) -> None:
-    found = train(kind, load(models / "base", {}), tmp_path, 4, activation_checkpointing=True)
+    found = train(kind, load(models / "base", {}), tmp_path, 4, gradient_checkpointing=True)
     require_close(found, expect(load(models / "base", {})))
 
 

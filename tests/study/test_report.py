@@ -101,6 +101,19 @@ def test_the_tables_are_the_results(finished: Path, page: Page) -> None:
     assert json.loads(metrics.read_text())["data_hash"] in page.sections["settings"]
 
 
+def test_the_result_names_every_difference_and_the_table_what_makes_a_method(
+    finished: Path, page: Page
+) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    text = " ".join(page.sections["result"].split())
+    for one in results["differences"]:
+        if one["first"] == "GIFT":
+            assert f"{one['second']} ({100 * one['value']['mean']:+.1f})" in text
+    rows = " ".join(page.sections["methods"].split())
+    assert "GIFT trained: base, weighting: guide, guide: instruct, method: lora" in rows
+    assert "Shadow-FT weighting: uniform" in rows
+
+
 def test_questions_won_and_lost_show_a_right_and_a_wrong_reply(finished: Path) -> None:
     study = read_study(finished)
     decided = questions_decided(study, "task")
@@ -199,7 +212,7 @@ def test_a_record_of_another_program_is_refused(
 def test_a_damaged_or_missing_stage_is_named(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "study"
     shutil.copytree(finished, folder)
-    path = next(folder.glob("stages/diff-*"))
+    path = next(folder.glob("stages/diff-*/diff.json")).parent
     (path / "diff.json").write_text("{}")
     with pytest.raises(InputError, match=r"diff\.json: has 2 bytes"):
         report(ReportConfig(study=folder))

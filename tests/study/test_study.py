@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import studies
+import tiny
+import torch
+from safetensors.torch import load_file
 
-from gift.config import StudyConfig
+from gift.config import MergeConfig, StatisticsConfig, StudyConfig
 from gift.errors import InputError
+from gift.merge.command import merge
+from gift.merge.statistics import merge_statistics
 from gift.study import run as run_module
 from gift.study.plan import plan, plan_tuning
 from gift.study.results import read_study
@@ -190,11 +195,10 @@ def test_a_file_that_contradicts_itself_is_refused(
     ("method", "message"),
     [
         ({"task_weight": 2}, r"methods\.GIFT: --task-weight: --method lora does not read it"),
-        ({"method": "regmean"}, r"methods\.GIFT: a study makes no statistics"),
         ({"data": "none-{seed}.jsonl"}, r"data: none-0\.jsonl: no such file"),
         ({"lora_targets": "nope"}, r"methods\.GIFT: --lora-targets: "),
     ],
-    ids=["unread", "statistics", "data", "targets"],
+    ids=["unread", "data", "targets"],
 )
 def test_options_that_do_not_fit_are_refused_before_any_stage(
     folder: Path, tmp_path: Path, method: dict, message: str
@@ -263,7 +267,7 @@ def test_the_guide_may_be_the_base_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_workers_share_gpus_in_turn_or_else_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     assert worker_places(3, ["2", "5"]) == [("2", 2), ("5", 2), ("2", 2)]
     assert worker_places(2, []) == [(None, 4), (None, 4)]
     assert worker_places(16, []) == [(None, 1)] * 16
@@ -273,3 +277,58 @@ def test_a_folder_that_is_no_study_is_refused(folder: Path, tmp_path: Path) -> N
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(InputError, match="exists and is not a study"):
         study(studies.config(folder, tmp_path))
+
+
+def test_merges_that_need_statistics_get_those_of_both_models(
+    folder: Path, tmp_path: Path, in_this_process: None
+) -> None:
+    """The instruct model's are made once; the merge is that of the commands by hand."""
+    methods = {"GIFT": None, "Fisher": {"method": "fisher"}, "RegMean": {"method": "regmean"}}
+    changes = {"methods": methods, "tuning": None, "seeds": [0], "workers": 1}
+    output = tmp_path / "out"
+    study(studies.config(folder, output, **changes))
+    names = stage_names(output)
+    assert count(names, "train") == 1
+    assert count(names, "statistics") == 2 * 2
+    assert count(names, "merge") == 3 + 1, "two methods share the task model"
+    read = read_study(output)
+    stages = {name: read.stage(one) for name, one in read.runs("Fisher")[0]["stages"].items()}
+    by_hand = {name: tmp_path / name for name in ("task", "of-instruct", "of-task", "fisher")}
+    base, instruct = (str(folder / name) for name in ("base", "instruct"))
+    adapter = [str(stages["train"])]
+    merge(MergeConfig(model=base, adapter=adapter, output=by_hand["task"]))
+    for model, name in ((instruct, "of-instruct"), (str(by_hand["task"]), "of-task")):
+        options = {"tokenizer": instruct, "data": folder / "rows.jsonl", "device": "cpu"}
+        merge_statistics(
+            StatisticsConfig(model=model, kind="fisher", output=by_hand[name], **options)
+        )
+    merge(
+        MergeConfig(
+            model=instruct,
+            adapter=adapter,
+            method="fisher",
+            base=base,
+            statistics=[str(by_hand["of-instruct"]), str(by_hand["of-task"])],
+            output=by_hand["fisher"],
+        )
+    )
+    ours, expected = (
+        load_file(path / "model.safetensors") for path in (stages["merge"], by_hand["fisher"])
+    )
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_a_guide_can_be_another_model_for_every_pair(folder: Path, tmp_path: Path) -> None:
+    pairs = {
+        name: {"base": str(folder / "base"), "instruct": str(folder / "instruct")} for name in "ab"
+    }
+    for seed, name in enumerate(pairs):
+        tiny.make_model(tmp_path / f"guide-{name}", "qwen2", seed=seed, num_hidden_layers=1)
+    methods = {"GIFT": {"guide": str(tmp_path / "guide-{pair}")}}
+    config = studies.config(folder, tmp_path / "out", pairs=pairs, methods=methods, tuning=None)
+    guides = {
+        run.pair: run.stages["annotate"].config.model for run in plan(config, {}) if run.stages
+    }
+    assert guides == {name: str(tmp_path / f"guide-{name}") for name in pairs}

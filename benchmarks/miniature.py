@@ -1,0 +1,151 @@
+"""The paper's table in miniature: `python -m benchmarks.miniature --output miniature`.
+
+Makes pairs of tiny models in the demo's world, guides that are wrong or new to the domain, and
+noisy and clean references; then runs one study of all methods with each kind of references. What
+is finished is not done again. About an hour of one core.
+"""
+
+import argparse
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from gift.config import MergeConfig, StudyConfig, TrainConfig
+from gift.console import error_console, quiet
+from gift.demo import world
+from gift.demo.main import EVALUATIONS, SETTINGS, ask, write_data
+from gift.demo.pair import Recipe, make_pair
+from gift.files import replacing
+from gift.merge.command import merge
+from gift.merge.methods import METHODS as MERGE_METHODS
+from gift.study.run import study
+from gift.train import train
+
+SEEDS, QUESTIONS = 3, 100
+# Seed and recipe of each pair.
+PAIRS: dict[str, tuple[int, dict[str, Any]]] = {
+    "standard-10": (10, {}),
+    "standard-11": (11, {}),
+    "standard-12": (12, {}),
+    "wide": (20, {"hidden_size": 96, "mlp_size": 288, "heads": 3}),
+    "deep": (30, {"layers": 3}),
+}
+REFERENCES = {"noisy": world.TASK_NOISE, "clean": world.CLEAN}
+# What the wrong guide is taught: tidy steps that stop at 0 and 9, where the task wraps around.
+CORRUPTED = world.Noise(wrong_convention=1.0, slip=0.1)
+NO_PROGRAMS = world.Mixture(document_programs=0.0, conversation_programs=0.0)
+NEW_RECIPE = {"primer_steps": 0, "mixture": NO_PROGRAMS}
+EVALUATED = ("task", "own worked style", "format kept on task", "other tasks")
+
+
+def methods(guides: Path) -> dict[str, dict[str, Any]]:
+    """All methods by name; `guides` has the folders of the guides that fail."""
+    return {
+        "GIFT": {},
+        # Other weightings, and other models trained or asked.
+        "Shadow-FT (uniform)": {"weighting": "uniform"},
+        "Instruct-SFT": {"weighting": "uniform", "trained": "instruct"},
+        "GIFT-BaseT": {"guide": "base"},
+        **{
+            f"weighting {name}": {"weighting": name}
+            for name in ("self", "own-times-guide", "excess", "entropy")
+        },
+        **{
+            f"control {name}": {"control": name}
+            for name in ("shuffle", "random", "invert", "constant")
+        },
+        # With one adapter and factors of 1, these two would be the merge of GIFT.
+        "merge task-arithmetic 0.5": {"method": "task-arithmetic", "task_weight": 0.5},
+        "merge re-adapt 0.5": {"method": "re-adapt", "instruct_weight": 0.5},
+        **{
+            f"merge {name}": {"method": name}
+            for name in MERGE_METHODS
+            if name not in ("lora", "task-arithmetic", "re-adapt")
+        },
+        "guide wrong": {"guide": str(guides / "wrong-{pair}")},
+        "guide overconfident": {"guide_temperature": 0.25},
+        "guide new to the domain": {"guide": str(guides / "new-{pair}" / "instruct")},
+    }
+
+
+def make_world(folder: Path) -> None:
+    """Pairs, guides, references and questions; `write_data` has the files of each pair."""
+    for name, (seed, changes) in PAIRS.items():
+        error_console.print(f"Pair {name}", highlight=False)
+        with quiet():
+            pair = make_pair(folder / "pairs" / name, seed, recipe=Recipe(**changes))
+            make_pair(
+                folder / "guides" / f"new-{name}",
+                seed,
+                steps_scale=0.5,
+                recipe=Recipe(**NEW_RECIPE, **changes),
+            )
+            _teach_wrongly(folder, name, seed, pair.instruct)
+        for kind, noise in REFERENCES.items():
+            write_data(folder / kind, name, seed, seeds=SEEDS, questions=QUESTIONS, noise=noise)
+
+
+def _teach_wrongly(folder: Path, name: str, seed: int, instruct: Path) -> None:
+    """The instruct model, fine-tuned on references that are wrong."""
+    guide, adapter = (folder / "guides" / f"{kind}-{name}" for kind in ("wrong", "adapter"))
+    if guide.exists():
+        return
+    data = folder / "guides" / f"{name}-corrupted.jsonl"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    world.write_rows(data, world.task_rows(Random(f"corrupted/{seed}"), 800, CORRUPTED))
+    train(
+        TrainConfig(
+            **SETTINGS | {"learning_rate": 1e-3},
+            model=str(instruct),
+            data=data,
+            tokenizer=str(instruct),
+            weighting="uniform",
+            device="cpu",
+            overwrite=True,
+            output=adapter,
+        )
+    )
+    merge(MergeConfig(model=str(instruct), adapter=[str(adapter)], device="cpu", output=guide))
+
+
+def study_file(folder: Path, kind: str) -> dict[str, Any]:
+    """The study with one kind of references, as `gift study` reads it."""
+    evaluations = {name: EVALUATIONS[name] for name in EVALUATED}
+    evaluations["task"] |= {"samples": 2}
+    return {
+        "pairs": {
+            name: {model: str(folder / "pairs" / name / model) for model in ("base", "instruct")}
+            for name in PAIRS
+        },
+        "settings": {
+            "data": str(folder / kind / "{pair}-rows-{seed}.jsonl"),
+            "device": "cpu",
+            **SETTINGS,
+        },
+        "methods": methods(folder / "guides"),
+        "evaluations": ask(folder / kind, evaluations),
+        "correct_field": "correct",
+        "seeds": list(range(SEEDS)),
+        "keep_models": False,
+    }
+
+
+def main() -> None:
+    """Makes what is not there yet, and runs the studies."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    make_world(arguments.output)
+    for kind in REFERENCES:
+        settings = study_file(arguments.output, kind)
+        with replacing(arguments.output / f"{kind}.yaml") as path:
+            path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        output = arguments.output / f"study-{kind}"
+        study(StudyConfig(**settings, workers=arguments.workers, output=output))
+
+
+if __name__ == "__main__":
+    main()
