@@ -51,16 +51,15 @@ def in_inputs(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fork_ranks(size: int, action: Callable[[int], Any], log: Path) -> list[tuple[int, str]]:
     """Runs `action(rank)` in so many forked processes; the exit status and error of each."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    port = store.port
-    del store
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(size):
         if (child := os.fork()) == 0:
             status = 1
             try:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # as torchrun does
                 with (
                     Path(f"{log}-{rank}.out").open("w") as out,
                     Path(f"{log}-{rank}.err").open("w") as err,
