@@ -14,9 +14,11 @@ from urllib.request import urlopen
 
 import pytest
 import tiny
+import yaml
 from transformers import AutoTokenizer
 
 import gift.endpoint
+from gift import cli
 from gift.config import EvaluateConfig
 from gift.endpoint import request_seed
 from gift.errors import InputError
@@ -356,6 +358,21 @@ def test_requests_hold_what_was_asked_for(
     asked = next(body for body in server.asked if body["messages"] == turns)
     expected = {"model": "tiny", "temperature": 0.5, "top_p": 0.9, "max_tokens": 12, "top_k": 5}
     assert asked == {**expected, "messages": turns}
+
+
+def test_a_recipe_adds_fields_and_local_servers_need_no_key(
+    server: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    settings = configure(tmp_path, server.url).model_dump(mode="json", exclude_defaults=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings | {"extra_body": {"top_k": 5, "min_p": 0.1}}))
+    monkeypatch.setattr(sys, "argv", ["gift", "evaluate", "--config", str(recipe)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert {(body["top_k"], body["min_p"]) for body in server.asked} == {(5, 0.1)}
+    assert set(server.keys) == {"Bearer EMPTY"}
 
 
 def test_at_most_as_many_requests_at_a_time_as_asked_for(
