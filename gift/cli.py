@@ -169,7 +169,7 @@ _add_command(
 _add_command(
     "import-scores",
     ImportScoresConfig,
-    "gift.annotate:import_scores",
+    "gift.scores:import_scores",
     "Turn the authors' scores file into a confidence store. Loads no model.",
 )
 _add_command(
