@@ -43,7 +43,6 @@ from gift.models import (
     last_hidden_state,
     lm_head,
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     model_structure,
     pick_device,
@@ -59,6 +58,7 @@ from gift.ranks import Group
 from gift.rows import read_conversation
 from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
+from gift.token_ids import tokenizer_for
 from gift_kernels import token_confidence
 
 PART = "part-"  # begins the names of files with what was found of some rows
@@ -83,7 +83,7 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
 
 def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str, Any]:
     folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    tokenizer = tokenizer_for(folder, config.tokenizer)
     structure = model_structure(folder)
     data = encode_file(config.data, tokenizer, config, folder_context(folder))
     require_vocabulary(structure, data, config.model)
@@ -162,7 +162,7 @@ class Annotator:
         place = pick_device(device)
         folder = resolve_model(model)
         self._name, self._context = model, folder_context(folder)
-        self._tokenizer = load_tokenizer(resolve_model(tokenizer) if tokenizer else folder)
+        self._tokenizer = tokenizer_for(folder, tokenizer)
         self._model = load_causal_lm(folder, pick_dtype(dtype, place), place)
         trial = _trial_rows(self._model, max_length)
         check_head(self._model, torch.from_numpy(trial[0].input_ids).long().to(place))
@@ -222,7 +222,7 @@ class Annotator:
 
 def _show_rows(config: AnnotateConfig, count: int) -> None:
     folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    tokenizer = tokenizer_for(folder, config.tokenizer)
     shown = config.model_copy(update={"limit": count, "max_dropped": 1.0})
     show_rows(encode_file(config.data, tokenizer, shown, folder_context(folder)), tokenizer)
 

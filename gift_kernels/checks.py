@@ -259,7 +259,7 @@ def statistics(value: object) -> frozenset[str] | None:
     if value is None:
         return None
     known = get_args(Statistic)
-    if not isinstance(value, list | tuple | set | frozenset):
+    if not isinstance(value, (list, tuple, set, frozenset)):
         raise TypeError(f'stats: expected names such as ("nll", "top1"), got {_kind(value)}')
     return frozenset(choice("stats", name, known) for name in value)
 

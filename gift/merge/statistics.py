@@ -28,7 +28,6 @@ from gift.merge.methods import METHODS
 from gift.models import (
     folder_context,
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     pick_device,
     pick_dtype,
@@ -36,13 +35,14 @@ from gift.models import (
     versions,
 )
 from gift.publish import output_folder
+from gift.token_ids import tokenizer_for
 
 
 def merge_statistics(config: StatisticsConfig, key: str = "") -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         folder = resolve_model(config.model)
-        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        tokenizer = tokenizer_for(folder, config.tokenizer)
         data = encode_file(config.data, tokenizer, config, folder_context(folder))
         weights = model_hash(folder)
         device = pick_device(config.device)
