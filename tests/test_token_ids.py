@@ -1,4 +1,4 @@
-"""A model whose tokens have other ids than the data's is refused by every stage that would run it."""
+"""A model whose tokens have other ids than the data's is refused by every stage."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from gift.train import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, a third whose digits 1 and 2 have changed places, data, a store and an adapter."""
+    """Two models, a third with the ids of 1 and 2 exchanged, data, a store and an adapter."""
     folder = tmp_path_factory.mktemp("ids")
     for seed, name in enumerate(("base", "instruct")):
         tiny.make_model(folder / name, seed=seed)

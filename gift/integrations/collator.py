@@ -19,13 +19,20 @@ class WeightedCollator:
     `labels[i]`, the token at place i. The batch gets `token_weight` float32 of the shape of its
     `labels`, 0 where there is padding. Rows without the column pass as they are.
 
-    InputError: a row whose three columns differ in length or of which one is missing; or a
-    collator that does more than to pad, to pack and to take labels out, so that the weights would
-    belong to other tokens.
+    Args:
+        collator: makes a batch of rows without weights.
+        vocab_size: number of tokens that the model has; all ids must be below.
+
+    InputError: a row whose three columns differ in length or of which one is missing, a weight that
+    is infinite or NaN, a token that the model does not have; or a collator that does more than to
+    pad, to pack and to take labels out, so that the weights would belong to other tokens.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], Any], vocab_size: int | None = None
+    ) -> None:
         self.collator = collator
+        self.vocab_size = vocab_size
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> Any:
         """The batch of some rows."""
@@ -37,6 +44,7 @@ class WeightedCollator:
         rows = [{k: v for k, v in row.items() if k != TOKEN_WEIGHT} for row in features]
         # Collators change rows in place.
         tokens = [torch.as_tensor([row["input_ids"], row["labels"]]) for row in rows]
+        self._check(tokens, weights)
         batch = self.collator(rows)
         made = torch.stack([torch.as_tensor(batch[key]) for key in ("input_ids", "labels")])
         place = _find_places(tokens, made)
@@ -51,6 +59,21 @@ class WeightedCollator:
             placed[row, start : start + len(weight)] = weight
         batch[TOKEN_WEIGHT] = placed
         return batch
+
+    def _check(self, tokens: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        for row in weights:
+            if not bool(row.isfinite().all()):
+                place = int(row.isfinite().logical_not().nonzero()[0])
+                raise InputError(
+                    f"{TOKEN_WEIGHT}: the weight at place {place} of a row is {float(row[place])}; "
+                    "weights must be finite"
+                )
+        largest = max((int(row[0].max()) for row in tokens if row.numel()), default=0)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise InputError(
+                f"input_ids: a row has token {largest}, the model {self.vocab_size} tokens; use a "
+                "model with the vocabulary of the tokenizer that made the rows"
+            )
 
 
 def require_aligned(row: dict[str, Any], name: str = "a row") -> None:

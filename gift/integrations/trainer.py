@@ -114,7 +114,8 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         if isinstance(weights, PreTrainedModel):
             self.weights = weights.to(self.args.device).eval().requires_grad_(False)  # pyright: ignore
         elif weights == "column" and not isinstance(self.data_collator, WeightedCollator):
-            self.data_collator = WeightedCollator(self.data_collator)
+            known = base_of(self.model).config.get_text_config().vocab_size
+            self.data_collator = WeightedCollator(self.data_collator, known)
         self._sums = {
             mode: torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
             for mode in ("train", "eval")

@@ -91,3 +91,18 @@ def test_a_collator_that_changes_rows_is_refused(collator: Any) -> None:
 def test_rows_whose_columns_do_not_fit_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         WeightedCollator(padder("right"))([{**ROWS[0], **changes}, ROWS[1]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    row = {**ROWS[0], "token_weight": [0.0, 0.5, value]}
+    with pytest.raises(
+        InputError, match=f"token_weight: the weight at place 2 of a row is {value}"
+    ):
+        WeightedCollator(padder("right"))([row, ROWS[1]])
+
+
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    collator = WeightedCollator(padder("right"), vocab_size=9)
+    with pytest.raises(InputError, match="input_ids: a row has token 9, the model 9 tokens"):
+        collator(rows())
