@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu check bench clean
+.PHONY: demo test test-gpu test-versions check bench clean
 
 demo: $(READY)
 	$(BIN)/gift demo --output demo-output --overwrite
@@ -17,6 +17,10 @@ test-gpu:
 	rm -rf gpu-test-output
 	$(PYTHON) -m benchmarks.gpu_suite --parts warm,tests,accuracy --budget-minutes 4 \
 		--output gpu-test-output
+
+# With older and newer versions of PyTorch and Transformers; hours, and gigabytes of downloads.
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py
 
 check: $(READY)
 	$(BIN)/ruff check .

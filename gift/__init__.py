@@ -1,3 +1,3 @@
 """Guided fine-tuning: annotate with the instruct model, train on the base model, merge back."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

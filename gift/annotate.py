@@ -8,10 +8,10 @@ for `gift calibration`. Rows are packed without padding (`gift.packing`); only t
 head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,20 @@ from torch import Tensor
 
 from gift import ranks
 from gift.batches import Batch, make_batch, plan_batches
-from gift.confidence_store import STATISTICS, GuideStatistics, read_author_scores, write_store
-from gift.config import AnnotateConfig, ImportScoresConfig
+from gift.confidence_store import STATISTICS, GuideStatistics, write_store
+from gift.config import AnnotateConfig, DataOptions
+from gift.config.annotate import AnnotateOptions
 from gift.console import print_summary, progress
-from gift.data import EncodedData, Example, data_summary, encode_file, read_rows, require_vocabulary
+from gift.data import (
+    EncodedData,
+    Example,
+    data_summary,
+    encode_file,
+    encode_rows,
+    read_rows,
+    require_vocabulary,
+    token_columns,
+)
 from gift.errors import InputError
 from gift.files import hash_json, replacing, sealed_files, write_json
 from gift.models import (
@@ -44,8 +54,9 @@ from gift.models import (
     versions,
 )
 from gift.packing import enable_packing
-from gift.publish import Output, output_folder
+from gift.publish import Output
 from gift.ranks import Group
+from gift.rows import read_conversation
 from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift_kernels import token_confidence
@@ -117,44 +128,103 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
     return summary
 
 
+class Annotator:
+    """A guide that annotates batches of rows: an actor class for `ray.data.Dataset.map_batches`.
+
+    It needs no Ray: an instance is a function of a batch. The model is loaded once.
+
+    Args:
+        model: the guide, a folder or a hub id; `tokenizer` names another model's tokenizer and
+            chat template. All others are options of `gift annotate`.
+
+    Raises:
+        InputError: a model or tokenizer that cannot be used.
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        max_length: int = 2048,
+        overlong: Literal["drop", "truncate"] = "drop",
+        ignore_keys: str = "",
+        batch_tokens: int = 16384,
+        guide_temperature: float = 1.0,
+    ) -> None:
+        self._rows = DataOptions(max_length=max_length, overlong=overlong, ignore_keys=ignore_keys)
+        self._options = AnnotateOptions(
+            batch_tokens=batch_tokens, guide_temperature=guide_temperature
+        )
+        place = pick_device(device)
+        folder = resolve_model(model)
+        self._name, self._context = model, folder_context(folder)
+        self._tokenizer = load_tokenizer(resolve_model(tokenizer) if tokenizer else folder)
+        self._model = load_causal_lm(folder, pick_dtype(dtype, place), place)
+        trial = _trial_rows(self._model, max_length)
+        check_head(self._model, torch.from_numpy(trial[0].input_ids).long().to(place))
+        self._packed = enable_packing(self._model, trial)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with the tokens of its rows, and the guide's confidence in the targets.
+
+        Args:
+            batch: columns by name, which hold the keys of `gift annotate`'s rows:
+                instruction/response, prompt/completion or messages. None is no value.
+
+        Returns:
+            All columns, and three object arrays of lists, as `gift.datasets.with_confidence` makes
+            them: `input_ids`, `labels` (-100 where a token is no target) and `token_weight`, the
+            confidence in each label, 0 where that is -100. A row that is dropped, because it is
+            longer than `max_length` or without an assistant's text, has empty lists.
+
+        Raises:
+            InputError: a row that cannot be used, or a confidence that is not finite.
+        """
+        columns = {name: _plain(values) for name, values in batch.items()}
+        conversations = []
+        for number, values in enumerate(zip(*columns.values(), strict=True)):
+            row = {
+                key: value for key, value in zip(columns, values, strict=True) if value is not None
+            }
+            place = f"row {number} of the batch"
+            conversations.append(read_conversation(row, place, self._rows.ignored_keys())[0])
+        data = encode_rows(
+            conversations,
+            self._tokenizer,
+            max_length=self._rows.max_length,
+            context=self._context,
+            overlong=self._rows.overlong,
+        )
+        confidence = self._annotate(data)
+        found: dict[str, list[list[Any]]] = {"input_ids": [], "labels": [], "token_weight": []}
+        for row, example in enumerate(data.examples):
+            made = token_columns(example, confidence[row]) if example else [np.zeros(0)] * 3
+            for column, values in zip(found.values(), made, strict=True):
+                column.append(values.tolist())
+        return {**batch, **{name: _object_array(rows) for name, rows in found.items()}}
+
+    def _annotate(self, data: EncodedData) -> dict[int, np.ndarray]:
+        """The confidences of the rows that are kept, by row."""
+        if data.kept:
+            require_vocabulary(self._model, data, self._name)
+        confidence = {}
+        for rows in _plan(self._options, self._packed, data):
+            made = make_batch(rows, packed=self._packed).to(self._model.device)
+            found = annotate_batch(self._model, made, self._options.guide_temperature)
+            by_row = _by_row(rows, found.cpu().numpy())
+            confidence |= {int(row): values[0] for row, values in by_row.items()}
+        return confidence
+
+
 def _show_rows(config: AnnotateConfig, count: int) -> None:
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
     shown = config.model_copy(update={"limit": count, "max_dropped": 1.0})
     show_rows(encode_file(config.data, tokenizer, shown, folder_context(folder)), tokenizer)
-
-
-def import_scores(config: ImportScoresConfig) -> dict[str, Any]:
-    """Turns the authors' scores file into a confidence store; returns its summary."""
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer))
-    data = encode_file(config.scores, tokenizer, config, also_read=("scores",))
-    scores = read_author_scores(config.scores)[: len(data.examples)]
-    confidence = []
-    for example, values in zip(data.examples, scores, strict=True):
-        if example is None:
-            confidence.append(np.zeros(0, np.float32))
-            continue
-        row = [*values, config.end_confidence] if len(values) == example.targets - 1 else values
-        if len(row) != example.targets:
-            raise InputError(
-                f"--scores: row {example.row} has {len(values)} scores, its response has "
-                f"{example.targets} tokens with the end of turn; another tokenizer made the scores"
-            )
-        if not all(0 <= value <= 1 for value in row):
-            raise InputError(f"--scores: row {example.row} has a score outside [0, 1]")
-        confidence.append(np.array(row, np.float32))
-    summary = {**data_summary(data), **confidence_summary(np.concatenate(confidence))}
-    manifest = {
-        "kind": "gift confidence store",
-        "model": "imported",
-        "settings": config.model_dump(mode="json", exclude={"output", "overwrite"}),
-        "versions": versions(),
-        "summary": summary,
-    }
-    with output_folder(config.output, overwrite=config.overwrite) as output:
-        write_store(output.begin(), data, confidence, tokenizer, manifest)
-    print_summary(f"Imported {config.scores.name}: {config.output}", summary)
-    return summary
 
 
 def _made_from(
@@ -197,7 +267,7 @@ def _load_guide(
     return model, enable_packing(model, data.kept)
 
 
-def _plan(config: AnnotateConfig, packed: bool, data: EncodedData) -> list[list[Example]]:
+def _plan(config: AnnotateOptions, packed: bool, data: EncodedData) -> list[list[Example]]:
     """The batches of all rows; one is computed as a whole by one rank, however many there are."""
     lengths = [len(example.input_ids) for example in data.kept]
     plan = plan_batches(lengths, config.batch_tokens, packed=packed)
@@ -241,6 +311,33 @@ def _annotate_batches(
             path = work / f"{PART}{part[0]:06d}.safetensors"
             with clock("save"), replacing(path, sealed=True) as temporary:
                 save_file(_by_row(rows, values), temporary)
+
+
+def _trial_rows(model: Any, max_length: int) -> list[Example]:
+    """Rows of any tokens to try a model with: two short ones, one longer than its window if any."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    lengths = [5, 8] + ([window + 2] if window is not None and window < max_length else [])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return [
+        Example(row, np.arange(length, dtype=np.int32) % vocabulary, np.arange(length) > 0)
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, at any depth, as the lists and numbers that JSON has."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _object_array(rows: Sequence[list[Any]]) -> np.ndarray:
+    """Lists as an array of objects, which Ray keeps as lists even where all have one length."""
+    array = np.empty(len(rows), object)
+    array[:] = rows
+    return array
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def _add_command(
         try:
             getattr(importlib.import_module(module), attribute)(options)
         except KeyboardInterrupt as error:  # Typer would end without a message
-            _fail(f"{error or 'interrupted'}; run the same command again to resume", 130)
+            _fail(f"{str(error) or 'interrupted'}; run the same command again to resume", 130)
 
     recipe_option = typer.Option(
         None, "--config", metavar="FILE", help="YAML recipe with any of the options below."
@@ -169,7 +169,7 @@ _add_command(
 _add_command(
     "import-scores",
     ImportScoresConfig,
-    "gift.annotate:import_scores",
+    "gift.scores:import_scores",
     "Turn the authors' scores file into a confidence store. Loads no model.",
 )
 _add_command(
@@ -187,7 +187,8 @@ _add_command(
     "gift.train:train",
     "Stage 2: train a LoRA adapter on the base model. Confidence weights the loss. Costs "
     "about three forward passes per epoch and memory for the frozen model, the adapter and one "
-    "micro-batch. Under torchrun each process takes a share of every batch.",
+    "micro-batch. Under torchrun each process takes a share of every batch, and with --shard "
+    "of the model.",
 )
 
 

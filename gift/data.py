@@ -40,6 +40,8 @@ from gift.models import require_embeddings
 from gift.rows import Conversation, Message, read_conversations
 from gift.targets import Rendering, find_targets
 
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True)
 class Example:
@@ -115,14 +117,30 @@ def encode(
     overlong: str = "drop",
     max_dropped: float = 0.01,
 ) -> EncodedData:
+    """`encode_rows`; InputError where more than a share of `max_dropped` of the rows is lost."""
+    data = encode_rows(
+        conversations, tokenizer, max_length=max_length, context=context, overlong=overlong
+    )
+    _refuse_lost(data.lost, len(conversations), max_dropped)
+    return data
+
+
+def encode_rows(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    context: int | None = None,
+    overlong: str = "drop",
+) -> EncodedData:
     """Tokens and targets of every conversation.
 
     Rows in which no assistant turn says anything are dropped; rows longer than `max_length` or
     the model's `context`, in tokens, are dropped or, with `overlong="truncate"`, cut.
 
     Raises:
-        InputError: the share of lost rows exceeds `max_dropped`; an assistant turn among others
-            is empty, which would teach an empty reply; or see the rules at the top of this file.
+        InputError: an assistant turn among others is empty, which would teach an empty reply; or
+            see the rules at the top of this file.
     """
     examples: list[Example | None] = []
     lost: list[LostRow] = []
@@ -152,7 +170,6 @@ def encode(
         example, lost_row = _fit_length(example, max_length, context, overlong)
         examples.append(example)
         lost += [lost_row] if lost_row else []
-    _refuse_lost(lost, len(conversations), max_dropped)
     texts = tuple(f"{note} ({rows} rows)" for note, rows in notes.most_common())
     return EncodedData(tuple(examples), tuple(lost), texts, context)
 
@@ -185,6 +202,19 @@ def encode_file(
     for note in data.notes:
         error_console.print(f"note: {path}: {note}", markup=False, highlight=False, soft_wrap=True)
     return data
+
+
+def token_columns(
+    example: Example, confidence: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`input_ids`, `labels` and `token_weight` of a row, all of its length, as trainers read them.
+
+    A token that is no target has the label -100 and the weight 0.
+    """
+    weight = np.zeros(len(example.input_ids), np.float32)
+    weight[example.is_target] = confidence
+    labels = np.where(example.is_target, example.input_ids, IGNORE_INDEX)
+    return example.input_ids, labels, weight
 
 
 def data_summary(data: EncodedData) -> dict[str, Any]:

@@ -10,15 +10,13 @@ import numpy as np
 from gift.confidence_store import ConfidenceStore, load_store
 from gift.config import DataOptions
 from gift.console import error_console
-from gift.data import Example, encode
+from gift.data import Example, encode, token_columns
 from gift.errors import InputError
 from gift.models import listed
 from gift.rows import read_conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IGNORE_INDEX = -100
 
 
 def with_confidence(
@@ -69,11 +67,9 @@ def with_confidence(
         if example is None or example.digest not in place:
             lost.append(f"row {number} ({reasons.get(number, 'not annotated')})")
             continue
-        weight = np.zeros(len(example.input_ids), np.float32)
-        weight[example.is_target] = store.row(place[example.digest])
-        columns["input_ids"].append(example.input_ids)
-        columns["labels"].append(np.where(example.is_target, example.input_ids, IGNORE_INDEX))
-        columns["token_weight"].append(weight)
+        found = token_columns(example, store.row(place[example.digest]))
+        for column, values in zip(columns.values(), found, strict=True):
+            column.append(values)
     if lost:
         _report(lost, len(examples), store, missing)
     kinds = {"input_ids": "int32", "labels": "int32", "token_weight": "float32"}

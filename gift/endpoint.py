@@ -9,11 +9,11 @@ repeated here. A question is kept once all its replies are there.
 import asyncio
 import importlib.util
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy
 
@@ -25,6 +25,11 @@ from gift.publish import Output, warn
 from gift.questions import Question
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds, as the client's own
+CONNECT_TIMEOUT = 10.0  # seconds; a server that is busy still takes connections
+OUR_FIELDS = {
+    *("model", "messages", "temperature", "top_p", "max_tokens", "seed"),
+    *("n", "stream"),  # a request is one reply, whole
+}
 KEPT = "finished questions are kept, and the same command resumes"
 
 
@@ -46,12 +51,14 @@ class ServedReply:
 
 
 def require_client(config: EvaluateConfig) -> None:
-    """InputError where the URL is none, the client is not installed, or torchrun runs this."""
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", config.endpoint or ""):
+    """InputError for a bad URL or `extra_body`, without the client, or under torchrun."""
+    if not _is_url(config.endpoint or ""):
         raise InputError(
             f"--endpoint: {config.endpoint!r} is no URL such as http://localhost:8000/v1 (a key "
             "belongs into OPENAI_API_KEY)"
         )
+    if ours := sorted(config.extra_body.keys() & OUR_FIELDS):
+        raise InputError(f"extra_body: {', '.join(ours)} come from other options; leave them out")
     if importlib.util.find_spec("openai") is None:
         raise InputError(
             "--endpoint: the package openai is not installed; install gift-tuning[endpoint]"
@@ -61,6 +68,16 @@ def require_client(config: EvaluateConfig) -> None:
             "--endpoint: one process asks a server; start it without torchrun, and raise "
             "--concurrency"
         )
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        _ = url.port  # ValueError where it is no number of a port
+    except ValueError:
+        return False
+    further = url.query or url.fragment or url.username or url.password
+    return url.scheme in ("http", "https") and bool(url.hostname) and not further
 
 
 def ask_server(
@@ -100,14 +117,11 @@ def ask_server(
     replies: dict[int, list[ServedReply]] = defaultdict(list)
     for line in read_json_lines(sealed_files(output.work).values()):
         replies[line.pop("row")].append(ServedReply(**line))
-    differing = 0
     with progress("asking", len(questions), done=len(replies)) as bar:
 
         def keep(row: int, finished: list[ServedReply]) -> None:
-            nonlocal differing
             if lengths is not None:
-                place = questions[row].place
-                differing += _differs(config, finished[0].prompt_tokens, lengths[row], place)
+                _refuse_second_bos(config, finished[0], lengths[row], questions[row].place)
             lines = [{"row": row} | asdict(reply) for reply in finished]
             write_json_lines(output.work / f"{row:06d}.jsonl", lines, sealed=True)
             replies[row] = finished
@@ -115,11 +129,14 @@ def ask_server(
 
         pending = {row: q for row, q in enumerate(questions) if row not in replies}
         asyncio.run(_ask(config, pending, keep))
-    if differing:
-        warn(
-            f"{config.endpoint} counts another number of tokens in {differing} of {len(pending)} "
-            f"prompts than the tokenizer and chat template of {config.model}: it has others"
-        )
+    if lengths is not None:
+        counted = [replies[row][0].prompt_tokens for row in range(len(questions))]
+        differing = sum(ours != its for ours, its in zip(lengths, counted, strict=True))
+        if differing:
+            warn(
+                f"{config.endpoint} counts another number of tokens, or none, in {differing} of "
+                f"{len(questions)} prompts than the tokenizer and chat template of {config.model}"
+            )
     return [replies[row] for row in range(len(questions))]
 
 
@@ -132,7 +149,7 @@ def summarize_server(
     if alike and config.samples > 1 and any(reply.text for reply in flat):
         warn(
             f"{config.endpoint} gave every question {config.samples} equal replies at temperature "
-            f"{config.temperature:g}: it does not sample, or heeds no seeds"
+            f"{config.temperature:g}: it may not sample, or heed no seeds"
         )
     return {
         "endpoint": config.endpoint,
@@ -144,15 +161,13 @@ def summarize_server(
     }
 
 
-def _differs(config: EvaluateConfig, counted: int | None, length: int, place: str) -> bool:
-    """Whether a server counts other tokens in a prompt; InputError where it is one too many."""
-    if counted == length + 1:
+def _refuse_second_bos(config: EvaluateConfig, reply: ServedReply, length: int, place: str) -> None:
+    if reply.prompt_tokens == length + 1:
         raise InputError(
-            f"--endpoint: {config.endpoint} counts {counted} tokens in the prompt of {place}, the "
-            f"chat template of {config.model} gives {length}: the server seems to add a second "
+            f"--endpoint: {config.endpoint} counts {length + 1} tokens in the prompt of {place}, "
+            f"the chat template of {config.model} gives {length}: the server seems to add a second "
             "BOS; start it so that it adds none, or leave out --model to evaluate all the same"
         )
-    return counted is not None and counted != length
 
 
 async def _ask(
@@ -161,13 +176,14 @@ async def _ask(
     on_question: Callable[[int, list[ServedReply]], None],
 ) -> None:
     """Asks the questions by row, `concurrency` requests at a time; the first failure ends all."""
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, Timeout
 
+    seconds = config.request_timeout
     client = AsyncOpenAI(
         base_url=config.endpoint,
         api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
         max_retries=config.retries,
-        timeout=config.request_timeout,
+        timeout=Timeout(seconds, connect=min(seconds, CONNECT_TIMEOUT)),
     )
     gate = asyncio.Semaphore(config.concurrency)
 
@@ -241,11 +257,16 @@ def _read(completion: Any) -> ServedReply:
     return ServedReply(
         text or "",
         getattr(choice, "finish_reason", None),
-        getattr(usage, "completion_tokens", None),
-        getattr(usage, "prompt_tokens", None),
+        _count(usage, "completion_tokens"),
+        _count(usage, "prompt_tokens"),
         getattr(completion, "model", None),
         getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None),
     )
+
+
+def _count(usage: Any, name: str) -> int | None:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else None
 
 
 def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
@@ -256,12 +277,11 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
     if body and not (isinstance(body, dict) and "message" in body):
         said += f": {body}"
     said = " ".join(said.split())[:300]
+    times = f"asked {config.retries + 1} times"
+    unconnected = type(error.__cause__).__name__ == "ConnectTimeout"
     match error:
-        case openai.APITimeoutError():
-            problem = (
-                f"gave no reply within --request-timeout {config.request_timeout:g} s, asked "
-                f"{config.retries + 1} times"
-            )
+        case openai.APITimeoutError() if not unconnected:
+            problem = f"gave no reply in --request-timeout {config.request_timeout:g} s, {times}"
         case openai.APIConnectionError():
             problem = f"cannot be reached ({error.__cause__ or said}); is the server running?"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
@@ -271,6 +291,8 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
                 f"does not have the model {config.served_model!r}, or is not the URL that "
                 f"chat completions are under, which mostly ends in /v1 ({said})"
             )
+        case openai.InternalServerError():
+            problem = f"fails at {place}, {times} ({said})"
         case _:
             problem = f"refuses {place} ({said})"
     return InputError(f"--endpoint: {config.endpoint} {problem}; {KEPT}")

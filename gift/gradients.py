@@ -11,10 +11,11 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
-from gift.batches import Batch
+from gift.batches import Batch, make_batch
 from gift.config import TrainOptions
 from gift.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, Split, micro_batches
 from gift.models import LMHead, last_hidden_state, lm_head
+from gift.sharding import whole_head
 from gift.weighting import STATISTICS, GuidedRow, token_weights
 from gift_kernels import weighted_ce
 
@@ -34,19 +35,26 @@ def flat_gradients(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def accumulate_gradients(
-    config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split
+    config: TrainOptions,
+    model: Any,
+    rows: Sequence[GuidedRow],
+    split: Split,
+    idle: Sequence[GuidedRow] = (),
 ) -> tuple[Tensor, list[tuple[tuple[int, ...], Tensor]]]:
     """Adds the gradients of Σ w·nll over a rank's rows, one micro-batch after the other.
+
+    The `idle` rows pass through the model too, each alone, and add nothing (`idle_rows`).
 
     Returns, on the device, SUMS and the weighted loss Σ w·nll of each confidence band, float64,
     and the rows and the loss of every micro-batch.
     """
-    head = lm_head(model.get_base_model())
-    device = head.weight.device
+    base = model.get_base_model()
+    device = lm_head(base).weight.device
     sums = torch.zeros(len(SUMS) + len(BAND_NAMES), dtype=torch.float64, device=device)
     losses = []
     # Also in the backward, where a layer may recompute its activations.
-    with disable_input_dtype_casting(model, active=in_bfloat16(model)):
+    with whole_head(base), disable_input_dtype_casting(model, active=in_bfloat16(model)):
+        head = lm_head(base)
         for micro in micro_batches(config, rows, split, device):
             nll, weight, top1 = _token_losses(config, model, head, micro)
             # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
@@ -60,6 +68,9 @@ def accumulate_gradients(
             sums[: len(SUMS)] += torch.stack([value.detach().double().sum() for value in totals])
             if micro.band is not None:
                 sums[len(SUMS) :].index_add_(0, micro.band, row_loss.detach().double())
+        for row in idle:
+            batch = make_batch([row.example], packed=split.packed).to(device)
+            (0 * predicting_states(model, batch)).sum().backward()
     return sums, losses
 
 

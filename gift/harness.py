@@ -4,9 +4,11 @@ Prompts, sampling, filters and metrics are the task's. The chat template is appl
 examples are turns of it and those that lm-eval draws by default.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from gift.config import EvaluateConfig
@@ -37,13 +39,15 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
         InputError: no lm-eval, unknown tasks or tasks whose data cannot be had, a bad model, or an
             existing output.
     """
-    _require_harness()
+    _require_harness(config)
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     assert config.model is not None, "checked with the options"
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        tasks = _load_tasks(config)
+        manager = TaskManager(include_path=config.include_path)
+        tasks = _load_tasks(manager, config.harness_tasks())
         folder = resolve_model(config.model)
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.device)
@@ -51,6 +55,7 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
         found: Any = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),  # pyright: ignore
             tasks=tasks,
+            task_manager=manager,
             limit=config.limit,
             system_instruction=config.system_prompt,
             apply_chat_template=True,
@@ -75,28 +80,24 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "model_hash": model_hash(folder),
             "data_hash": hash_json([[row["task"], row["doc_hash"]] for row in samples]),
-            "versions": versions() | {"lm_eval": found["lm_eval_version"]},
+            "versions": versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
         }
         write_json(output.partial / "metrics.json", metrics)
     _print(config, metrics)
     return metrics
 
 
-def _require_harness() -> None:
+def _require_harness(config: EvaluateConfig) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"--lm-eval: the package lm-eval is not installed; {MISSING}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("--lm-eval: one process runs the tasks; start it without torchrun")
-
-
-def _load_tasks(config: EvaluateConfig) -> list[Any]:
-    """The tasks and groups named, with their data; InputError where one cannot be had."""
-    from lm_eval.tasks import TaskManager
-
     if config.include_path is not None and not config.include_path.is_dir():
         raise InputError(f"--include-path: {config.include_path} is no folder")
-    manager = TaskManager(include_path=config.include_path)
-    names = config.harness_tasks()
+
+
+def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
+    """The tasks and groups named, with their data; InputError where one cannot be had."""
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
             f"--lm-eval: no task, group or tag is named {listed(unknown)}; `lm-eval ls tasks` "

@@ -1,12 +1,16 @@
 """What a training step keeps in memory: tokens of a micro-batch, and whose activations.
 
 With `--gradient-checkpointing auto` the largest micro-batch of the run is tried before the first
-step: with all activations kept, then with half the tokens, and so on down to the longest row; then,
-from the full size again, with those of every layer recomputed in the backward. All ranks take the
-first that fits on each of them.
+step: with all activations kept, with half the tokens and so on while the device stays busy; then,
+from the full size again, with those of every layer recomputed in the backward, down to the longest
+row. All ranks take the first that fits on each of them.
+
+A sharded model is not tried: a rank that fails in the middle would leave the others waiting to
+gather the next block. Its need is measured on short rows, and grows with the tokens.
 """
 
 import gc
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gift.config import TrainOptions
+from gift.config import TrainConfig, TrainOptions
 from gift.console import error_console
+from gift.data import Example
 from gift.errors import InputError
 from gift.files import read_json, write_json
 from gift.gradients import accumulate_gradients
@@ -29,6 +35,10 @@ from gift.ranks import Group
 from gift.weighting import GuidedRow
 
 RECORD = "memory.json"
+# Fewer tokens leave a device idle: from here on it is better to recompute activations.
+BUSY_TOKENS = 1024
+# Lengths of the rows on which a sharded model's need is measured.
+SHORT, LONG = 128, 256
 # Share of a GPU that a trial leaves free: later micro-batches of other shapes fragment the memory.
 MARGIN = 0.05
 # What errors of PyTorch, cuBLAS, cuDNN and Triton say where memory is short.
@@ -44,7 +54,7 @@ class Memory:
 
 
 def settle_memory(
-    config: TrainOptions,
+    config: TrainConfig,
     model: Any,
     rows: Sequence[GuidedRow],
     split: Split,
@@ -53,8 +63,8 @@ def settle_memory(
 ) -> Split:
     """Sets which layers of the model recompute their activations; returns the split to train with.
 
-    What was found is kept in `work`, so that a resumed run computes the same. A trial leaves no
-    gradients, and random states as they were.
+    What was found is kept in `work`, so that a run resumed by as many ranks computes the same. A
+    trial leaves no gradients, and random states as they were.
 
     InputError: a micro-batch of one row is too large with all recomputed that can be.
     """
@@ -68,12 +78,12 @@ def settle_memory(
                 f"--gradient-checkpointing: {type(model.get_base_model()).__name__} has no layers "
                 "whose activations can be recomputed; choose off"
             )
-    elif (work / RECORD).exists():
-        found = Memory(**read_json(work / RECORD))
     else:
-        found = _try(config, model, rows, split, group, len(layers))
-        if group.is_main:
-            write_json(work / RECORD, asdict(found))
+        found = _recorded(work, group)
+        if found is None:
+            found = _try(config, model, rows, split, group, len(layers))
+            if group.is_main:
+                write_json(work / RECORD, {**asdict(found), "ranks": group.size})
     recompute(model, found.recomputed)
     if group.is_main:
         error_console.print(
@@ -86,8 +96,16 @@ def settle_memory(
     return replace(split, tokens=found.tokens, recomputed=found.recomputed)
 
 
+def _recorded(work: Path, group: Group) -> Memory | None:
+    """What an interrupted run of as many ranks has found."""
+    if not (work / RECORD).exists():
+        return None
+    record = read_json(work / RECORD)
+    return Memory(**record) if record.pop("ranks") == group.size else None
+
+
 def _try(
-    config: TrainOptions,
+    config: TrainConfig,
     model: Any,
     rows: Sequence[GuidedRow],
     split: Split,
@@ -97,10 +115,17 @@ def _try(
     """The first of `_choices` with which the largest micro-batch fits on every rank."""
     longest = max(len(row.example.input_ids) for row in rows)
     device = next(model.parameters()).device
+    measured: dict[int, tuple[int, int]] = {}
     for choice in _choices(split.tokens, layers, longest):
         chosen = largest_micro_batch(config, rows, replace(split, tokens=choice.tokens), group)
         recompute(model, choice.recomputed)
-        fits = _fits(config, model, chosen, replace(split, tokens=sys.maxsize))
+        whole = replace(split, tokens=sys.maxsize)
+        if config.shard:
+            if choice.recomputed not in measured:
+                measured[choice.recomputed] = _measure(config, model, whole)
+            fits = _would_fit(model, _size(chosen, split), *measured[choice.recomputed])
+        else:
+            fits = _fits(config, model, chosen, whole)
         misses = torch.tensor(float(not fits), device=device)
         group.all_reduce_(misses)
         if not misses:
@@ -113,11 +138,11 @@ def _try(
 
 
 def _choices(tokens: int, layers: int, longest: int) -> Iterator[Memory]:
-    """Down to the longest row: first with all activations kept, then with none of the layers'."""
+    """With all activations kept while the device stays busy, then with those of no layer."""
     for recomputed in dict.fromkeys((0, layers)):
         limit = tokens
         yield Memory(limit, recomputed)
-        while limit > longest:
+        while limit > longest and (recomputed == layers or limit >= 2 * BUSY_TOKENS):
             limit //= 2
             yield Memory(limit, recomputed)
 
@@ -128,30 +153,26 @@ def largest_micro_batch(
     """Of all micro-batches that the rank will have, the one of most tokens; empty without any."""
 
     def size(micro: list[GuidedRow]) -> tuple[int, int]:
-        lengths = [len(row.example.input_ids) for row in micro]
-        tokens = sum(lengths) if split.packed else len(lengths) * max(lengths)
-        return tokens, sum(row.example.targets for row in micro)
+        return _size(micro, split), sum(row.example.targets for row in micro)
 
     shares = (group.share(batch) for batch in global_batches(config, rows))
     planned = (plan_micro_batches(config, share, split) for share in shares)
     return max(chain.from_iterable(planned), key=size, default=[])
 
 
+def _size(micro: Sequence[GuidedRow], split: Split) -> int:
+    """Tokens of a micro-batch, padding included."""
+    lengths = [len(row.example.input_ids) for row in micro]
+    return sum(lengths) if split.packed else len(lengths) * max(lengths, default=0)
+
+
 def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> bool:
     """Whether a forward and backward over the rows fit into memory beside the optimizer's."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
-    size = 8 * sum(parameter.numel() for parameter in parameters)  # two float32 of AdamW's
-    if device.type == "cuda":
-        size += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
+    device = next(model.parameters()).device
     fits = True
-    model.train()
     try:
-        held = torch.empty(size, dtype=torch.uint8, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            accumulate_gradients(config, model, rows, split)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
+        _attempt(config, model, rows, split)
         del held
     except RuntimeError as error:  # PyTorch has a type of its own for GPUs only
         said = str(error).lower()
@@ -160,13 +181,71 @@ def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Sp
         ):
             raise
         fits = False
-    for parameter in parameters:
-        parameter.grad = None
+    _forget(model)
+    return fits
+
+
+def _reserve(model: Any) -> int:
+    """Bytes that a step needs beside its activations and gradients: AdamW's, and the margin."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    size = 8 * sum(parameter.numel() for parameter in trained)  # two float32 of AdamW's
+    if trained[0].device.type == "cuda":
+        size += int(MARGIN * torch.cuda.get_device_properties(trained[0].device).total_memory)
+    return size
+
+
+def _attempt(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> None:
+    """A forward and backward; the gradients stay, random states are as they were."""
+    device = next(model.parameters()).device
+    model.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        accumulate_gradients(config, model, rows, split)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forget(model: Any) -> None:
+    """Drops the gradients of attempts, and the memory that they took."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = None
+    device = next(model.parameters()).device
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return fits
+
+
+def _measure(config: TrainOptions, model: Any, split: Split) -> tuple[int, int]:
+    """Most bytes in use in a forward and backward over a row of SHORT and of LONG tokens."""
+    peaks = []
+    for tokens in (SHORT, SHORT, LONG):  # the first also has what stays for good
+        row = Example(0, np.ones(tokens, np.int32), np.arange(tokens) > 0)
+        known = torch.ones(row.targets)
+        _attempt(config, model, [GuidedRow(row, known, known, torch.arange(row.targets))], split)
+        peaks.append(_peak_bytes(next(model.parameters()).device))
+        _forget(model)
+    return peaks[1], peaks[2]
+
+
+def _would_fit(model: Any, tokens: int, short: int, long: int) -> bool:
+    """Whether this rank has memory for a micro-batch of so many tokens, by `_measure`."""
+    growth = (long - short) / (LONG - SHORT)
+    needed = long + growth * (tokens - LONG) + _reserve(model)
+    return needed <= _usable_bytes(next(model.parameters()).device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most bytes in use since the last `_forget`; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _usable_bytes(device: torch.device) -> float:
+    """Bytes that this process can have; a CPU names no limit."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gift.batches import Batch, copy_to, make_batch, plan_batches
 from gift.config import TrainOptions
+from gift.ranks import Group
 from gift.weighting import GuidedRow, Targets, gather_targets, known_zeros
 
 BAND_EDGES = (0.1, 0.5, 0.9)
@@ -80,6 +81,22 @@ def plan_micro_batches(
     lengths = [len(row.example.input_ids) for row in rows]
     plan = plan_batches(lengths, split.tokens, packed=split.packed, rows=config.micro_batch_size)
     return [[rows[number] for number in numbers] for numbers in plan]
+
+
+def idle_rows(
+    config: TrainOptions, rows: Sequence[GuidedRow], split: Split, group: Group
+) -> list[GuidedRow]:
+    """What a rank passes through a sharded model beside its share of a step's rows.
+
+    All ranks gather a block together, so each needs as many passes as the one of most
+    micro-batches: for those that it lacks it takes the step's shortest row.
+    """
+    counts = [
+        len(plan_micro_batches(config, rows[rank :: group.size], split))
+        for rank in range(group.size)
+    ]
+    shortest = min(rows, key=lambda row: len(row.example.input_ids))
+    return [shortest] * (max(counts) - counts[group.rank])
 
 
 def micro_batches(

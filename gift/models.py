@@ -108,13 +108,15 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> An
     return model.to(device).eval()
 
 
-def model_structure(folder: Path) -> Any:
+def model_structure(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The causal language model of a folder on the meta device: its modules without any values.
+
+    `dtype` is that of its checkpoint unless given.
 
     InputError: no whole safetensors weights, weights that lack a tensor or have one of another
     shape, quantised weights that cannot be loaded here, an architecture unknown to Transformers.
     """
-    return _load(folder, device_map="meta")[0]
+    return _load(folder, device_map="meta", dtype=dtype or "auto")[0]
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, list[str]]:

@@ -25,6 +25,8 @@ from gift.publish import MADE_FROM_FILE, Output, output_folder
 
 Item = TypeVar("Item")
 FAILED = "gift/failed"
+# What gloo says where another process has ended; NCCL's errors are a type of their own.
+GONE = "by peer"
 # How long a process waits for the others' shares.
 LONGEST_WAIT = timedelta(days=30)
 
@@ -126,7 +128,8 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         timeout=LONGEST_WAIT if on_host else None,
     )
     try:
-        with nullcontext() if group.is_main else quiet():
+        # A sharded model and its checkpoints have exchanges of PyTorch's.
+        with nullcontext() if group.is_main else quiet(), _exchange(alone=False):
             yield group
             group.barrier()  # so that all are told where one fails at the end
     except BaseException as error:
@@ -152,11 +155,17 @@ def _own_gpu() -> torch.device | None:
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
-    """LostProcess where an exchange between processes breaks off."""
+def _exchange(*, alone: bool = True) -> Iterator[None]:
+    """LostProcess where an exchange between processes breaks off.
+
+    Args:
+        alone: the block does nothing else, so that any error is the exchange's.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not alone and not isinstance(error, dist.DistError) and GONE not in str(error).lower():
+            raise
         first_line = (str(error).splitlines() or [repr(error)])[0]
         raise LostProcess(
             "another process of this run ended without a message, killed or out of memory "

@@ -7,14 +7,15 @@ accumulated over micro-batches and ranks (`gradients.py`) and divided once, by t
 weights of the whole global batch: any split of it gives the same update.
 
 Under torchrun each rank takes a share of every global batch; the adapter's gradients are summed.
+With `--shard` the frozen model is divided among the ranks too (`sharding.py`).
 """
 
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from gift.gradients import SUMS, accumulate_gradients, flat_gradients
 from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
 from gift.memory import settle_memory
-from gift.micro_batches import BAND_NAMES, Split, global_batches, token_limit
+from gift.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
 from gift.models import (
     check_head,
     folder_context,
@@ -52,7 +53,8 @@ from gift.models import (
     versions,
 )
 from gift.packing import enable_packing
-from gift.publish import WORK_FOLDER, output_folder, partial_path
+from gift.publish import WORK_FOLDER
+from gift.sharding import load_sharded, require_processes, whole_head
 from gift.speed import SPEED_FILE, Clock, print_times, speed
 from gift.weighting import (
     GuidedRow,
@@ -72,8 +74,13 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
 
     `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
     """
-    with ranks.process_group() as group, _work_folder(config, group, key) as begin:
+    with (
+        ranks.process_group() as group,
+        ranks.shared_folder(group, config.output, overwrite=config.overwrite, key=key) as output,
+    ):
         clock = Clock()
+        if config.shard:
+            require_processes()
         folder = resolve_model(config.model)
         targets = find_targets(config, model_structure(folder))
         store, tokenizer = _store_and_tokenizer(config)
@@ -89,12 +96,10 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 weights = hashing.result()
         made_from = {
             **_made_from(config, weights, tokenizer, store),
-            "ranks": group.size,
             "device": device.type,
             "dtype": str(dtype),
         }
-        partial = begin(made_from)
-        group.barrier()
+        partial = ranks.begin_shared(group, output, made_from)
         split = Split(token_limit(config, device), packed)
         with clock("trial"):
             split = settle_memory(config, model, rows, split, group, partial / WORK_FOLDER)
@@ -141,18 +146,6 @@ def _read_rows(
     return data, rows
 
 
-@contextmanager
-def _work_folder(
-    config: TrainConfig, group: ranks.Group, key: str
-) -> Iterator[Callable[[dict[str, Any]], Path]]:
-    """Yields a function that makes the partial folder; only the main rank publishes it."""
-    if not group.is_main:
-        yield lambda _: partial_path(config.output)
-        return
-    with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
-        yield output.begin
-
-
 def _made_from(
     config: TrainConfig, weights: str, tokenizer: Any, store: ConfidenceStore | None
 ) -> dict[str, Any]:
@@ -160,7 +153,7 @@ def _made_from(
     inputs = {"model", "data", "confidence", "tokenizer"}
     return {
         **config.model_dump(
-            mode="json", exclude={"output", "overwrite", "checkpoint_steps"} | inputs
+            mode="json", exclude={"output", "overwrite", "checkpoint_steps", "shard"} | inputs
         ),
         "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -183,28 +176,23 @@ def _fit(
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = flat_gradients(parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
+    # Every rank draws its own dropout masks.
+    torch.manual_seed(config.seed + 1 + group.rank)
     state = TrainingState(model, optimizer, scheduler, group)
     first_step, history, loss_by_band = state.load(partial / WORK_FOLDER)
-    if first_step == 0:
-        # Every rank draws its own dropout masks.
-        torch.manual_seed(config.seed + 1 + group.rank)
-        loss_by_band = torch.zeros(len(BAND_NAMES), dtype=torch.float64)
+    gradients = flat_gradients(parameters)
     model.train()
     with progress("train", steps, first_step, shown=group.is_main) as bar:
         for step, batch in islice(enumerate(global_batches(config, rows)), first_step, None):
             started = time.perf_counter()
+            idle = idle_rows(config, batch, split, group) if config.shard else ()
             with clock("compute"):
-                sums, losses = accumulate_gradients(config, model, group.share(batch), split)
-                group.all_reduce_(sums)
-                group.all_reduce_(gradients)
-                divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
-                gradients.div_(torch.where(divisor == 0, 1, divisor))
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                sums, losses = accumulate_gradients(config, model, group.share(batch), split, idle)
+                norm = _reduce(config, sums, gradients, parameters, group)
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 scheduler.step()
@@ -212,8 +200,7 @@ def _fit(
             with clock("wait"):  # the step's only one
                 *totals, gradient_norm = torch.cat([sums, norm.double()[None]]).tolist()
             named: dict[str, float] = dict(zip(SUMS, totals, strict=False))
-            if named["not_finite"]:
-                _refuse_not_finite(losses)
+            _require_finite(step + 1, named, gradient_norm, losses)
             loss_by_band += torch.tensor(totals[len(SUMS) :], dtype=torch.float64)
             history.append(
                 {
@@ -233,13 +220,23 @@ def _fit(
                     state.save(partial / WORK_FOLDER, step + 1, history, loss_by_band)
                     if group.is_main:
                         _write_metrics(partial, history)
-    if not any(entry["mean_weight"] for entry in history):
-        raise InputError(
-            f"every weight of every step was 0 (--weighting {config.weighting}, "
-            f"--confidence-threshold {config.confidence_threshold:g}), so that nothing was "
-            "learned; lower --confidence-threshold"
-        )
+    _require_weights(config, history)
     return history, loss_by_band
+
+
+def _reduce(
+    config: TrainConfig,
+    sums: Tensor,
+    gradients: Tensor,
+    parameters: Sequence[Tensor],
+    group: ranks.Group,
+) -> Tensor:
+    """Sums over the ranks, divides the gradients once and clips them, in place; their norm."""
+    group.all_reduce_(sums)
+    group.all_reduce_(gradients)
+    divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
+    gradients.div_(torch.where(divisor == 0, 1, divisor))
+    return torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
 
 
 def _step_speed(
@@ -250,12 +247,34 @@ def _step_speed(
     return {"seconds": seconds, **found}
 
 
-def _refuse_not_finite(losses: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
-    bad = [row for rows, loss in losses if not bool(loss.isfinite()) for row in rows]
-    raise InputError(
-        f"the loss is not finite in a micro-batch with rows {sorted(ranks.gather_lists(bad))}; "
-        "look at these rows, lower --learning-rate, or use --dtype float32"
-    )
+def _require_finite(
+    step: int,
+    totals: dict[str, float],
+    gradient_norm: float,
+    losses: Sequence[tuple[tuple[int, ...], Tensor]],
+) -> None:
+    """InputError where a loss or the gradient of a step is NaN or infinite."""
+    advice = "lower --learning-rate, or use --dtype float32"
+    if totals["not_finite"]:
+        bad = [row for rows, loss in losses if not bool(loss.isfinite()) for row in rows]
+        raise InputError(
+            "the loss is not finite in a micro-batch with rows "
+            f"{sorted(ranks.gather_lists(bad))}; look at these rows, {advice}"
+        )
+    if not math.isfinite(gradient_norm):
+        raise InputError(
+            f"the gradient of step {step} is not finite, although its loss is; {advice}"
+        )
+
+
+def _require_weights(config: TrainConfig, history: Sequence[dict[str, float]]) -> None:
+    """InputError where no token had any weight."""
+    if not any(entry["mean_weight"] for entry in history):
+        raise InputError(
+            f"every weight of every step was 0 (--weighting {config.weighting}, "
+            f"--confidence-threshold {config.confidence_threshold:g}), so that nothing was "
+            "learned; lower --confidence-threshold"
+        )
 
 
 def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, float]:
@@ -291,10 +310,12 @@ def _adapted_model(
     config: TrainConfig, data: EncodedData, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, bool]:
     """The base model with a new adapter, and whether it reads packed rows."""
-    model = load_causal_lm(resolve_model(config.model), dtype, device)
+    load = load_sharded if config.shard else load_causal_lm
+    model = load(resolve_model(config.model), dtype, device)
     require_vocabulary(model, data, config.model)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
-    check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
+    with whole_head(model):
+        check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     packed = enable_packing(model, data.kept)
     torch.manual_seed(config.seed)
     try:

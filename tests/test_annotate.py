@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
-from gift.annotate import annotate, import_scores
+from gift.annotate import annotate
 from gift.batches import make_batch, plan_batches
 from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
@@ -21,6 +21,7 @@ from gift.errors import InputError
 from gift.files import replacing
 from gift.models import check_head, context_length, lm_head, load_causal_lm, load_tokenizer
 from gift.publish import partial_path
+from gift.scores import import_scores
 
 
 @pytest.fixture(scope="module")

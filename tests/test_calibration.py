@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from gift.annotate import annotate, import_scores
+from gift.annotate import annotate
 from gift.calibration.command import calibration
 from gift.calibration.kinds import kind_of, token_kinds
 from gift.calibration.measures import auroc, by_kind, calibration_error, reliability
@@ -17,6 +17,7 @@ from gift.confidence_store import load_statistics, load_store
 from gift.config import AnnotateConfig, CalibrationConfig, ImportScoresConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
+from gift.scores import import_scores
 
 REPLIES = ["The sum is 5.\n\nSo x = 5", "2 + 3 = 5", "The answer is 7.", "It is 1.5 + x"]
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import gift as gift_package
 from gift import cli
-from gift.config import TrainConfig
+from gift import evaluate as gift_evaluate
+from gift.config import EvaluateConfig, TrainConfig
 from gift.config.recipe import build_config
 from gift.errors import InputError
 
@@ -141,6 +142,20 @@ def test_bad_input_is_one_line_without_a_stack_trace(folder, tmp_path):
     )
     assert result.status == 2 and result.stdout == ""
     assert result.stderr == f"gift: --data: {tmp_path / 'none.jsonl'}: no such file\n"
+
+
+def test_an_interruption_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: EvaluateConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gift_evaluate, "evaluate", interrupt)
+    monkeypatch.setattr(sys, "argv", ["gift", "evaluate", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "gift: interrupted; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize("limit_bytes", [1000, 5000], ids=["first-part", "tokenizer"])

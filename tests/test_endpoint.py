@@ -1,7 +1,9 @@
 """An evaluation through a server: the same answers as locally, and one clear error each."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +16,11 @@ from urllib.request import urlopen
 
 import pytest
 import tiny
+import yaml
 from transformers import AutoTokenizer
 
 import gift.endpoint
+from gift import cli
 from gift.config import EvaluateConfig
 from gift.endpoint import request_seed
 from gift.errors import InputError
@@ -146,7 +150,7 @@ def test_a_server_that_does_not_sample_is_named(
 
 def test_another_model_name_is_refused(served: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{served} refuses .*line 1 .*Server is pinned to"):
-        evaluate(configure(tmp_path, served, served_model="other"))
+        evaluate(configure(tmp_path, served, served_model="other", concurrency=1))
 
 
 # One that misbehaves.
@@ -165,6 +169,9 @@ class Misbehaving(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.answer: Answer = complete
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *arguments: Any) -> None:
+        pass  # clients that gave up
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -294,8 +301,8 @@ def test_a_request_that_fails_is_repeated(
     [
         (drop, r"cannot be reached \(.*\); is the server running\?"),
         (cut_off, "answers .*line 1 with no completion"),
-        (wait, r"gave no reply within --request-timeout 0.2 s, asked 2 times"),
-        (status(500), "refuses .*line 1 .*500.*no luck"),
+        (wait, r"gave no reply in --request-timeout 0.2 s, asked 2 times"),
+        (status(500), "fails at .*line 1, asked 2 times .*500.*no luck"),
         (status(400), "refuses .*line 1 .*400.*no luck"),
         (status(401), "refuses the key in OPENAI_API_KEY"),
         (status(404), "does not have the model 'tiny', or is not the URL .* ends in /v1"),
@@ -330,6 +337,22 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_host_that_takes_no_connection_is_named_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gift.endpoint, "CONNECT_TIMEOUT", 0.2)
+    with socket.socket() as listener, contextlib.ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # its queue is full
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(InputError, match=rf"{url} cannot be reached .*is the server running"):
+            evaluate(configure(tmp_path, url, retries=0))
+
+
 def test_requests_hold_what_was_asked_for(
     server: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +379,32 @@ def test_requests_hold_what_was_asked_for(
     asked = next(body for body in server.asked if body["messages"] == turns)
     expected = {"model": "tiny", "temperature": 0.5, "top_p": 0.9, "max_tokens": 12, "top_k": 5}
     assert asked == {**expected, "messages": turns}
+
+
+def test_a_recipe_adds_fields_and_local_servers_need_no_key(
+    server: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    settings = configure(tmp_path, server.url).model_dump(mode="json", exclude_defaults=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings | {"extra_body": {"top_k": 5, "min_p": 0.1}}))
+    monkeypatch.setattr(sys, "argv", ["gift", "evaluate", "--config", str(recipe)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert {(body["top_k"], body["min_p"]) for body in server.asked} == {(5, 0.1)}
+    assert set(server.keys) == {"Bearer EMPTY"}
+
+
+def test_a_server_without_counts_is_named(
+    model: Path, server: Misbehaving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uncounted = json.dumps({**json.loads(completion("It is 4")), "usage": None})
+    server.answer = lambda handler, _: send(handler, 200, uncounted)
+    metrics = evaluate(configure(tmp_path, server.url, model=str(model)))
+    assert metrics["mean_reply_tokens"] is None and metrics["accuracy"] == 0.2
+    shown = capfd.readouterr()
+    assert "unknown" in shown.out and "or none, in 5 of 5 prompts" in " ".join(shown.err.split())
 
 
 def test_at_most_as_many_requests_at_a_time_as_asked_for(
@@ -434,6 +483,9 @@ def test_prompts_are_compared_with_the_tokenizers(
     [
         ({"endpoint": "localhost:8000"}, "--endpoint: 'localhost:8000' is no URL such as http"),
         ({"endpoint": "http://user:key@host/v1"}, "is no URL .*OPENAI_API_KEY"),
+        ({"endpoint": "http://host:99999/v1"}, "is no URL"),
+        ({"endpoint": "http://[::1/v1"}, "is no URL"),
+        ({"extra_body": {"seed": 1, "n": 2}}, "extra_body: n, seed come from other options"),
         ({"served_model": None}, "--served-model: is required with --endpoint"),
         ({"dtype": "float32"}, "--dtype: the server decides it; leave it out"),
         ({"batch_size": 4}, "--batch-size: the server decides it"),

@@ -80,9 +80,9 @@ class SmallMemory:
                 raise torch.OutOfMemoryError("injected")
             return found
 
-        def step(config: Any, model: Any, rows: Any, split: Any) -> Any:
+        def step(config: Any, model: Any, rows: Any, split: Any, *idle: Any) -> Any:
             self.trained.append((split.tokens, split.recomputed))
-            return real(config, model, rows, split)
+            return real(config, model, rows, split, *idle)
 
         monkeypatch.setattr(gift.memory, "accumulate_gradients", attempt)
         monkeypatch.setattr(gift.train, "accumulate_gradients", step)
@@ -91,8 +91,8 @@ class SmallMemory:
 @pytest.mark.parametrize(
     ("room", "expected"),
     # A step's four rows have 164 tokens, the longest row 50.
-    [(492, (400, 0)), (300, (100, 0)), (150, (50, 0)), (149, (100, 2)), (60, (50, 2))],
-    ids=["all kept", "fewer tokens", "a row alone", "recomputed", "a row alone, recomputed"],
+    [(492, (400, 0)), (300, (400, 2)), (149, (100, 2)), (60, (50, 2))],
+    ids=["all kept", "recomputed", "fewer tokens", "a row alone"],
 )
 def test_the_first_that_fits_is_taken_and_said(
     folder: Path,
@@ -149,12 +149,15 @@ def test_a_model_without_layers_to_recompute_takes_fewer_tokens(
 @pytest.mark.parametrize(
     ("tokens", "layers", "longest", "expected"),
     [
-        (1024, 2, 1000, [(1024, 0), (512, 0), (1024, 2), (512, 2)]),
+        (1024, 2, 300, [(1024, 0), (1024, 2), (512, 2), (256, 2)]),
+        (2000, 2, 600, [(2000, 0), (2000, 2), (1000, 2), (500, 2)]),
+        (5000, 2, 2000, [(5000, 0), (2500, 0), (1250, 0), (5000, 2), (2500, 2), (1250, 2)]),
+        (4096, 2, 100, [(4096, 0), (2048, 0), (1024, 0), *((4096 >> n, 2) for n in range(7))]),
         (1024, 2, 2000, [(1024, 0), (1024, 2)]),
         (100, 0, 30, [(100, 0), (50, 0), (25, 0)]),
     ],
 )
-def test_a_single_row_is_tried_before_anything_is_recomputed(
+def test_activations_are_recomputed_before_the_device_idles(
     tokens: int, layers: int, longest: int, expected: list[tuple[int, int]]
 ) -> None:
     choices = gift.memory._choices(tokens, layers, longest)
@@ -211,7 +214,7 @@ def test_a_resumed_run_takes_what_was_found_and_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         train(config(folder, tmp_path / "cut", **options))
     record = json.loads((partial_path(tmp_path / "cut") / "work/memory.json").read_text())
-    assert record == {"tokens": 100, "recomputed": 2}
+    assert record == {"tokens": 100, "recomputed": 2, "ranks": 1}
     memory = SmallMemory(monkeypatch, 10_000)
     train(config(folder, tmp_path / "cut", **options))
     assert not memory.tried and set(memory.trained) == {(100, 2)}

@@ -6,6 +6,7 @@ Ranks are forked, and exchange over gloo as those that torchrun starts.
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,9 +17,11 @@ import pytest
 import stages
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 from gift import annotate as annotate_module
+from gift import cli
 from gift.config import EvaluateConfig
 from gift.publish import LIST_FILE, partial_path
 from gift.speed import SPEED_FILE
@@ -48,16 +51,15 @@ def in_inputs(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fork_ranks(size: int, action: Callable[[int], Any], log: Path) -> list[tuple[int, str]]:
     """Runs `action(rank)` in so many forked processes; the exit status and error of each."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    port = store.port
-    del store
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(size):
         if (child := os.fork()) == 0:
             status = 1
             try:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # as torchrun does
                 with (
                     Path(f"{log}-{rank}.out").open("w") as out,
                     Path(f"{log}-{rank}.err").open("w") as err,
@@ -202,3 +204,51 @@ def test_ranks_with_other_options_are_refused_by_all(
     )
     assert all(status == 1 and message in error for status, error in ended), ended
     assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("killed", "gift: ended by a signal, as torchrun does where another process failed or was"),
+        ("raises", "gift: process 1 of 2: RuntimeError: a wrong cable; nothing was published"),
+    ],
+    ids=["killed", "raises"],
+)
+def test_torchrun_ends_the_others_with_a_named_error(
+    tmp_path: Path, failure: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torchrun's own agent, while rank 0 computes and exchanges nothing."""
+
+    def stage(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "0":
+            time.sleep(50)
+        if failure == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a wrong cable")
+
+    def launch(_: int) -> None:
+        os.dup2(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", start_method="fork", max_restarts=0)
+        elastic_launch(config, cli.main)()
+
+    monkeypatch.setattr(annotate_module, "annotate_batch", stage)
+    arguments = "gift annotate --model instruct --data rows.jsonl --batch-tokens 60 --device cpu"
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), "--output", str(tmp_path / "out")])
+    started = time.monotonic()
+    ((status, _),) = fork_ranks(1, launch, tmp_path / "agent")
+    log = (tmp_path / "log").read_text()
+    assert status == 1 and message in log and time.monotonic() - started < 40, log
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_of_one_process_refuses_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["gift", "diff", "instruct", "merged"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert "gift diff: runs in one process, 2 were started" in capsys.readouterr().err

@@ -59,12 +59,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("base", "instruct")):
         tiny.make_model(tmp_path / name, seed=seed, max_position_embeddings=96)
     tiny.write_rows(tmp_path / "task.jsonl")
+    tiny.write_chats(tmp_path / "chat.jsonl")
     for number, name in enumerate(("questions", "general", "held-out"), 1):
         questions = [{"question": f"What is {n} plus {number}?", "answer": n} for n in range(2)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     (tmp_path / "bench-output").symlink_to(readme.newest()[-1])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     # Processes of their own would import PyTorch once more.
     monkeypatch.setattr(study_run, "worker_pool", lambda workers: ThreadPoolExecutor(1))
     torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

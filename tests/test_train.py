@@ -230,7 +230,7 @@ def test_checkpoint_of_other_settings_is_not_used(folder, tmp_path, monkeypatch)
 
 
 def test_ranks_share_every_batch_and_may_have_none(folder, tmp_path):
-    """Two processes, batches of three, two and one rows: the result is that of one process."""
+    """Two processes, batches of three and one rows, a share of the model each: one's result."""
     options = {"global_batch_size": 3, "micro_batch_size": 2, "control": "random"}
     train(config(folder, tmp_path / "one", **options))
     arguments = ["--output", str(tmp_path / "two")]
@@ -242,7 +242,7 @@ def test_ranks_share_every_batch_and_may_have_none(folder, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
-        [*launcher, "--nproc-per-node", "2", "-m", "gift.cli", "train", *arguments],
+        [*launcher, "--nproc-per-node", "2", "-m", "gift.cli", "train", "--shard", *arguments],
         check=True,
         env=environment,
         timeout=240,
@@ -304,6 +304,22 @@ def test_divergence_stops_with_the_row_ids(folder, tmp_path):
     with pytest.raises(InputError, match=r"not finite in a micro-batch with rows \[\d"):
         train(config(folder, tmp_path / "adapter", learning_rate=1e30, max_grad_norm=1e30))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_last_step_too(folder, tmp_path, monkeypatch):
+    real, calls = train_module.accumulate_gradients, []
+
+    def overflowing(config, model, *rest):
+        found = real(config, model, *rest)
+        calls.append(1)
+        if len(calls) == 2:
+            next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+        return found
+
+    monkeypatch.setattr(train_module, "accumulate_gradients", overflowing)
+    with pytest.raises(InputError, match="the gradient of step 2 is not finite"):
+        train(config(folder, tmp_path / "adapter"))
+    assert len(calls) == 2 and not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_that_no_token_trained_is_not_published(folder, tmp_path):

@@ -120,3 +120,18 @@ def write_rows(path: Path, count: int = 12) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_chats(path: Path, count: int = 8) -> Path:
+    """A JSONL file of rows with messages, as TRL reads them too."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {number} plus 2?"},
+                {"role": "assistant", "content": f"The sum is {number + 2}."},
+            ]
+        }
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

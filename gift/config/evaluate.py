@@ -125,7 +125,9 @@ class EndpointOptions(Options):
     served_model: str | None = Field(
         default=None, description="The name under which the server has the model."
     )
-    concurrency: int = Field(default=16, ge=1, description="Requests to the server at a time.")
+    concurrency: int = Field(
+        default=16, ge=1, le=1000, description="Requests to the server at a time."
+    )
     retries: int = Field(
         default=5,
         ge=0,

@@ -97,7 +97,7 @@ class TrainOptions(Options):
         pattern="^(auto|on|off|[1-9][0-9]*)$",
         description="Which activations are recomputed in the backward, to save memory: on (all), "
         "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
-        "before the first step, fits so, with fewer tokens if it must be, else all.",
+        "before the first step, fits so, with fewer tokens while the device stays busy, else all.",
     )
     checkpoint_steps: int = Field(
         default=10,
@@ -133,4 +133,9 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
         default=None,
         description="Model whose tokenizer and chat template to use where there is no confidence "
         "store: the instruct model.",
+    )
+    shard: bool = Field(
+        default=False,
+        description="Divide the frozen model among the processes of torchrun (FSDP2), for models "
+        "that one device does not hold. Changes memory and speed, not the adapter.",
     )

@@ -130,7 +130,7 @@ def make_trainer(
     data = Dataset.from_list(list(rows)) if isinstance(rows, (list, tuple)) else rows
     shared = {"train_dataset": data, "processing_class": tiny.make_tokenizer(), **(options or {})}
     if kind == "sft":
-        arguments = SFTConfig(**{"bf16": False, "activation_checkpointing": False, **made})
+        arguments = SFTConfig(**{"bf16": False, "gradient_checkpointing": False, **made})
         return WeightedSFTTrainer(model, arguments, **shared)
     return WeightedTrainer(model, TrainingArguments(**made), **shared)
 

@@ -171,6 +171,18 @@ def test_sizes_of_chunks_change_results_by_rounding_only(device: str) -> None:
 
 
 @pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("splits", [1, 3, 20])
+def test_parts_of_the_columns_sum_to_dh(splits: int, want_dw: bool, device: str) -> None:
+    """A chunk is a few steps over columns wide, so that most of 20 parts are empty."""
+    problem = random_problem(40, 40, 600, FP32, device, want_dw=want_dw, want_db=want_dw)
+    # References that grow from chunk to chunk: all parts are brought to the new ones.
+    head = problem.head
+    growing = head.weight * torch.linspace(1, 400, 600, device=device).unsqueeze(1)
+    problem = problem._replace(head=head._replace(weight=growing))
+    check(problem, small_plan(problem)._replace(splits=splits))
+
+
+@pytest.mark.parametrize("want_dw", [False, True], ids=["frozen", "trainable"])
 def test_targets_weights_and_biases_of_any_strides(want_dw: bool, device: str) -> None:
     problem = random_problem(40, 24, 130, FP32, device, want_dw=want_dw, want_db=want_dw)
     bias = torch.randn(130, device=device)

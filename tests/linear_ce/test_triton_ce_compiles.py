@@ -119,9 +119,19 @@ def two_heads(
 
 
 def dh(
-    arch: int, tiles: ProductTiles, dtype: str = "bf16", tma: bool | None = None
+    arch: int,
+    tiles: ProductTiles,
+    dtype: str = "bf16",
+    tma: bool | None = None,
+    splits: int = 1,
 ) -> KernelRequest:
-    return product("dh", arch, tiles, (tiles.BLOCK_M, tiles.BLOCK_K), dtype, tma)
+    whole = product("dh", arch, tiles, (tiles.BLOCK_M, tiles.BLOCK_K), dtype, tma)
+    return replace(
+        whole,
+        signature={**whole.signature, "N": "i32"},
+        constexprs={**whole.constexprs, "SPLITS": splits},
+        label=f"{whole.label}{f'-split-{splits}' if splits > 1 else ''}",
+    )
 
 
 def dw(
@@ -185,6 +195,7 @@ def requests() -> list[KernelRequest]:
             found.append(two_heads(arch, tiles, options))
         for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
             found += [of(arch, tiles) for tiles in tiles_for(table, machine, torch.bfloat16)]
+        found.append(dh(arch, tiles_for(PRODUCT_TILES, machine, torch.bfloat16)[0], splits=2))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.
     hopper = Machine(90, 132)
     for options in (LOSS, ALL_OPTIONS):

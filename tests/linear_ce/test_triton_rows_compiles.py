@@ -117,6 +117,9 @@ def problems() -> list[Problem]:
         full._replace(guide=gemma),
         full._replace(guide=gemma, **frozen),
         full._replace(want_dh=False, **frozen),
+        # So few rows that dH is summed in parts.
+        problem_of(empty(512, 4096), empty(128256, 4096), target[:512], with_entropy=False),
+        problem_of(empty(512, 3584), gemma.weight, target[:512], **frozen),
     ]
 
 

@@ -109,6 +109,7 @@ class Chunk:
             "ENTROPY": self.with_entropy,
             "EXPONENTIALS": self.exponentials,
             "MARGIN": self.margin,
+            "SPLITS": self.plan.splits,
             "BLOCK_N": self.plan.row_block[0] * 2,
             "BLOCK_D": 256,
         }
@@ -252,7 +253,7 @@ class Chunk:
         )
 
     def add_to_dh(self, rows: Rows, dh: Tensor, first_row: int, first_v: int) -> None:
-        """dH (+)= E W for the rows of this chunk; the first columns overwrite."""
+        """dH [splits, N, D] (+)= E W for this chunk's rows; the first columns overwrite."""
         triton_products._dh_kernel[self.product_programs](
             self.exp_loaded,
             self.head_operand,
@@ -262,8 +263,10 @@ class Chunk:
             first_row,
             first_v,
             self._columns_from(first_v),
+            dh.shape[1],
             self.head_sizes,
             FLAGS=self.dh_flags[first_v > 0],
+            SPLITS=self.plan.splits,
             **self.product_options,
         )
 

@@ -5,7 +5,7 @@ From a row's weight to its gradient:
 1. `valid_tokens` lists the rows that are not ignored, and not of weight 0 where weights are given.
 2. `row_pass` runs over all logits once. Per chunk of rows, per chunk of C columns: `Chunk.logits`
    stores E = 2^(x − ref) and partial sums, `Chunk.merge` adds the sums to the rows' state,
-   `Chunk.add_to_dh` adds E W to dH.
+   `Chunk.add_to_dh` adds E W to dH, for few rows in `Plan.splits` parts of the columns.
 3. `finish_rows` makes nll and two factors of the state, and the gradient of each row's nll:
    dH = factor · ΣE W + target_factor · W_y (with a trainable head `finish_dh`, once dH is
    complete). No weight has entered yet.
@@ -124,7 +124,7 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         top1=found.top1,
         largest=found.largest,
         entropy=found.entropy,
-        dh=dh,
+        dh=None if dh is None else dh[0],
         dw=dw,
         db=db,
     )
@@ -154,7 +154,7 @@ def head_gradients(
     found, dh, factors = row_pass(head, target, rows, plan, shard, first, **pass_options)
     assert factors is not None
     if asked.dh and dh is None:
-        dh = torch.empty(count, hidden_size, **options)
+        dh = torch.empty(plan.splits, count, hidden_size, **options)
     into = Gradients(dh, dw, db)
     factors = with_room_above(factors, head)
     order = weights_in_order(head, rows, factors, rows.weight)
@@ -186,7 +186,7 @@ def row_pass(
     kept: KeptRows | None = None,
     guide: Guide | None = None,
 ) -> tuple[RowStats, Tensor | None, RowFactors | None]:
-    """Statistics of valid tokens and, if asked, dH float32 [N, D] of each row's nll.
+    """Statistics of valid tokens and, if asked, float32 [splits, N, D]: dH of each row's nll first.
 
     With `kept` the exponentials of its rows are kept, dH of all other rows is left undefined, and
     the caller finishes dH. With `guide` its confidence, from the same launches, is the weight.
@@ -195,7 +195,7 @@ def row_pass(
     state = new_state(head)
     beside = new_state(guide.head) if guide is not None else None
     # Allocated at its first use, after the guide's buffers of the kept rows are freed.
-    dh = functools.cache(lambda: state.parts.new_empty(head.hidden.shape))
+    dh = functools.cache(lambda: state.parts.new_empty(plan.splits, *head.hidden.shape))
     first_rest = 0
     if kept is not None:
         sums = dh if asked.dh else None

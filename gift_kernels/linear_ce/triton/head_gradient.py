@@ -40,7 +40,7 @@ class WeightsInOrder(NamedTuple):
 class Gradients(NamedTuple):
     """Where the gradients of a trainable head's call are summed, float32; None: not wanted."""
 
-    dh: Tensor | None  # [N, D] of each row's nll, without weights
+    dh: Tensor | None  # [splits, N, D] of each row's nll, without weights; their sum at the end [0]
     dw: Tensor | None  # [V, D] of the weighted sum
     db: Tensor | None  # [V] so too
 

@@ -152,8 +152,8 @@ def finish_rows(
 ) -> tuple[RowStats, RowFactors | None]:
     """Statistics and factors once all columns of this rank are seen; writes `rows.weight`, too.
 
-    `dh` [N, D] of this rank's columns is finished in place, a `block` of it at a time, and summed
-    over the ranks.
+    `dh` [splits, N, D] of this rank's columns becomes dH in its first part, a `block` of it at a
+    time, summed over the ranks.
     """
     logits = logit_factors(head, temperature)
     if shard is not None:
@@ -191,11 +191,12 @@ def finish_rows(
             HAS_POWER=transform.power != 1,
             CONFIDENCE=asked.confidence is not None,
             HAS_CAP=head.logit_softcap is not None,
+            SPLITS=1 if dh is None else dh.shape[0],
             BLOCK_N=block[0],
             BLOCK_D=block[1],
         )
     if dh is not None and shard is not None:
-        dist.all_reduce(dh, group=shard.group)
+        dist.all_reduce(dh[0], group=shard.group)
     if factors is None:
         return stats, None
     return stats, RowFactors(*factors.unbind(), state.local_target)
@@ -211,8 +212,9 @@ def finish_dh(
     target_factor: Tensor,
     shard: VocabShard | None,
 ) -> None:
-    """dH = factor · dH + target_factor · W_y in place, summed over the ranks of a shard."""
-    (count, hidden_size), block = dh.shape, plan.row_block
+    """dH = factor · ΣE W + target_factor · W_y, in the first part of dh [splits, N, D]; summed over
+    the ranks of a shard."""
+    (splits, count, hidden_size), block = dh.shape, plan.row_block
     if count > 0:
         row_gradients._finish_dh_kernel[(cdiv(count, block[0]), cdiv(hidden_size, block[1]))](
             dh,
@@ -224,8 +226,9 @@ def finish_dh(
             count,
             hidden_size,
             *head.weight.stride(),
+            SPLITS=splits,
             BLOCK_N=block[0],
             BLOCK_D=block[1],
         )
     if shard is not None:
-        dist.all_reduce(dh, group=shard.group)
+        dist.all_reduce(dh[0], group=shard.group)

@@ -1,9 +1,10 @@
 """Products of a chunk of E with the head and, once its rows are weighted, with the hidden states.
 
-    dH [n, D] (+)= E [n, C] @ W [C, D]          n, the number of valid tokens, is on the device
+    dH [S, n, D] (+)= E [n, C] @ W [C, D]       n, the number of valid tokens, is on the device
     dW [C, D] (+)= (w G)ᵀ [C, n] @ H [n, D]     w G = factor · E, and target_factor at the target
 
-E becomes w G in registers, on its way from shared memory to the tensor cores.
+E becomes w G in registers, on its way from shared memory to the tensor cores. The columns of dH's
+product lie in S parts, each with a sum of its own (split-K), so that few rows keep all SMs busy.
 
 Letters: n valid tokens, C columns of the chunk, D hidden. Operands are 16-bit or float32, sums
 float32. Rows of dH are written in the caller's order. Programs are persistent and skip tiles
@@ -48,28 +49,28 @@ class RowWeights(NamedTuple):
 
 @triton.jit
 def _dh_tile(
-    exp, head, first_m, first_d, first_v, m, C, size, TILES: tl.constexpr, TMA: tl.constexpr
+    exp, head, first_m, first_d, first_v, m, start, C, size, TILES: tl.constexpr, TMA: tl.constexpr
 ):
-    """exp [m, C] @ head[first_v : first_v + C], one tile, float32."""
+    """exp [m, start : C] @ head[first_v + start : first_v + C], one tile, float32."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     BLOCK_K: tl.constexpr = TILES.BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if TMA:
-        for first_c in range(0, C, BLOCK_K):
+        for first_c in range(start, C, BLOCK_K):
             e = exp.load([first_m, first_c])
             acc = tl.dot(e, head.load([first_v + first_c, first_d]), acc)
     else:
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_d = first_d + tl.arange(0, BLOCK_D)
-        offs_c = tl.arange(0, BLOCK_K)
+        offs_c = start + tl.arange(0, BLOCK_K)
         e_ptrs = exp + offs_m.to(tl.int64)[:, None] * size.columns + offs_c[None, :]
         w_ptrs = head + (first_v + offs_c).to(tl.int64)[:, None] * size.stride_other_k
         w_ptrs += offs_d.to(tl.int64)[None, :] * size.stride_other_d
         mask_m = (offs_m < m)[:, None]
         mask_d = (offs_d < size.D)[None, :]
-        for first_c in range(0, C, BLOCK_K):
-            mask_c = offs_c < C - first_c
+        for first_c in range(start, C, BLOCK_K):
+            mask_c = offs_c < C - (first_c - start)
             e = tl.load(e_ptrs, mask=mask_m & mask_c[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_c[:, None] & mask_d, other=0.0)
             acc = tl.dot(e, w, acc, input_precision="ieee")
@@ -163,32 +164,50 @@ def _add_parts(
             _add_tile(halves[half], out_ptr, rows, first_d + half * HALF, mask_m, D, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_v", "C"])
+@triton.jit
+def sum_of_parts(ptrs, stride, mask, SPLITS: tl.constexpr):
+    """Σ of SPLITS tensors that lie `stride` elements apart."""
+    total = tl.load(ptrs, mask=mask, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(ptrs + part * stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["first_row", "first_v", "C", "N"])
 def _dh_kernel(
     exp,  # [rows, columns], or its descriptor
     head,  # [V, D], or its descriptor
-    dh_ptr,  # [N, D] float32
+    dh_ptr,  # [SPLITS, N, D] float32
     index_ptr,  # [N] int32: row of dH of each valid token
     count_ptr,  # [1] int32, valid tokens
     first_row,
     first_v,
     C,
+    N,
     size,  # ProductSizes
     TILES: tl.constexpr,
     FLAGS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     FLATTEN: tl.constexpr = TILES.FLATTEN
     n = tl.minimum(tl.load(count_ptr) - first_row, size.rows)
     tiles_m, tiles_d = tl.cdiv(n, BLOCK_M), tl.cdiv(size.D, BLOCK_D)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_d, tl.num_programs(0), flatten=FLATTEN):
+    tiles = tiles_m * tiles_d
+    part_size = tl.cdiv(tl.cdiv(C, SPLITS), TILES.BLOCK_K) * TILES.BLOCK_K
+    for number in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=FLATTEN):
+        tile, part = number % tiles, number // tiles
         pid_m, pid_d = tile_of(tile, tiles_m, tiles_d, TILES.GROUP_M)
         first_m, first_d = pid_m * BLOCK_M, pid_d * BLOCK_D
-        acc = _dh_tile(exp, head, first_m, first_d, first_v, n, C, size, TILES, FLAGS.TMA)
+        start, end = 0, C
+        if SPLITS > 1:
+            start, end = part * part_size, tl.minimum(C, (part + 1) * part_size)
+        acc = _dh_tile(exp, head, first_m, first_d, first_v, n, start, end, size, TILES, FLAGS.TMA)
         offs_m = first_m + tl.arange(0, BLOCK_M)
         rows = tl.load(index_ptr + first_row + offs_m, mask=offs_m < n, other=0)
-        _add_parts(acc, dh_ptr, rows, first_d, offs_m < n, size.D, TILES.PARTS, FLAGS.ACCUMULATE)
+        out_ptr = dh_ptr + part.to(tl.int64) * N * size.D
+        _add_parts(acc, out_ptr, rows, first_d, offs_m < n, size.D, TILES.PARTS, FLAGS.ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_v", "C"])

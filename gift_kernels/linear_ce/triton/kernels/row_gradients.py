@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from gift_kernels.interpreter import correct_bfloat16
-from gift_kernels.linear_ce.triton.kernels.matmul import dlogits
+from gift_kernels.linear_ce.triton.kernels.matmul import dlogits, sum_of_parts
 
 correct_bfloat16()
 
 
 @triton.jit
 def _finish_dh_kernel(
-    dh_ptr,  # [N, D]
+    dh_ptr,  # [SPLITS, N, D] with the sum Σ E W; the first becomes dH
     head_ptr,  # [V, D]
     place_ptr,  # [N] int32
     local_target_ptr,  # [N] int32 by valid token
@@ -25,6 +25,7 @@ def _finish_dh_kernel(
     D,
     stride_head_v,
     stride_head_d,
+    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -41,7 +42,7 @@ def _finish_dh_kernel(
     w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
     w = tl.load(w_ptrs, mask=mask & (target >= 0)[:, None], other=0.0).to(tl.float32)
     dh_ptrs = dh_ptr + rows[:, None] * D + steps
-    dh = tl.load(dh_ptrs, mask=mask & counted[:, None], other=0.0)
+    dh = sum_of_parts(dh_ptrs, tl.cast(N, tl.int64) * D, mask & counted[:, None], SPLITS)
     tl.store(dh_ptrs, dh * factor[:, None] + target_factor[:, None] * w, mask=mask)
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from gift_kernels.interpreter import correct_bfloat16
 from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE, soft_capped
+from gift_kernels.linear_ce.triton.kernels.matmul import sum_of_parts
 
 correct_bfloat16()
 
@@ -180,7 +181,7 @@ def _merge_kernel(
     partial_ptr,  # [2 or 3, most_slices, rows]
     state_ptr,  # [4, N]: ref, S, S2, M
     exp_ptr,  # [rows, most_slices * WIDTH]
-    dh_ptr,  # [N, D], or None: nothing has been added to it yet
+    dh_ptr,  # [SPLITS, N, D], or None: nothing has been added to it yet
     index_ptr,  # [N] int32
     count_ptr,  # [1] int32
     first_row,
@@ -195,6 +196,7 @@ def _merge_kernel(
     ENTROPY: tl.constexpr,
     EXPONENTIALS: tl.constexpr,
     MARGIN: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -263,12 +265,14 @@ def _merge_kernel(
         stale = tl.max(changed.to(tl.int32), 0)
         if stale > 0:
             places = tl.load(index_ptr + first_row + offs_n, mask=mask_n, other=0).to(tl.int64)
-            for first_d in range(0, D, BLOCK_D):
-                offs_d = first_d + tl.arange(0, BLOCK_D)
-                dh_ptrs = dh_ptr + places[:, None] * D + offs_d[None, :]
-                both = changed[:, None] & (offs_d < D)[None, :]
-                dh = tl.load(dh_ptrs, mask=both, other=0.0)
-                tl.store(dh_ptrs, dh * factor[:, None], mask=both)
+            for part in tl.static_range(SPLITS):
+                row_ptrs = dh_ptr + (part * tl.cast(N, tl.int64) + places)[:, None] * D
+                for first_d in range(0, D, BLOCK_D):
+                    offs_d = first_d + tl.arange(0, BLOCK_D)
+                    dh_ptrs = row_ptrs + offs_d[None, :]
+                    both = changed[:, None] & (offs_d < D)[None, :]
+                    dh = tl.load(dh_ptrs, mask=both, other=0.0)
+                    tl.store(dh_ptrs, dh * factor[:, None], mask=both)
 
 
 @triton.jit
@@ -327,7 +331,7 @@ def _finish_kernel(
     weight_ptr,  # [N], written if CONFIDENCE
     found,  # RowStats: pointers [N] in the caller's order, None where not asked for
     factor_ptr,  # [4, N]: of Σ E W, of the target's row of the head; ref, its share; or None
-    dh_ptr,  # [N, D] Σ E W, or None
+    dh_ptr,  # [SPLITS, N, D] with the sum Σ E W, or None; the first becomes dH
     local_target_ptr,  # [N] int32 by valid token
     head_ptr,  # [V, D]
     N,
@@ -337,6 +341,7 @@ def _finish_kernel(
     HAS_POWER: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -417,7 +422,7 @@ def _finish_kernel(
             w_ptrs = head_ptr + target[:, None] * stride_head_v + steps * stride_head_d
             w_y = tl.load(w_ptrs, mask=(target >= 0)[:, None] & in_row, other=0.0).to(tl.float32)
             dh_ptrs = dh_ptr + rows.to(tl.int64)[:, None] * D + steps
-            dh = tl.load(dh_ptrs, mask=counted[:, None] & in_row, other=0.0)
+            dh = sum_of_parts(dh_ptrs, tl.cast(N, tl.int64) * D, counted[:, None] & in_row, SPLITS)
             dh = dh * (scale * share)[:, None] + target_factor[:, None] * w_y
             dh = tl.where(counted[:, None], dh, 0.0)
             tl.store(dh_ptrs, dh, mask=mask[:, None] & in_row)
