@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from gift.files import hash_file, naming, read_json, replacing, sealed_files, sync
 from gift.micro_batches import BAND_NAMES
-from gift.ranks import Group, gather_lists, gather_tensors
+from gift.ranks import Group, gather_tensors
 
 
 class TrainingState:
@@ -70,10 +70,10 @@ class TrainingState:
     def load(self, work: Path) -> tuple[int, list[dict[str, float]], Tensor]:
         """Restores the last whole checkpoint; returns step (0 if none), metrics, loss by band.
 
-        No parameter may have a gradient yet. Ranks that the saved run did not have keep their
-        random states.
+        No parameter may have a gradient yet: PyTorch makes the optimizer's state by an empty step.
+        Ranks that the saved run did not have keep their random states.
         """
-        found = gather_lists([_newest(work)] if self._group.is_main else [])[0]
+        found = self._group.from_main(lambda: _newest(work))
         if found is None:
             return 0, [], torch.zeros(len(BAND_NAMES), dtype=torch.float64)
         record = read_json(found)
@@ -94,7 +94,7 @@ class TrainingState:
         return record["step"], record["history"], loss_by_band
 
     def _tensors(self) -> dict[str, Any]:
-        """The adapter and the optimizer's state; what is loaded is written into these tensors."""
+        """The adapter and the optimizer's state; `dcp.load` writes into these tensors."""
         adapter = {
             name: parameter.detach()
             for name, parameter in self._model.named_parameters()

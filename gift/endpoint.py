@@ -129,12 +129,14 @@ def ask_server(
 
         pending = {row: q for row, q in enumerate(questions) if row not in replies}
         asyncio.run(_ask(config, pending, keep))
-    counted = [replies[row][0].prompt_tokens for row in range(len(questions))]
-    if differing := sum(ours != its for ours, its in zip(lengths or counted, counted, strict=True)):
-        warn(
-            f"{config.endpoint} counts another number of tokens, or none, in {differing} of "
-            f"{len(questions)} prompts than the tokenizer and chat template of {config.model}"
-        )
+    if lengths is not None:
+        counted = [replies[row][0].prompt_tokens for row in range(len(questions))]
+        differing = sum(ours != its for ours, its in zip(lengths, counted, strict=True))
+        if differing:
+            warn(
+                f"{config.endpoint} counts another number of tokens, or none, in {differing} of "
+                f"{len(questions)} prompts than the tokenizer and chat template of {config.model}"
+            )
     return [replies[row] for row in range(len(questions))]
 
 
@@ -275,12 +277,11 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
     if body and not (isinstance(body, dict) and "message" in body):
         said += f": {body}"
     said = " ".join(said.split())[:300]
+    times = f"asked {config.retries + 1} times"
+    unconnected = type(error.__cause__).__name__ == "ConnectTimeout"
     match error:
-        case openai.APITimeoutError():
-            problem = (
-                f"gave no reply within --request-timeout {config.request_timeout:g} s, asked "
-                f"{config.retries + 1} times"
-            )
+        case openai.APITimeoutError() if not unconnected:
+            problem = f"gave no reply in --request-timeout {config.request_timeout:g} s, {times}"
         case openai.APIConnectionError():
             problem = f"cannot be reached ({error.__cause__ or said}); is the server running?"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
@@ -290,6 +291,8 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
                 f"does not have the model {config.served_model!r}, or is not the URL that "
                 f"chat completions are under, which mostly ends in /v1 ({said})"
             )
+        case openai.InternalServerError():
+            problem = f"fails at {place}, {times} ({said})"
         case _:
             problem = f"refuses {place} ({said})"
     return InputError(f"--endpoint: {config.endpoint} {problem}; {KEPT}")

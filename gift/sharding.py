@@ -35,7 +35,8 @@ def load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The causal language model of a folder in evaluation mode, a share of it on every rank.
 
     Rank 0 reads it into the host's memory. From there one block after the other is sent to all
-    ranks, and each keeps its share: a device holds its share and one block at most.
+    ranks, and each keeps its share: a device holds its share and one block, or the embedding or the
+    head, at most.
 
     InputError: see `model_structure`; or the model has no blocks.
     """

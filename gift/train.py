@@ -192,8 +192,7 @@ def _fit(
             idle = idle_rows(config, batch, split, group) if config.shard else ()
             with clock("compute"):
                 sums, losses = accumulate_gradients(config, model, group.share(batch), split, idle)
-                _sum_over_ranks(config, sums, gradients, group)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                norm = _reduce(config, sums, gradients, parameters, group)
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 scheduler.step()
@@ -225,14 +224,19 @@ def _fit(
     return history, loss_by_band
 
 
-def _sum_over_ranks(
-    config: TrainConfig, sums: Tensor, gradients: Tensor, group: ranks.Group
-) -> None:
-    """Sums both over the ranks, in place, and divides the gradients once."""
+def _reduce(
+    config: TrainConfig,
+    sums: Tensor,
+    gradients: Tensor,
+    parameters: Sequence[Tensor],
+    group: ranks.Group,
+) -> Tensor:
+    """Sums over the ranks, divides the gradients once and clips them, in place; their norm."""
     group.all_reduce_(sums)
     group.all_reduce_(gradients)
     divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
     gradients.div_(torch.where(divisor == 0, 1, divisor))
+    return torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
 
 
 def _step_speed(

@@ -1,7 +1,9 @@
 """An evaluation through a server: the same answers as locally, and one clear error each."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -168,6 +170,9 @@ class Misbehaving(ThreadingHTTPServer):
         self.answer: Answer = complete
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def handle_error(self, *arguments: Any) -> None:
+        pass  # clients that gave up
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: Misbehaving
@@ -296,8 +301,8 @@ def test_a_request_that_fails_is_repeated(
     [
         (drop, r"cannot be reached \(.*\); is the server running\?"),
         (cut_off, "answers .*line 1 with no completion"),
-        (wait, r"gave no reply within --request-timeout 0.2 s, asked 2 times"),
-        (status(500), "refuses .*line 1 .*500.*no luck"),
+        (wait, r"gave no reply in --request-timeout 0.2 s, asked 2 times"),
+        (status(500), "fails at .*line 1, asked 2 times .*500.*no luck"),
         (status(400), "refuses .*line 1 .*400.*no luck"),
         (status(401), "refuses the key in OPENAI_API_KEY"),
         (status(404), "does not have the model 'tiny', or is not the URL .* ends in /v1"),
@@ -330,6 +335,22 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{url} cannot be reached .*is the server running"):
         evaluate(configure(tmp_path, url, retries=0))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_host_that_takes_no_connection_is_named_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gift.endpoint, "CONNECT_TIMEOUT", 0.2)
+    with socket.socket() as listener, contextlib.ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # its queue is full
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(InputError, match=rf"{url} cannot be reached .*is the server running"):
+            evaluate(configure(tmp_path, url, retries=0))
 
 
 def test_requests_hold_what_was_asked_for(
@@ -373,6 +394,17 @@ def test_a_recipe_adds_fields_and_local_servers_need_no_key(
     assert not end.value.code
     assert {(body["top_k"], body["min_p"]) for body in server.asked} == {(5, 0.1)}
     assert set(server.keys) == {"Bearer EMPTY"}
+
+
+def test_a_server_without_counts_is_named(
+    model: Path, server: Misbehaving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uncounted = json.dumps({**json.loads(completion("It is 4")), "usage": None})
+    server.answer = lambda handler, _: send(handler, 200, uncounted)
+    metrics = evaluate(configure(tmp_path, server.url, model=str(model)))
+    assert metrics["mean_reply_tokens"] is None and metrics["accuracy"] == 0.2
+    shown = capfd.readouterr()
+    assert "unknown" in shown.out and "or none, in 5 of 5 prompts" in " ".join(shown.err.split())
 
 
 def test_at_most_as_many_requests_at_a_time_as_asked_for(

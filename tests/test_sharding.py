@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import gift.cli
 import gift.memory
+import gift.sharding
 import gift.train
 from gift.annotate import annotate
 from gift.config import AnnotateConfig, TrainConfig
@@ -102,16 +104,37 @@ def count_steps(patch: pytest.MonkeyPatch, last: int = 0, sig: int | None = None
 def share(model: Any) -> float:
     """Share of a model's bytes that this rank holds."""
     held = [w.to_local() if isinstance(w, DTensor) else w for w in model.parameters()]
-    return sum(w.nbytes for w in held) / sum(w.nbytes for w in model.parameters())
+    return sum(w.nbytes for w in held) / size(model)
+
+
+def size(model: Any) -> int:
+    """Bytes of a model, wherever they are."""
+    return sum(weight.nbytes for weight in model.parameters())
+
+
+def watch_loading(patch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of weights that this rank holds whole, each time that a module has its values."""
+    real, received, whole = gift.sharding._receive, [], []
+
+    def receive(module: Any, source: Any) -> None:
+        real(module, source)
+        received.extend(weakref.ref(weight) for weight in module.parameters(recurse=False))
+        whole.append(sum(weight.nbytes for ref in received if (weight := ref()) is not None))
+
+    patch.setattr(gift.sharding, "_receive", receive)
+    return whole
 
 
 def look_at(folder: Path) -> dict[str, Any]:
     """What a rank holds of a sharded model, and what the loss says of its head."""
     found: dict[str, Any] = {}
-    with process_group():
+    with process_group(), pytest.MonkeyPatch.context() as patch:
+        whole = watch_loading(patch)
         model = load_sharded(folder, torch.float32, torch.device("cpu"))
         truth = load_causal_lm(folder, torch.float32, torch.device("cpu"))
         found["loaded"] = share(model)
+        units = model.get_input_embeddings(), model.get_output_embeddings(), *truth.model.layers
+        found["whole at once"] = max(whole) / max(map(size, units))
         ids = torch.arange(4, 24)[None]
         hidden = last_hidden_state(model, input_ids=ids)
         found["same states"] = torch.equal(hidden, last_hidden_state(truth, input_ids=ids))
@@ -222,6 +245,7 @@ def test_a_rank_holds_its_share_of_the_model(found: list[dict[str, Any]], model:
     for rank in found:
         seen = rank[model]
         assert seen["same states"] and seen["same head"]
+        assert 1 <= seen["whole at once"] < 1.01  # the final norm is whole a little longer
         for when in ("loaded", "blocks after use", "head after use"):
             assert 0.49 < seen[when] < 0.51, when
 

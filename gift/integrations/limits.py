@@ -28,6 +28,9 @@ def refuse_options(trainer: Any) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     sizes = [getattr(parallel, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
     refused = {
+        "model_init: the loss is put into the model that is passed; pass a model": (
+            trainer.model_init is not None
+        ),
         "compute_loss_func: the weighted loss takes its place; leave it out": callable(
             trainer.compute_loss_func
         ),
@@ -65,6 +68,8 @@ def check_model(trainer: Any) -> None:
     if trainer.accelerator.is_main_process:
         _compare_losses(base)
     guide = trainer.weights
+    if guide is base:
+        raise InputError("weights: the guide is the model that is trained; pass weights='self'")
     if isinstance(guide, PreTrainedModel):
         ours, theirs = (len(lm_head(some).weight) for some in (base, guide))
         if theirs < ours:

@@ -241,8 +241,9 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._signature_columns is not None and TOKEN_WEIGHT not in self._signature_columns:
-            self._signature_columns.append(TOKEN_WEIGHT)
+        columns = self._signature_columns
+        if self.weights == "column" and columns is not None and TOKEN_WEIGHT not in columns:
+            columns.append(TOKEN_WEIGHT)
 
 
 class WeightedTrainer(WeightedLossMixin, Trainer):

@@ -105,6 +105,18 @@ def test_a_guide_of_fewer_tokens(folder: Path, tmp_path: Path) -> None:
         make_trainer("trainer", load(folder), tmp_path, rows=PLAIN, options={"weights": guide})
 
 
+def test_a_guide_that_is_the_model_itself(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    with pytest.raises(InputError, match="^weights: the guide is the model that is trained"):
+        make_trainer("trainer", model, tmp_path, rows=PLAIN, options={"weights": model})
+
+
+def test_a_model_that_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    options = {"model_init": lambda: load(folder)}
+    with pytest.raises(InputError, match="^model_init: the loss is put into the model"):
+        make_trainer("trainer", None, tmp_path, options=options)
+
+
 def test_rows_that_were_cut_without_their_weights(folder: Path, tmp_path: Path) -> None:
     cut = [{**row, "input_ids": row["input_ids"][:5], "labels": row["labels"][:5]} for row in ROWS]
     with pytest.raises(InputError, match="^row 0 has 5 input_ids, 5 labels and 34 token_weight"):

@@ -102,7 +102,7 @@ def test_a_guide_model(kind: str, models: Path, tmp_path: Path) -> None:
         return torch.exp(-row_nll(guide, row).detach())
 
     require_close(found, expect(load(models / "base", {}), weigh=weigh))
-    assert not gradients(guide)
+    assert not guide.training and not gradients(guide)
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
@@ -160,6 +160,15 @@ def test_rows_that_trl_cuts_keep_their_weights(mode: str, models: Path, tmp_path
 def test_recomputed_activations_give_the_same(kind: str, models: Path, tmp_path: Path) -> None:
     found = train(kind, load(models / "base", {}), tmp_path, 4, gradient_checkpointing=True)
     require_close(found, expect(load(models / "base", {})))
+
+
+def test_mixed_precision_rounds_products_and_no_weights(models: Path, tmp_path: Path) -> None:
+    trainer = make_trainer("trainer", load(models / "base"), tmp_path, 4, bf16=True)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(expect(load(models / "base"))[0], rel=1e-2)
+    weights = [weight for row in ROWS for weight in row["token_weight"][PROMPT:]]
+    assert logs["mean_weight"] == pytest.approx(np.mean(weights), rel=1e-6)
 
 
 def test_a_compiled_model_and_its_loss_are_one_graph(models: Path, tmp_path: Path) -> None:
