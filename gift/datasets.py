@@ -1,6 +1,7 @@
 """Joins a confidence store to a Hugging Face data set, row by row."""
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from gift.console import error_console
 from gift.data import Example, encode, token_columns
 from gift.errors import InputError
 from gift.models import listed
-from gift.rows import read_conversation
+from gift.rows import Conversation, read_conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,13 +84,19 @@ def _encode(
     """The rows as they were annotated, None where they are lost, and why by number."""
     settings: dict[str, Any] = store.manifest["settings"]
     options = DataOptions(**{k: v for k, v in settings.items() if k in DataOptions.model_fields})
-    # A column that some rows lack is None in them.
-    rows = ({k: v for k, v in row.items() if v is not None} for row in dataset)  # pyright: ignore
+    conversations: list[Conversation] = []
+    unread: Counter[str] = Counter()
+    for number, row in enumerate(dataset):
+        # A column that some rows lack is None in them.
+        given = {key: value for key, value in row.items() if value is not None}  # pyright: ignore
+        place = f"dataset, row {number}"
+        conversation, keys = read_conversation(given, place, options.ignored_keys())
+        conversations.append(conversation)
+        unread.update(keys)
+    if unread:
+        _note("columns that nothing reads: " + ", ".join(sorted(unread)))
     data = encode(
-        [
-            read_conversation(row, f"dataset, row {number}", options.ignored_keys())[0]
-            for number, row in enumerate(rows)
-        ],
+        conversations,
         store.tokenizer(),
         max_length=options.max_length,
         context=store.manifest["data"]["context"],
@@ -105,5 +112,8 @@ def _report(lost: list[str], rows: int, store: ConfidenceStore, missing: str) ->
         raise InputError(
             f"dataset: {text}; annotate this data, or leave the rows out with missing='drop'"
         )
-    note = f"note: left out: {text}"
-    error_console.print(note, markup=False, highlight=False, soft_wrap=True)
+    _note(f"left out: {text}")
+
+
+def _note(text: str) -> None:
+    error_console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -211,6 +211,15 @@ def test_evaluation_is_weighted_and_logits_are_there_for_metrics(
     assert shapes == [((3, width, len(tiny.make_tokenizer())), (3, width))]
 
 
+def test_rows_without_labels_are_predicted(models: Path, tmp_path: Path) -> None:
+    trainer = make_trainer("trainer", load(models / "base"), tmp_path)
+    ids = ROWS[0]["input_ids"]
+    found = trainer.predict(Dataset.from_list([{"input_ids": ids}]))
+    logits = load(models / "base")(torch.tensor([ids])).logits
+    np.testing.assert_allclose(found.predictions, logits.detach(), rtol=1e-4, atol=1e-5)
+    assert "test_loss" not in found.metrics
+
+
 @every_kind
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     kind: str, models: Path, tmp_path: Path

@@ -57,7 +57,9 @@ def test_tokens_labels_and_weights_are_those_of_the_stages(
         assert not weight[~is_target].any()
 
 
-def test_rows_are_found_in_any_order_and_form(folder: Path, rows: list[dict[str, Any]]) -> None:
+def test_rows_are_found_in_any_order_and_form(
+    folder: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     messages = [
         {
             "messages": [
@@ -71,6 +73,7 @@ def test_rows_are_found_in_any_order_and_form(folder: Path, rows: list[dict[str,
     both = [Dataset.from_list(some) for some in (messages, rows[3:])]
     mixed = concatenate_datasets(both).select([4, 2, 0])
     found = with_confidence(mixed, load_store(folder / "store"))
+    assert capsys.readouterr().err == "note: columns that nothing reads: id\n"
     whole = with_confidence(Dataset.from_list(rows), folder / "store")
     assert list(found) == [whole[place] for place in (4, 2, 0)]
 
