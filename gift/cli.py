@@ -164,7 +164,7 @@ _add_command(
     "gift.annotate:annotate",
     "Stage 1: find the instruct model's confidence in the data. Writes it for every target token. "
     "Costs one forward pass of the model over the data and holds no logits; a killed run resumes "
-    "where it stopped.",
+    "where it stopped. Under torchrun each process takes a share of the batches.",
 )
 _add_command(
     "import-scores",
@@ -197,7 +197,8 @@ _add_command(
     MergeConfig,
     "gift.merge.command:merge",
     "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
-    "few tensors; reads and writes its weights once; a killed merge resumes where it stopped.",
+    "few tensors; reads and writes its weights once; a killed merge resumes where it stopped. "
+    "Under torchrun each process takes a share of the files.",
 )
 _add_command(
     "merge-statistics",
@@ -227,7 +228,8 @@ _add_command(
     EvaluateConfig,
     "gift.evaluate:evaluate",
     "Stage 4: sample replies to questions and check them. Reports avg@k and pass@k. Costs the "
-    "generation of samples x questions replies; finished batches are kept.",
+    "generation of samples x questions replies; finished batches are kept. Under torchrun each "
+    "process takes a share of the batches.",
 )
 _add_command(
     "run",

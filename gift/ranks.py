@@ -27,7 +27,8 @@ Item = TypeVar("Item")
 FAILED = "gift/failed"
 # What gloo says where another process has ended; NCCL's errors are a type of their own.
 GONE = "by peer"
-# How long a process waits for the others' shares.
+# How long a process waits for the others to start, and for their shares.
+START_WAIT = timedelta(minutes=30)
 LONGEST_WAIT = timedelta(days=30)
 
 
@@ -120,6 +121,7 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
     except ValueError as error:  # a variable is not set
         raise InputError(f"{error}; start several processes with torchrun") from None
     group = Group(rank, size, device)
+    _await_all(store, group)
     dist.init_process_group(
         "nccl" if device and not on_host else "gloo",
         store=store,
@@ -137,6 +139,18 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, group: Group) -> None:
+    """LostProcess where a rank does not start; without this one, all would wait for its share."""
+    names = [f"gift/started/{rank}" for rank in range(group.size)]
+    store.set(names[group.rank], "")
+    try:
+        store.wait(names, START_WAIT)
+    except RuntimeError as error:
+        raise LostProcess(
+            f"not all of {group.size} processes have started within {START_WAIT}"
+        ) from error
 
 
 def _own_gpu() -> torch.device | None:
