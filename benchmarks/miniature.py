@@ -1,11 +1,12 @@
 """The paper's table in miniature: `python -m benchmarks.miniature --output miniature`.
 
 Makes pairs of tiny models in the demo's world, guides that are wrong or new to the domain, and
-noisy and clean references; then runs one study of all methods with each kind of references. What
-is finished is not done again. About an hour of one core.
+noisy and clean references; then runs a study of all methods with noisy references, and one without
+merge methods with clean ones. What is finished is not done again. About half an hour of a core.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,9 +18,10 @@ from gift.console import error_console, quiet
 from gift.demo import world
 from gift.demo.main import EVALUATIONS, SETTINGS, ask, write_data
 from gift.demo.pair import Recipe, make_pair
-from gift.files import replacing
 from gift.merge.command import merge
 from gift.merge.methods import METHODS as MERGE_METHODS
+from gift.study.report import REPORT_FILE
+from gift.study.results import RESULTS_FILE
 from gift.study.run import study
 from gift.train import train
 
@@ -37,7 +39,7 @@ REFERENCES = {"noisy": world.TASK_NOISE, "clean": world.CLEAN}
 CORRUPTED = world.Noise(wrong_convention=1.0, slip=0.1)
 NO_PROGRAMS = world.Mixture(document_programs=0.0, conversation_programs=0.0)
 NEW_RECIPE = {"primer_steps": 0, "mixture": NO_PROGRAMS}
-EVALUATED = ("task", "own worked style", "format kept on task", "other tasks")
+EVALUATED = ("task", "own worked style", "other tasks")
 
 
 def methods(guides: Path) -> dict[str, dict[str, Any]]:
@@ -113,7 +115,10 @@ def _teach_wrongly(folder: Path, name: str, seed: int, instruct: Path) -> None:
 def study_file(folder: Path, kind: str) -> dict[str, Any]:
     """The study with one kind of references, as `gift study` reads it."""
     evaluations = {name: EVALUATIONS[name] for name in EVALUATED}
-    evaluations["task"] |= {"samples": 2}
+    evaluations["task"] = {**evaluations["task"], "samples": 2}
+    chosen = methods(folder / "guides")
+    if kind == "clean":
+        chosen = {name: own for name, own in chosen.items() if "method" not in own}
     return {
         "pairs": {
             name: {model: str(folder / "pairs" / name / model) for model in ("base", "instruct")}
@@ -124,7 +129,7 @@ def study_file(folder: Path, kind: str) -> dict[str, Any]:
             "device": "cpu",
             **SETTINGS,
         },
-        "methods": methods(folder / "guides"),
+        "methods": chosen,
         "evaluations": ask(folder / kind, evaluations),
         "correct_field": "correct",
         "seeds": list(range(SEEDS)),
@@ -135,16 +140,27 @@ def study_file(folder: Path, kind: str) -> dict[str, Any]:
 def main() -> None:
     """Makes what is not there yet, and runs the studies."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, help="for models and studies")
+    parser.add_argument("--results", type=Path, help="also copy results, files and reports there")
+    parser.add_argument("--workers", type=int, default=1, help="stages at a time")
     arguments = parser.parse_args()
     make_world(arguments.output)
     for kind in REFERENCES:
         settings = study_file(arguments.output, kind)
-        with replacing(arguments.output / f"{kind}.yaml") as path:
-            path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        path = arguments.output / f"{kind}.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         output = arguments.output / f"study-{kind}"
         study(StudyConfig(**settings, workers=arguments.workers, output=output))
+        if arguments.results:
+            copy_results(path, output, arguments.results / kind)
+
+
+def copy_results(file: Path, output: Path, folder: Path) -> None:
+    """Copies a study's file, figures and report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder / "study.yaml")
+    for name in (RESULTS_FILE, REPORT_FILE):
+        shutil.copyfile(output / name, folder / name)
 
 
 if __name__ == "__main__":

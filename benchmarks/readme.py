@@ -1,12 +1,13 @@
 """`python -m benchmarks readme`: writes the generated sections of README.md and docs/.
 
-Performance comes from folders of results, merge methods from their registry; a test compares all.
+Performance and studies come from folders of results, merge methods from their registry; a test
+compares all.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import goals, report
+from benchmarks import goals, report, study_tables
 from gift.merge.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 MERGE_METHODS = ROOT / "docs" / "merge-methods.md"
+STUDY = ROOT / "docs" / "study.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
+BEGIN_STUDY = "<!-- of a study, made by python -m benchmarks readme -->"
 END = "<!-- end -->"
 NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
 call: tests, accuracy, times beside the peers, whole stages."""
@@ -30,7 +33,7 @@ WEIGHTINGS = {
 def update(folders: Sequence[Path]) -> None:
     """Puts the sections of these results, or of the newest stored ones, in their files."""
     for path, made in sections(folders or newest()):
-        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        before, rest = path.read_text(encoding="utf-8").split(made.partition("\n")[0])
         path.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
 
 
@@ -43,7 +46,12 @@ def sections(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         BENCHMARKS: [*([] if gpu else [NOT_ON_A_GPU]), *map(_device, results)],
         MERGE_METHODS: [merge_methods()],
     }
-    return [(path, "\n\n".join([BEGIN, *parts, END])) for path, parts in made.items()]
+    study = study_tables.newest(RESULTS)
+    return [
+        *((path, "\n\n".join([BEGIN, *parts, END])) for path, parts in made.items()),
+        (README, "\n\n".join([BEGIN_STUDY, study_tables.short(study), END])),
+        (STUDY, "\n\n".join([BEGIN_STUDY, study_tables.full(study), END])),
+    ]
 
 
 def merge_methods() -> str:

@@ -1,0 +1,89 @@
+"""The stored study: its methods are all there are, and its tables say what its results say."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from benchmarks import miniature, readme, study_tables
+from benchmarks.study_tables import StoredStudy
+from gift.config import StudyConfig, TrainOptions
+from gift.controls import Control
+from gift.merge.methods import METHODS
+
+
+@pytest.mark.parametrize("kind", miniature.REFERENCES)
+def test_the_studies_are_valid(kind: str, tmp_path: Path) -> None:
+    file = miniature.study_file(tmp_path, kind)
+    config = StudyConfig(**file, output=tmp_path / "study")
+    assert len(config.pairs) >= 5 and len(config.seeds) >= 3
+    assert config.compared == "GIFT"
+
+
+def test_every_weighting_control_and_merge_method_takes_part(tmp_path: Path) -> None:
+    file = miniature.study_file(tmp_path, "noisy")
+    methods = StudyConfig(**file, output=tmp_path / "study").methods.values()
+    weightings = get_args(TrainOptions.model_fields["weighting"].annotation)
+    assert {method.weighting for method in methods} == {*weightings}
+    assert {method.control for method in methods} == {None, *get_args(Control)}
+    assert {method.method for method in methods} == {*METHODS}
+
+
+def stored(*differences: tuple[str, str, str, float, bool]) -> StoredStudy:
+    value: dict[str, Any] = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    methods = ("Instruct", "GIFT", "other")
+    results = {
+        "compared": "GIFT",
+        "retention_evaluations": ["style"],
+        "accuracy": {name: dict.fromkeys(methods, value) for name in ("task", "style")},
+        "differences": [
+            {
+                "evaluation": evaluation,
+                "first": first,
+                "second": second,
+                "value": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1},
+                "p": 0.01 if significant else 0.5,
+                "ahead": 2,
+                "runs": 3,
+                "significant": significant,
+            }
+            for evaluation, first, second, mean, significant in differences
+        ],
+    }
+    return StoredStudy("noisy", results, {"methods": {"GIFT": {}, "other": {}}})
+
+
+def test_what_is_significant_is_bold_and_said_in_words() -> None:
+    study = stored(
+        ("task", "GIFT", "Instruct", 0.2, True),
+        ("task", "GIFT", "other", -0.05, False),
+        ("task", "other", "Instruct", -0.25, True),
+        ("style", "GIFT", "Instruct", -0.3, True),
+        ("style", "other", "Instruct", -0.3, False),
+    )
+    text = study_tables.full([study])
+    assert "| Instruct | 50.0 [40.0, 60.0] | **+20.0 [+10.0, +30.0]** | 0.010 | 2 of 3 |" in text
+    assert "| other | 50.0 [40.0, 60.0] | -5.0 [-15.0, +5.0] | 0.500 | 2 of 3 |" in text
+    assert "ahead of Instruct (+20.0); not surely different from other (-5.0)" in text
+    assert "task: other (-25.0)." in text and "style: GIFT (-30.0)." in text
+
+
+def test_what_docs_and_readme_say_in_short_is_so_in_the_stored_results() -> None:
+    noisy, clean = study_tables.newest(readme.RESULTS)
+
+    def compare(study: StoredStudy, first: str, second: str) -> int:
+        """1, -1 or 0: the first is significantly ahead, behind, or neither."""
+        found = study.difference("task", first, second)
+        assert found is not None
+        return int(found["significant"]) * (1 if found["value"]["mean"] > 0 else -1)
+
+    for copy in ("shuffle", "random", "constant"):
+        assert compare(noisy, "GIFT", f"control {copy}") == 1
+    assert compare(noisy, "guide wrong", "Instruct") == -1
+    assert compare(noisy, "guide new to the domain", "Instruct") == 0
+    for study in (noisy, clean):
+        assert compare(study, "GIFT", "guide overconfident") == 0
+    uniform = clean.results["accuracy"]["task"]["Shadow-FT (uniform)"]["mean"]
+    assert compare(clean, "GIFT", "Shadow-FT (uniform)") == -1
+    for guided in ("GIFT-BaseT", "guide wrong", "guide overconfident", "guide new to the domain"):
+        assert clean.results["accuracy"]["task"][guided]["mean"] < uniform
