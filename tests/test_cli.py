@@ -203,3 +203,17 @@ def test_diff_takes_two_models_by_their_places(tmp_path: Path) -> None:
     assert "changed tensors" in finished.stdout
     finished = gift(tmp_path, "diff", str(one))
     assert finished.status == 2 and "MODEL_B missing" in finished.stderr
+
+
+def test_an_interrupted_command_says_how_to_resume(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gift.annotate.encode_file", interrupted)
+    options = ["--model", str(folder / "instruct"), "--data", str(folder / "rows.jsonl")]
+    monkeypatch.setattr(
+        sys, "argv", ["gift", "annotate", *options, "--output", str(tmp_path / "s")]
+    )
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capsys.readouterr().err == "gift: interrupted; run the same command again to resume\n"
