@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ def pick_device(device: str) -> torch.device:
         raise InputError(
             f"--device: {device!r} is no device; use auto, cpu, cuda or cuda:1"
         ) from None
+    if chosen.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"--device: {device} would be shared by all processes; use auto, by which each takes "
+            "the GPU of its own"
+        )
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: cuda is asked for, but this machine has no CUDA device")
     try:

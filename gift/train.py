@@ -87,7 +87,7 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         store, tokenizer = _store_and_tokenizer(config)
         require_same_ids("--model", folder, tokenizer.get_vocab(), "the data's tokenizer")
         data, rows = _read_rows(config, folder, store, tokenizer)
-        device = group.device or pick_device(config.device)
+        device = _device(config, group)
         dtype = pick_dtype(config.dtype, device)
         # The files are hashed while the model is loaded from them.
         with ThreadPoolExecutor(1) as pool:
@@ -289,6 +289,16 @@ def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, fl
         "token_accuracy": totals["correct"] / counted,
         "tokens": totals["tokens"],
     }
+
+
+def _device(config: TrainConfig, group: ranks.Group) -> torch.device:
+    """Under torchrun with GPUs this process's own; NCCL does not exchange what is on a CPU."""
+    if group.device and pick_device(config.device).type != group.device.type:
+        raise InputError(
+            f"--device: {config.device} under torchrun on a machine with GPUs; hide them from the "
+            "processes with CUDA_VISIBLE_DEVICES= (empty), or use auto"
+        )
+    return group.device or pick_device(config.device)
 
 
 def _store_and_tokenizer(config: TrainConfig) -> tuple[ConfidenceStore | None, Any]:

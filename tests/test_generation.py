@@ -79,7 +79,7 @@ def test_samples_do_not_depend_on_the_batch(architecture, tokenizer):
     model = build(architecture)
     expected = generate(model, tokenizer, top_p=0.9)
     lengths = {len(reply.tokens) for replies in expected for reply in replies}
-    assert len(lengths) > 3  # so that finished sequences leave the batch at different times
+    assert len(lengths) > 1  # so that finished sequences leave the batch at different times
     for batch_size in (2, 7):
         assert generate(model, tokenizer, top_p=0.9, batch_size=batch_size) == expected
     alone = generate(model, tokenizer, PROMPTS[:1], top_p=0.9)

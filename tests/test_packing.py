@@ -1,6 +1,7 @@
 """Packed rows: each gives what it gives alone; no padding; what cannot be packed says so."""
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_packed_rows_give_what_they_give_alone(architecture: str) -> None:
     ("config", "options", "reason"),
     [
         (Gemma2Config, {"head_dim": 16}, "its attention soft-caps scores"),
-        (FalconMambaConfig, {}, "it has layers of type linear_attention"),
+        # Transformers 5.0 does not name its layers, and the comparison at the start finds them.
+        (FalconMambaConfig, {}, "it has layers of type linear_attention|states of two rows change"),
         (BloomConfig, {}, "its attention cannot be replaced"),
     ],
     ids=["gemma2", "mamba", "bloom"],
@@ -113,7 +115,7 @@ def test_what_cannot_be_packed_is_padded_with_one_note(
     assert model.config._attn_implementation == before
     notes = capsys.readouterr().err
     assert notes.count("note:") == 1 and "rows are padded, not packed" in notes
-    assert reason in notes
+    assert re.search(reason, notes)
     alone = torch.cat([hidden_states(model, [row], packed=False) for row in rows])
     padded = hidden_states(model, rows, packed=False)
     torch.testing.assert_close(padded, alone, rtol=1e-3, atol=1e-4)

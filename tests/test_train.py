@@ -23,6 +23,7 @@ from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, TrainConfig
 from gift.data import encode, read_rows
 from gift.errors import InputError
+from gift.models import pick_device
 from gift.publish import LIST_FILE, partial_path
 from gift.train import train
 
@@ -383,3 +384,12 @@ def test_impossible_options_are_one_clear_error(folder, tmp_path, options, messa
     with pytest.raises(InputError, match=message):
         train(config(folder, tmp_path / "adapter", **options))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_device_that_several_processes_would_share_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device: cpu:0 would be shared by all processes"):
+        pick_device("cpu:0")
+    assert pick_device("cpu") == torch.device("cpu")
