@@ -16,6 +16,8 @@ from gift.config import AnnotateConfig
 from gift.datasets import with_confidence
 from gift.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("annotator")
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "annotate_ray.py"
 COLUMNS = ("input_ids", "labels", "token_weight")
 

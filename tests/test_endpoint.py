@@ -26,6 +26,8 @@ from gift.endpoint import request_seed
 from gift.errors import InputError
 from gift.evaluate import evaluate
 
+pytestmark = pytest.mark.xdist_group("a server")
+
 QUESTIONS = [{"question": f"What is {n} plus {n % 3}?", "answer": n + n % 3} for n in range(5)]
 
 

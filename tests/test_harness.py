@@ -16,6 +16,8 @@ from gift.config import EvaluateConfig
 from gift.errors import InputError
 from gift.evaluate import check_evaluation, evaluate
 
+pytestmark = pytest.mark.xdist_group("lm-eval")
+
 ROWS = [{"a": n, "b": n % 3, "sum": str(n + n % 3)} for n in range(4)]
 CHOICES = ["0", "1", "2", "3"]
 QUESTION = "What is {a} plus {b}?"

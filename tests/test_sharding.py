@@ -35,6 +35,8 @@ from gift.sharding import load_sharded, whole_head
 from gift.train import train
 from gift_kernels import weighted_ce
 
+pytestmark = pytest.mark.xdist_group("sharded training")
+
 ADAPTER = "adapter_model.safetensors"
 # Runs: a model, and options of its own. A tied head, rows that are padded, experts that are fused.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {

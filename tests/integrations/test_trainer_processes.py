@@ -17,6 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from training import ROWS, expect, load, make_trainer, require_close, train
 
+pytestmark = pytest.mark.xdist_group("trainers in several processes")
+
 WORLD = 2
 CASES = [(kind, accumulation) for kind in ("trainer", "sft") for accumulation in (1, 4)]
 
