@@ -83,6 +83,15 @@ def test_what_docs_and_readme_say_in_short_is_so_in_the_stored_results() -> None
     assert compare(noisy, "guide new to the domain", "Instruct") == 0
     for study in (noisy, clean):
         assert compare(study, "GIFT", "guide overconfident") == 0
+    assert compare(noisy, "GIFT", "weighting excess") == 0
+    for plain, behind in (("Instruct-SFT", -0.086), ("Shadow-FT (uniform)", -0.027)):
+        difference = clean.difference("task", "GIFT", plain)
+        assert difference is not None and round(difference["value"]["mean"], 3) == behind
+        assert not any(
+            one["significant"] and one["first"] == plain and one["value"]["mean"] < 0
+            for name in clean.results["retention_evaluations"]
+            for one in clean.differences(name)
+        )
     uniform = clean.results["accuracy"]["task"]["Shadow-FT (uniform)"]["mean"]
     assert compare(clean, "GIFT", "Shadow-FT (uniform)") == -1
     for guided in ("GIFT-BaseT", "guide wrong", "guide overconfident", "guide new to the domain"):
