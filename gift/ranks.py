@@ -120,6 +120,8 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         store, rank, size = next(dist.rendezvous("env://"))
     except ValueError as error:  # a variable is not set
         raise InputError(f"{error}; start several processes with torchrun") from None
+    # torchrun keeps the store when it restarts all processes (--max-restarts).
+    store = dist.PrefixStore(f"gift/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     group = Group(rank, size, device)
     _await_all(store, group)
     dist.init_process_group(

@@ -8,15 +8,15 @@ import os
 import signal
 import time
 import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
+from processes import fork_ranks, start_anew
 from safetensors.torch import load_file
-from test_ranks import fork_ranks
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -166,32 +166,28 @@ def limit_memory(patch: pytest.MonkeyPatch, rank: int) -> None:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Path:
     """All work of four ranks, more than a step has rows, and then of two."""
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in range(10)]
-    ports = [str(store.port) for store in stores]  # a group, a port
-    del stores
 
     def of_four(_: int) -> None:
-        os.environ["MASTER_PORT"] = ports[0]
         call(folder, "llama", folder / "four", shard=True)
-        os.environ["MASTER_PORT"] = ports[1]
+        start_anew(1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
             count_steps(patch, last=3)
             call(folder, "llama", folder / "resumed", shard=True)
 
     def of_two(rank: int) -> None:
-        remaining, found = iter(ports[2:]), {}
+        attempts, found = count(), {}
         for name, (model, options) in RUNS.items():
-            os.environ["MASTER_PORT"] = next(remaining)
+            start_anew(next(attempts))
             call(folder, model, folder / f"two {name}", shard=True, **options)
-        os.environ["MASTER_PORT"] = next(remaining)
+        start_anew(next(attempts))
         call(folder, "llama", folder / "two whole", shard=False)
         for name in ("llama", "gemma2"):
-            os.environ["MASTER_PORT"] = next(remaining)
+            start_anew(next(attempts))
             found[name] = look_at(folder / name)
         with pytest.MonkeyPatch.context() as patch:
             limit_memory(patch, rank)
             steps = count_steps(patch)
-            os.environ["MASTER_PORT"] = next(remaining)
+            start_anew(next(attempts))
             found["resumed"] = call(folder, "llama", folder / "resumed", shard=True)
             found["steps"] = len(steps)
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
