@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import stages
 import torch
-from processes import fork_ranks
+from processes import fork_ranks, start_anew
 from transformers import AutoModelForCausalLM
 
 from gift import annotate as annotate_module
 from gift import cli
 from gift.config import EvaluateConfig
 from gift.publish import LIST_FILE, partial_path
+from gift.ranks import LostProcess
 from gift.speed import SPEED_FILE
 
 NO_REPLY = {
@@ -146,6 +147,30 @@ def test_the_error_of_one_rank_is_told_by_all(
     (_, told), (_, own) = annotate_by(2, tmp_path)
     assert told.strip() == "LostProcess: process 1 of 2: OutOfMemoryError: CUDA out of memory."
     assert own.strip() == "OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_restarted_attempt_reads_nothing_of_the_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts starts all ranks again, and keeps the store."""
+    annotate_batch = annotate_module.annotate_batch
+
+    def full(*_: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return annotate_batch(*_)
+
+    def restarted(_: int) -> None:
+        monkeypatch.setattr(annotate_module, "annotate_batch", full)
+        with pytest.raises((LostProcess, torch.OutOfMemoryError)):
+            stages.call("annotate", tmp_path / "out")
+        monkeypatch.setattr(annotate_module, "annotate_batch", annotate_batch)
+        start_anew(1)
+        stages.call("annotate", tmp_path / "out")
+
+    ended = fork_ranks(2, restarted, tmp_path / "rank")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
