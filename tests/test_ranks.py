@@ -6,6 +6,7 @@ Ranks are forked, and exchange over gloo as those that torchrun starts.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from gift import annotate as annotate_module
 from gift import cli
 from gift.config import EvaluateConfig
+from gift.errors import InputError
 from gift.publish import LIST_FILE, partial_path
 from gift.ranks import LostProcess
 from gift.speed import SPEED_FILE
@@ -220,6 +222,45 @@ def test_torchrun_ends_the_others_where_one_is_killed(tmp_path: Path) -> None:
     assert "gift: ended by a signal, as torchrun does where another process" in ended.stderr
     assert "Signal 9 (SIGKILL)" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: is '' in the environment, not a whole number from 1"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: is 'abc'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is '0'"),
+        ({"RANK": "x"}, "RANK: is 'x'"),
+        ({"RANK": "2"}, "RANK: is 2, and WORLD_SIZE is 2"),
+        ({"MASTER_PORT": "any"}, "MASTER_PORT: is 'any'"),
+        ({}, "MASTER_PORT: the processes cannot meet at port"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    with socket.create_server(("", 0)) as taken:
+        described = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        described["MASTER_PORT"] = str(taken.getsockname()[1])
+        for name, value in {**described, **variables}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(cli, "app", lambda: stages.call("annotate", Path("out")))
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not Path("out").exists()
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1") if name != missing else monkeypatch.delenv(name, False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=f"{missing}.* not set; start several processes with"):
+        stages.call("annotate", Path("out"))
 
 
 def test_a_stage_of_one_process_refuses_several(
