@@ -1,7 +1,8 @@
 """Tasks of EleutherAI's lm-evaluation-harness, asked of a model that is loaded as for any stage.
 
-Prompts, sampling, filters and metrics are the task's. The chat template is applied, few-shot
-examples are turns of it and those that lm-eval draws by default.
+Prompts, sampling, filters and metrics are the task's. The chat template is applied, and gives all
+special tokens, as in every stage; few-shot examples are turns of it and those that lm-eval draws by
+default.
 """
 
 import importlib.metadata
@@ -10,6 +11,8 @@ import json
 import os
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from gift.config import EvaluateConfig
 from gift.console import print_table
@@ -25,7 +28,7 @@ from gift.models import (
     resolve_model,
     versions,
 )
-from gift.publish import output_folder
+from gift.publish import output_folder, warn
 
 MISSING = "install gift-tuning[harness]"
 
@@ -36,12 +39,10 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     An interrupted call starts anew. `key`: see `publish.output_folder`.
 
     Raises:
-        InputError: no lm-eval, unknown tasks or tasks whose data cannot be had, a bad model, or an
-            existing output.
+        InputError: no lm-eval, unknown tasks or tasks whose data cannot be had, a bad model, a
+            failure of lm-eval, or an existing output.
     """
     _require_harness(config)
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     assert config.model is not None, "checked with the options"
@@ -52,17 +53,7 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.device)
         model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
-        found: Any = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),  # pyright: ignore
-            tasks=tasks,
-            task_manager=manager,
-            limit=config.limit,
-            system_instruction=config.system_prompt,
-            apply_chat_template=True,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-        )
+        found, cut = _ask(config, manager, tasks, model, tokenizer)
         output.begin()
         samples = _plain(
             [{"task": task, **sample} for task, rows in found["samples"].items() for sample in rows]
@@ -74,6 +65,7 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
                 name.replace("-", "_"): _plain(found[name])
                 for name in ("n-samples", "n-shot", "configs", "higher_is_better", "group_subtasks")
             },
+            "prompts_cut_by_context": cut,
             "task_versions": found["versions"],
             "settings": config.model_dump(mode="json"),
             "device": str(device),
@@ -85,6 +77,69 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
         write_json(output.partial / "metrics.json", metrics)
     _print(config, metrics)
     return metrics
+
+
+def _ask(
+    config: EvaluateConfig, manager: Any, tasks: list[Any], model: Any, tokenizer: Any
+) -> tuple[Any, int]:
+    """What lm-eval found, and how many prompts it cut to fit the context; warns of these."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingModel(HFLM):
+        """Counts the prompts whose first tokens lm-eval leaves out."""
+
+        cut = 0
+
+        def tok_batch_encode(
+            self, strings: Any, *args: Any, left_truncate_len: int | None = None, **options: Any
+        ) -> Any:
+            if left_truncate_len is not None:
+                self.cut += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
+            return super().tok_batch_encode(
+                strings, *args, left_truncate_len=left_truncate_len, **options
+            )
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
+            # The last token of a continuation is not read.
+            self.cut += sum(len(ids) + len(more) - 1 > self.max_length for _, ids, more in requests)
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
+    asked = CountingModel(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        add_bos_token=False,  # the chat template writes one where the model has one
+    )
+    try:
+        found = simple_evaluate(
+            model=asked,
+            tasks=tasks,
+            task_manager=manager,
+            limit=config.limit,
+            system_instruction=config.system_prompt,
+            apply_chat_template=True,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+        )
+    except (InputError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: a template, a metric, an assertion of lm-eval
+        raise InputError(
+            f"--lm-eval: {', '.join(config.harness_tasks())}: lm-eval fails ({_reason(error)}); "
+            "change the task in a file of your own (--include-path)"
+        ) from error
+    if asked.cut:
+        warn(
+            f"lm-eval left out the beginning of {asked.cut} prompts, which with their replies are "
+            f"longer than the model's context of {asked.max_length} tokens"
+        )
+    return found, asked.cut
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _require_harness(config: EvaluateConfig) -> None:
@@ -108,10 +163,9 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     except ImportError as error:
         raise InputError(f"--lm-eval: {', '.join(names)}: {error}; {MISSING}") from error
     except Exception as error:  # of any type: Datasets', the hub's, a task's own code
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"--lm-eval: {', '.join(names)} cannot be loaded ({reason}); connect to the network, "
-            "or bring the data and name its files in a task of your own (--include-path)"
+            f"--lm-eval: {', '.join(names)} cannot be loaded ({_reason(error)}); connect to the "
+            "network, or bring the data and name its files in a task of your own (--include-path)"
         ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

@@ -2,17 +2,23 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import lm_eval.evaluator
+import lm_eval.tasks
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gift
 from gift.config import EvaluateConfig
+from gift.data import prompt_ids
 from gift.errors import InputError
 from gift.evaluate import check_evaluation, evaluate
 
@@ -65,8 +71,18 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}},
     }
     unsafe = {**shared, **replies, "task": "unsafe", "unsafe_code": True}
+    endless = {**shared, **replies, "task": "endless"}
+    endless["generation_kwargs"] = {**replies["generation_kwargs"], "max_gen_toks": 512}
+    long: dict[str, Any] = {"doc_to_text": "word " * 400 + "What is {{a}}?"}
+    others = {
+        "missing": missing,
+        "unsafe": unsafe,
+        "endless": endless,
+        "cut": {**shared, **replies, **long, "task": "cut"},
+        "cut_choice": {**shared, **choices, **long, "task": "cut_choice"},
+    }
     files = {"sums": shared | replies, "sums_choice": shared | choices, "both": group}
-    for name, content in {**files, "missing": missing, "unsafe": unsafe}.items():
+    for name, content in {**files, **others}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return folder
 
@@ -74,9 +90,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the index of lm-eval's own 15 000 files, and without its list of all packages."""
-    import lm_eval.evaluator
-    import lm_eval.tasks
-
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
@@ -124,6 +137,7 @@ def test_tasks_get_the_models_own_numbers(
     assert metrics["tasks"]["sums_choice"]["acc,none"] == accuracy
     assert metrics["tasks"]["sums"]["exact_match,none"] == 0.0
     assert metrics["task_versions"] == {"sums": 1.5, "sums_choice": 2.0, "both": "3.0"}
+    assert metrics["prompts_cut_by_context"] == 0
     assert metrics["configs"]["sums"]["generation_kwargs"]["max_gen_toks"] == 6
     assert metrics["n_samples"]["sums"] == {"original": 4, "effective": 4}
     assert metrics["versions"]["gift"] == gift.__version__ and "lm_eval" in metrics["versions"]
@@ -131,20 +145,72 @@ def test_tasks_get_the_models_own_numbers(
     assert "sums_choice" in (shown := capsys.readouterr().out) and f"{accuracy:.4g} ±" in shown
 
 
-def test_what_lm_eval_leaves_open_is_passed_on(model: Path, tasks: Path, tmp_path: Path) -> None:
+def test_what_lm_eval_leaves_open_is_passed_on(
+    model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    ask = lm_eval.evaluator.simple_evaluate
+
+    def spy(**arguments: Any) -> Any:
+        given.update(arguments)
+        return ask(**arguments)
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", spy)
     options: dict[str, Any] = {"lm_eval": "sums", "limit": 2, "system_prompt": "Be brief."}
     config = configure(model, tasks, tmp_path, **options, dtype="bfloat16", seed=5)
     metrics = evaluate(config)
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").open()]
     assert len(samples) == 2 and "<|im_start|>system\nBe brief." in samples[0]["arguments"][0][0]
     assert metrics["dtype"] == "bfloat16" and metrics["settings"]["seed"] == 5
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed")
+    assert [given[name] for name in seeds] == [5, 5, 5]
+    assert given["model"].batch_size == 3 and given["limit"] == 2
     with pytest.raises(InputError, match="already exists"):
         evaluate(config)
+
+
+def test_a_tokenizer_that_adds_a_bos_adds_none_to_the_template(
+    model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids are those of `gift evaluate`'s own questions."""
+    folder = tmp_path / "bos"
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = bos = "<|endoftext|>"
+    pair = (bos, tokenizer.convert_tokens_to_ids(bos))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[pair]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][0] == pair[1]
+    read: list[list[int]] = []
+    generate = transformers.LlamaForCausalLM.generate
+
+    def spy(self: Any, *args: Any, **options: Any) -> Any:
+        read.extend(options["input_ids"].tolist())
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", spy)
+    config = configure(folder, tasks, tmp_path, lm_eval="sums", batch_size=1)
+    evaluate(config)
+    turns = [[{"role": "user", "content": QUESTION.format(**row)}] for row in ROWS]
+    assert sorted(read) == sorted(prompt_ids(turn, tokenizer) for turn in turns)
+
+
+@pytest.mark.parametrize("task", ["cut", "cut_choice"])
+def test_prompts_that_are_cut_are_counted(
+    model: Path, tasks: Path, tmp_path: Path, task: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metrics = evaluate(configure(model, tasks, tmp_path, lm_eval=task, limit=2))
+    cut = metrics["prompts_cut_by_context"]
+    assert cut == (2 if task == "cut" else 2 * len(CHOICES))
+    assert f"left out the beginning of {cut} prompts" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"lm_eval": "endless"}, "endless: lm-eval fails .*generate .512. must be less than"),
         ({"lm_eval": "sums,nosuch"}, "--lm-eval: no task, group or tag is named nosuch; "),
         ({"lm_eval": " , "}, "--lm-eval: no task of lm-eval is named"),
         ({"lm_eval": "missing"}, "missing cannot be loaded .*nowhere.jsonl.*connect to the net"),

@@ -39,21 +39,23 @@ def test_a_head_whose_last_row_lies_beyond_2_to_the_31_elements(
 
 
 def test_gradients_whose_rows_lie_beyond_2_to_the_31_elements(device: str, tmp_path: Path) -> None:
-    """The last rows of dW and of dH, in memory of which only these are ever touched."""
+    """The last rows of dW and of dH's parts, in memory of which only these are ever touched."""
     size, far = 64, 2**25
     shape = (far + 300, size)
     if device == "cpu":
         watched = checked_launches
         file = str(tmp_path / "sparse")
-        out = torch.from_file(file, shared=True, size=shape[0] * size, dtype=FP32).view(shape)
+        numbers = torch.from_file(file, shared=True, size=2 * shape[0] * size, dtype=FP32)
+        parts = numbers.view(2, *shape)
     else:
         watched = contextlib.nullcontext
-        out = torch.empty(shape, device=device)
+        parts = torch.empty(2, *shape, device=device)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(20, size, generator=generator).to(device, BF16)
     weight = torch.randn(300, size, generator=generator).to(device, BF16)
     rows = row_state.valid_tokens(torch.zeros(20, dtype=torch.int64, device=device), -100)
     plan = one_tile_chunks(plans.default_plan(LinearInputs(hidden, weight, None, 1.0, None)))
+    plan = plan._replace(splits=2)
 
     def chunk_of(weight: Tensor) -> Any:
         head = LinearInputs(hidden, weight, None, 1.0, None)
@@ -66,15 +68,15 @@ def test_gradients_whose_rows_lie_beyond_2_to_the_31_elements(device: str, tmp_p
     ones = torch.ones(20, device=device)
     nowhere = torch.full((20,), -1, dtype=torch.int32, device=device)
     with watched():
-        chunk.add_to_dw(rows, RowWeights(ones, ones, nowhere), out, ones[:1], 0, far)
+        chunk.add_to_dw(rows, RowWeights(ones, ones, nowhere), parts[0], ones[:1], 0, far)
     true = chunk.exp[:20].double().T @ hidden.double()
-    assert norm_error(out[far : far + chunk.columns], true) < 1e-6
+    assert norm_error(parts[0, far : far + chunk.columns], true) < 1e-6
     chunk = chunk_of(weight)
     places = torch.arange(far, far + 20, dtype=torch.int32, device=device)
     with watched():
-        chunk.add_to_dh(rows._replace(index=places), out, 0, 0)
+        chunk.add_to_dh(rows._replace(index=places), parts, 0, 0)
     true = chunk.exp[:20].double() @ weight[: chunk.columns].double()
-    assert norm_error(out[far : far + 20], true) < 1e-6
+    assert norm_error(parts[:, far : far + 20].sum(0), true) < 1e-6
 
 
 @pytest.mark.gpu
