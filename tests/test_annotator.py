@@ -120,7 +120,7 @@ def test_options_mean_what_they_mean_to_annotate(
     if "tokenizer" in options:  # the guide's, with another template
         tokenizer = AutoTokenizer.from_pretrained(folder / "guide")
         tokenizer.chat_template = tiny.CHATML.replace("role'] }}", "role'] }}:").replace(
-            "assistant\\n", "assistant:\\n"
+            "assistant\n", "assistant:\n"
         )
         AutoConfig.from_pretrained(folder / "guide").save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
