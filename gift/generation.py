@@ -144,6 +144,11 @@ def _check_options(
         raise InputError(f"top_p: got {top_p}, expected more than 0 and at most 1")
     if seed < 0:
         raise InputError(f"seed: got {seed}, expected 0 or more")
+    refuse_equal_samples(samples, temperature)
+
+
+def refuse_equal_samples(samples: int, temperature: float) -> None:
+    """InputError where several greedy replies to a question are asked for."""
     if temperature == 0 and samples > 1:
         raise InputError(
             f"samples: got {samples} at temperature 0, where all are the same; "
