@@ -157,7 +157,7 @@ def test_the_report_says_what_methods_are_and_whether_confidence_tells(
     (folder / "study.json").write_text(json.dumps(record))
     area = {"auroc": 0.5432, "low": 0.4, "high": 0.65}
     for path in folder.glob("stages/calibrate-*/calibration.json"):
-        correctness = {"mean_confidence": area, "lowest_confidence": None}
+        correctness = {"mean_confidence": area, "lowest_confidence": None, "rows": 9, "correct": 4}
         path.write_text(json.dumps({**json.loads(path.read_text()), "correctness": correctness}))
         (path.parent / "gift_files.json").unlink()  # the change is meant
     report(ReportConfig(study=folder))
@@ -165,7 +165,8 @@ def test_the_report_says_what_methods_are_and_whether_confidence_tells(
     assert "<h1>Noisy &amp; small</h1>" in (folder / "report.html").read_text()
     for said in ("GIFT without weights.", "Sums of two numbers.", WEIGHTINGS["uniform"]):
         assert said in page.sections["methods"], said
-    assert "0.543 [0.400, 0.650]" in page.sections["calibration"]
+    row = " ".join(page.sections["calibration"].split())
+    assert "instruct tiny 4 of 9 0.543 [0.400, 0.650] none" in row
     guides = json.loads((folder / "results.json").read_text())["guides"]
     assert [one["correctness"]["mean_confidence"] for one in guides] == [area]
 
