@@ -17,6 +17,7 @@ from gift.config import MergeConfig, StudyConfig, TrainConfig
 from gift.console import error_console, quiet
 from gift.demo import world
 from gift.demo.main import EVALUATIONS, SETTINGS, ask, write_data
+from gift.demo.main import METHODS as DEMO_METHODS
 from gift.demo.pair import Recipe, make_pair
 from gift.merge.command import merge
 from gift.merge.methods import METHODS as MERGE_METHODS
@@ -45,11 +46,11 @@ EVALUATED = ("task", "own worked style", "other tasks")
 def methods(guides: Path) -> dict[str, dict[str, Any]]:
     """All methods by name; `guides` has the folders of the guides that fail."""
     return {
-        "GIFT": {},
+        "GIFT": DEMO_METHODS["GIFT"],
         # Other weightings, and other models trained or asked.
-        "Shadow-FT (uniform)": {"weighting": "uniform"},
-        "Instruct-SFT": {"weighting": "uniform", "trained": "instruct"},
-        "GIFT-BaseT": {"guide": "base"},
+        "Shadow-FT (uniform)": DEMO_METHODS["Shadow-FT"],
+        "Instruct-SFT": DEMO_METHODS["Instruct-SFT"],
+        "GIFT-BaseT": DEMO_METHODS["GIFT-BaseT"],
         **{
             f"weighting {name}": {"weighting": name}
             for name in ("self", "own-times-guide", "excess", "entropy")
@@ -66,9 +67,18 @@ def methods(guides: Path) -> dict[str, dict[str, Any]]:
             for name in MERGE_METHODS
             if name not in ("lora", "task-arithmetic", "re-adapt")
         },
-        "guide wrong": {"guide": str(guides / "wrong-{pair}")},
-        "guide overconfident": {"guide_temperature": 0.25},
-        "guide new to the domain": {"guide": str(guides / "new-{pair}" / "instruct")},
+        "guide wrong": {
+            "guide": str(guides / "wrong-{pair}"),
+            "about": "The guide is the instruct model after training on wrong references.",
+        },
+        "guide overconfident": {
+            "guide_temperature": 0.25,
+            "about": "The guide's logits are divided by 0.25, so that it is surer than it should.",
+        },
+        "guide new to the domain": {
+            "guide": str(guides / "new-{pair}" / "instruct"),
+            "about": "The guide was trained without any program.",
+        },
     }
 
 
@@ -120,6 +130,7 @@ def study_file(folder: Path, kind: str) -> dict[str, Any]:
     if kind == "clean":
         chosen = {name: own for name, own in chosen.items() if "method" not in own}
     return {
+        "title": f"The paper's table in miniature, with {kind} references",
         "pairs": {
             name: {model: str(folder / "pairs" / name / model) for model in ("base", "instruct")}
             for name in PAIRS

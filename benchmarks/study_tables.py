@@ -43,6 +43,10 @@ class StoredStudy:
         """Those of an evaluation."""
         return [one for one in self.results["differences"] if one["evaluation"] == evaluation]
 
+    def of_guide(self, guide: str) -> list[dict[str, Any]]:
+        """Its calibration with every pair."""
+        return [one for one in self.results["guides"] if one["guide"] == guide]
+
     def difference(self, evaluation: str, first: str, second: str) -> dict[str, Any] | None:
         """The first method minus the second; None where they are the same."""
         return next(
@@ -145,7 +149,33 @@ def full(studies: Sequence[StoredStudy]) -> str:
             "\n".join(plain_table([_row(study, method) for method in study.methods])),
             _words(study),
         ]
+    parts += ["### The guides", "\n".join(plain_table(_guides(studies)))]
     return "\n\n".join(parts)
+
+
+def _guides(studies: Sequence[StoredStudy]) -> list[Row]:
+    """Each guide's calibration as the range over pairs; AUROC where there are right and wrong rows.
+
+    In brackets the number of pairs whose interval of the AUROC contains 0.5.
+    """
+    rows = []
+    for guide in dict.fromkeys(one["guide"] for one in studies[0].results["guides"]):
+        row: Row = {"guide": guide}
+        for study in studies:
+            errors = [100 * one["expected_calibration_error"] for one in study.of_guide(guide)]
+            row[f"calibration error, {study.references}, %"] = _range(errors, 1)
+        for name in ("mean", "lowest"):
+            found = studies[0].of_guide(guide)
+            areas = [one["correctness"][f"{name}_confidence"] for one in found]
+            unsure = sum(area["low"] <= 0.5 <= area["high"] for area in areas)
+            shown = f"{_range([area['auroc'] for area in areas], 2)} ({unsure} of {len(areas)})"
+            row[f"AUROC of a row's {name}, {studies[0].references}"] = shown
+        rows.append(row)
+    return rows
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def _row(study: StoredStudy, method: str) -> Row:

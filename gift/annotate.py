@@ -24,7 +24,7 @@ from gift.batches import Batch, make_batch, plan_batches
 from gift.confidence_store import STATISTICS, GuideStatistics, write_store
 from gift.config import AnnotateConfig, DataOptions
 from gift.config.annotate import AnnotateOptions
-from gift.console import print_summary, progress
+from gift.console import error_console, print_summary, progress
 from gift.data import (
     EncodedData,
     Example,
@@ -55,7 +55,7 @@ from gift.models import (
 from gift.packing import enable_packing
 from gift.publish import Output
 from gift.ranks import Group
-from gift.rows import read_conversation
+from gift.rows import read_conversation, without_none
 from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift.token_ids import tokenizer_for
@@ -167,13 +167,15 @@ class Annotator:
         trial = _trial_rows(self._model, max_length)
         check_head(self._model, torch.from_numpy(trial[0].input_ids).long().to(place))
         self._packed = enable_packing(self._model, trial)
+        self._noted: set[str] = set()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with the tokens of its rows, and the guide's confidence in the targets.
 
         Args:
             batch: columns by name, which hold the keys of `gift annotate`'s rows:
-                instruction/response, prompt/completion or messages. None is no value.
+                instruction/response, prompt/completion or messages. None is no value, inside
+                objects too.
 
         Returns:
             All columns, and three object arrays of lists, as `gift.datasets.with_confidence` makes
@@ -182,16 +184,23 @@ class Annotator:
             longer than `max_length` or without an assistant's text, has empty lists.
 
         Raises:
-            InputError: a row that cannot be used, or a confidence that is not finite.
+            InputError: columns of these names or of unequal lengths, a row that cannot be used, or
+                a confidence that is not finite.
         """
+        found: dict[str, list[list[Any]]] = {"input_ids": [], "labels": [], "token_weight": []}
         columns = {name: _plain(values) for name, values in batch.items()}
-        conversations = []
+        if taken := sorted(columns.keys() & found.keys()):
+            raise InputError(f"batch: has {', '.join(taken)} already; rename or drop these columns")
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"batch: expected columns of one length, got {lengths}")
+        conversations, unread = [], dict[str, None]()
         for number, values in enumerate(zip(*columns.values(), strict=True)):
-            row = {
-                key: value for key, value in zip(columns, values, strict=True) if value is not None
-            }
+            row = without_none(dict(zip(columns, values, strict=True)))
             place = f"row {number} of the batch"
-            conversations.append(read_conversation(row, place, self._rows.ignored_keys())[0])
+            conversation, keys = read_conversation(row, place, self._rows.ignored_keys())
+            conversations.append(conversation)
+            unread |= dict.fromkeys(keys)
         data = encode_rows(
             conversations,
             self._tokenizer,
@@ -199,13 +208,21 @@ class Annotator:
             context=self._context,
             overlong=self._rows.overlong,
         )
+        notes = [note.rpartition(" (")[0] for note in data.notes]  # without the number of rows
+        self._note([*notes, *(f"column that nothing reads: {key}" for key in unread)])
         confidence = self._annotate(data)
-        found: dict[str, list[list[Any]]] = {"input_ids": [], "labels": [], "token_weight": []}
         for row, example in enumerate(data.examples):
             made = token_columns(example, confidence[row]) if example else [np.zeros(0)] * 3
             for column, values in zip(found.values(), made, strict=True):
                 column.append(values.tolist())
         return {**batch, **{name: _object_array(rows) for name, rows in found.items()}}
+
+    def _note(self, notes: Sequence[str]) -> None:
+        """Prints what no earlier batch said."""
+        for note in notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                error_console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
     def _annotate(self, data: EncodedData) -> dict[int, np.ndarray]:
         """The confidences of the rows that are kept, by row."""

@@ -6,7 +6,6 @@ device, 130 an interruption.
 
 import importlib
 import inspect
-import os
 import signal
 import sys
 import types
@@ -38,7 +37,8 @@ from gift.config import (
     UnmergeConfig,
 )
 from gift.config.recipe import build_config
-from gift.errors import InputError
+from gift.environment import processes
+from gift.errors import InputError, lacks_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +64,8 @@ def _options(
 CONFIGS: dict[str, type[Options]] = {}
 # The commands whose work several processes share.
 SHARED = ("annotate", "train", "merge", "evaluate")
+# Options that say how much is computed at once.
+SIZES = ("batch_tokens", "batch_size", "micro_batch_tokens", "eval_batch_size")
 
 
 def _add_command(
@@ -87,9 +89,9 @@ def _add_command(
             )
         if recipe is None and in_file:
             raise InputError(f"--config: is required; its file has the {', '.join(in_file)}")
-        if _processes() > 1 and name not in SHARED:
+        if processes() > 1 and name not in SHARED:
             raise InputError(
-                f"gift {name}: runs in one process, {_processes()} were started; start it without "
+                f"gift {name}: runs in one process, {processes()} were started; start it without "
                 f"torchrun (several processes share {', '.join(SHARED)})"
             )
         module, attribute = function.split(":")
@@ -98,6 +100,13 @@ def _add_command(
             getattr(importlib.import_module(module), attribute)(options)
         except KeyboardInterrupt as error:  # Typer would end without a message
             _fail(f"{str(error) or 'interrupted'}; run the same command again to resume", 130)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            sizes = [f"--{key.replace('_', '-')}" for key in SIZES if key in config.model_fields]
+            advice = f"lower {' or '.join(sizes)}" if sizes else "compute less at once"
+            first_line = (str(error).splitlines() or [repr(error)])[0]
+            _fail(f"out of memory ({first_line}); {advice}, or use a larger device", 1)
 
     recipe_option = typer.Option(
         None, "--config", metavar="FILE", help="YAML recipe with any of the options below."
@@ -265,9 +274,9 @@ _add_command(
 
 def main() -> None:
     """Entry point of the console script."""
-    if _processes() > 1:
-        signal.signal(signal.SIGTERM, _stop)
     try:
+        if processes() > 1:
+            signal.signal(signal.SIGTERM, _stop)
         app()
     except InputError as error:
         _fail(str(error), 2)
@@ -276,11 +285,6 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}; nothing was published", 1)
     except SafetensorError as error:
         _fail(f"{error}; nothing was published", 1)
-
-
-def _processes() -> int:
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _stop(*_: Any) -> None:

@@ -23,6 +23,13 @@ from gift_kernels import WeightTransform
 from gift_kernels.reference import transform_weight
 
 Control = Literal["shuffle", "random", "invert", "constant"]
+# A sentence each for a study's report.
+ABOUT: dict[str, str] = {
+    "shuffle": "The guide's confidences, in a random order within each row.",
+    "random": "Confidences drawn from those of all rows.",
+    "invert": "1 - confidence: most is learned from what the guide finds unlikely.",
+    "constant": "The mean of all confidences, for every token.",
+}
 
 
 def controlled_weights(

@@ -14,7 +14,7 @@ from gift.console import error_console
 from gift.data import Example, encode, token_columns
 from gift.errors import InputError
 from gift.models import listed
-from gift.rows import Conversation, read_conversation
+from gift.rows import Conversation, read_conversation, without_none
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ def with_confidence(
 
     Args:
         dataset: rows in a format of `gift annotate`: instruction/response, prompt/completion or
-            messages.
+            messages. None, at any depth, is no value.
         store: what `gift annotate` wrote, or its folder.
         missing: what happens where rows have no confidence. "error" names them; "drop" leaves them
             out, and says on stderr which they are.
@@ -87,10 +87,8 @@ def _encode(
     conversations: list[Conversation] = []
     unread: Counter[str] = Counter()
     for number, row in enumerate(dataset):
-        # A column that some rows lack is None in them.
-        given = {key: value for key, value in row.items() if value is not None}  # pyright: ignore
         place = f"dataset, row {number}"
-        conversation, keys = read_conversation(given, place, options.ignored_keys())
+        conversation, keys = read_conversation(without_none(row), place, options.ignored_keys())
         conversations.append(conversation)
         unread.update(keys)
     if unread:

@@ -21,6 +21,7 @@ from gift.config import EvaluateConfig
 from gift.console import progress
 from gift.errors import InputError
 from gift.files import hash_json, read_json_lines, sealed_files, write_json_lines
+from gift.generation import refuse_equal_samples
 from gift.publish import Output, warn
 from gift.questions import Question
 
@@ -51,7 +52,7 @@ class ServedReply:
 
 
 def require_client(config: EvaluateConfig) -> None:
-    """InputError for a bad URL or `extra_body`, without the client, or under torchrun."""
+    """InputError for bad options or a bad key, without the client, or under torchrun."""
     if not _is_url(config.endpoint or ""):
         raise InputError(
             f"--endpoint: {config.endpoint!r} is no URL such as http://localhost:8000/v1 (a key "
@@ -59,6 +60,12 @@ def require_client(config: EvaluateConfig) -> None:
         )
     if ours := sorted(config.extra_body.keys() & OUR_FIELDS):
         raise InputError(f"extra_body: {', '.join(ours)} come from other options; leave them out")
+    if not (_key().isascii() and _key().isprintable()):
+        raise InputError(
+            "OPENAI_API_KEY: holds characters that no key has, such as a line break or a letter "
+            "beyond ASCII; set it anew"
+        )
+    refuse_equal_samples(config.samples, config.temperature)
     if importlib.util.find_spec("openai") is None:
         raise InputError(
             "--endpoint: the package openai is not installed; install gift-tuning[endpoint]"
@@ -68,6 +75,10 @@ def require_client(config: EvaluateConfig) -> None:
             "--endpoint: one process asks a server; start it without torchrun, and raise "
             "--concurrency"
         )
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 def _is_url(text: str) -> bool:
@@ -85,11 +96,14 @@ def ask_server(
     questions: Sequence[Question],
     output: Output,
     lengths: Sequence[int] | None = None,
+    weights: str | None = None,
 ) -> list[list[ServedReply]]:
     """All replies [row][sample]: loads those in the work folder, asks for and saves the rest.
 
     Args:
         lengths: how many tokens each prompt should have, to compare with the server's count.
+        weights: hash of the model that the server should have. Replies in the work folder are only
+            taken with equal lengths and weights; what the server has cannot be seen.
 
     Raises:
         InputError: a question has tools, the server cannot be reached or refuses a request, or its
@@ -105,6 +119,8 @@ def ask_server(
         {
             "endpoint": config.endpoint,
             "served model": config.served_model,
+            "model": weights,
+            "tokens of prompts": hash_json(lengths),
             "questions": hash_json([question.turns for question in questions]),
             "samples": config.samples,
             "temperature": config.temperature,
@@ -117,6 +133,11 @@ def ask_server(
     replies: dict[int, list[ServedReply]] = defaultdict(list)
     for line in read_json_lines(sealed_files(output.work).values()):
         replies[line.pop("row")].append(ServedReply(**line))
+    if replies:
+        warn(
+            f"{len(replies)} of {len(questions)} questions are kept from an interrupted call; "
+            f"{config.endpoint} must have the weights that it had then"
+        )
     with progress("asking", len(questions), done=len(replies)) as bar:
 
         def keep(row: int, finished: list[ServedReply]) -> None:
@@ -181,7 +202,7 @@ async def _ask(
     seconds = config.request_timeout
     client = AsyncOpenAI(
         base_url=config.endpoint,
-        api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
+        api_key=_key() or "EMPTY",
         max_retries=config.retries,
         timeout=Timeout(seconds, connect=min(seconds, CONNECT_TIMEOUT)),
     )
@@ -234,7 +255,7 @@ async def _request(
             if attempt == config.retries:
                 raise InputError(
                     f"--endpoint: {config.endpoint} answers {question.place} with no completion "
-                    f"({error}); {KEPT}"
+                    f"({_said(error)}); {KEPT}"
                 ) from error
             await asyncio.sleep(min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
     raise AssertionError("the last attempt returns or raises")
@@ -273,17 +294,15 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
     """The client's error as one line that says what to do."""
     import openai
 
-    said, body = str(error), getattr(error, "body", None)
-    if body and not (isinstance(body, dict) and "message" in body):
-        said += f": {body}"
-    said = " ".join(said.split())[:300]
+    said, cause = _said(error), type(error.__cause__).__name__
     times = f"asked {config.retries + 1} times"
-    unconnected = type(error.__cause__).__name__ == "ConnectTimeout"
     match error:
-        case openai.APITimeoutError() if not unconnected:
+        case openai.APITimeoutError() if cause != "ConnectTimeout":
             problem = f"gave no reply in --request-timeout {config.request_timeout:g} s, {times}"
         case openai.APIConnectionError():
-            problem = f"cannot be reached ({error.__cause__ or said}); is the server running?"
+            # The texts of other causes may hold the headers, and so the key.
+            reason = error.__cause__ if cause == "ConnectError" else cause
+            problem = f"cannot be reached ({reason}); is the server running?"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             problem = f"refuses the key in OPENAI_API_KEY ({said})"
         case openai.NotFoundError():
@@ -296,3 +315,12 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
         case _:
             problem = f"refuses {place} ({said})"
     return InputError(f"--endpoint: {config.endpoint} {problem}; {KEPT}")
+
+
+def _said(error: Exception) -> str:
+    """The error's text, and the body of the answer, as one line without the key."""
+    said, body = str(error), getattr(error, "body", None)
+    if body and not (isinstance(body, dict) and "message" in body):
+        said += f": {body}"
+    said = " ".join(said.split())
+    return (said.replace(_key(), "***") if _key() else said)[:300]

@@ -1,4 +1,13 @@
-"""An error the user can fix."""
+"""Errors that the user can mend."""
+
+# What errors of PyTorch, cuBLAS, cuDNN and Triton say where memory is short.
+OUT_OF_MEMORY = (
+    "outofmemoryerror",
+    "out of memory",
+    "can't allocate",
+    "not enough memory",
+    "alloc_failed",
+)
 
 
 class InputError(ValueError):
@@ -7,3 +16,9 @@ class InputError(ValueError):
     The command line prints it as one line and exits with status 2; any other exception is a defect
     of this program and keeps its stack trace.
     """
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the error says that memory is short; PyTorch has a type for GPUs only."""
+    said = repr(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)

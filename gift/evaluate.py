@@ -156,11 +156,12 @@ def _ask_server(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Asks a server: the rows of samples.jsonl, with the turns as prompts, and metrics."""
     assert checker is not None, "options with --check choice are refused"
-    lengths = None
+    lengths = weights = None
     if config.model is not None:
-        tokenizer = load_tokenizer(resolve_model(config.model))
+        folder = resolve_model(config.model)
+        tokenizer, weights = load_tokenizer(folder), model_hash(folder)
         lengths = [len(ids) for ids in _token_ids(tokenizer, render_prompts(tokenizer, questions))]
-    replies = ask_server(config, questions, output, lengths)
+    replies = ask_server(config, questions, output, lengths, weights)
     turns = [question.turns for question in questions]
     checked = _check(config, checker, questions, turns, replies)
     flat = itertools.chain.from_iterable(replies)

@@ -13,6 +13,7 @@ import gc
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -27,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gift.config import TrainConfig, TrainOptions
 from gift.console import error_console
 from gift.data import Example
-from gift.errors import InputError
+from gift.errors import InputError, lacks_memory
 from gift.files import read_json, write_json
 from gift.gradients import accumulate_gradients
 from gift.micro_batches import Split, global_batches, plan_micro_batches
@@ -41,8 +42,6 @@ BUSY_TOKENS = 1024
 SHORT, LONG = 128, 256
 # Share of a GPU that a trial leaves free: later micro-batches of other shapes fragment the memory.
 MARGIN = 0.05
-# What errors of PyTorch, cuBLAS, cuDNN and Triton say where memory is short.
-OUT_OF_MEMORY = ("out of memory", "can't allocate", "not enough memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def settle_memory(
 ) -> Split:
     """Sets which layers of the model recompute their activations; returns the split to train with.
 
-    What was found is kept in `work`, so that a run resumed by as many ranks computes the same. A
-    trial leaves no gradients, and random states as they were.
+    What was found is kept in `work`, so that a run resumed with the same settings, on as many
+    devices of a kind, computes the same. A trial leaves no gradients; random states are as before.
 
     InputError: a micro-batch of one row is too large with all recomputed that can be.
     """
@@ -79,11 +78,12 @@ def settle_memory(
                 "whose activations can be recomputed; choose off"
             )
     else:
-        found = _recorded(work, group)
+        tried_for = _situation(config, model, split, group)
+        found = group.from_main(lambda: _recorded(work, tried_for))
         if found is None:
             found = _try(config, model, rows, split, group, len(layers))
             if group.is_main:
-                write_json(work / RECORD, {**asdict(found), "ranks": group.size})
+                write_json(work / RECORD, {**asdict(found), "tried_for": tried_for})
     recompute(model, found.recomputed)
     if group.is_main:
         error_console.print(
@@ -96,12 +96,41 @@ def settle_memory(
     return replace(split, tokens=found.tokens, recomputed=found.recomputed)
 
 
-def _recorded(work: Path, group: Group) -> Memory | None:
-    """What an interrupted run of as many ranks has found."""
+@contextmanager
+def forgotten_if_short(work: Path) -> Iterator[None]:
+    """Removes what a trial found where the block runs out of memory: resuming tries anew."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lacks_memory(error):
+            (work / RECORD).unlink(missing_ok=True)
+        raise
+
+
+def _situation(config: TrainConfig, model: Any, split: Split, group: Group) -> dict[str, Any]:
+    """What a trial depends on beside the inputs and settings of the adapter, as JSON.
+
+    `devices` has the name and the bytes of each rank's; a CPU names no limit.
+    """
+    device = next(model.parameters()).device
+    own: list[Any] = [device.type, 0]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        own = [properties.name, properties.total_memory]
+    return {
+        "shard": config.shard,
+        "micro_batch_tokens": split.tokens,
+        "micro_batch_size": config.micro_batch_size,
+        "devices": group.gather([own]),
+    }
+
+
+def _recorded(work: Path, tried_for: dict[str, Any]) -> Memory | None:
+    """What an interrupted run has found in the same situation."""
     if not (work / RECORD).exists():
         return None
     record = read_json(work / RECORD)
-    return Memory(**record) if record.pop("ranks") == group.size else None
+    return Memory(**record) if record.pop("tried_for") == tried_for else None
 
 
 def _try(
@@ -174,11 +203,8 @@ def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Sp
         held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
         _attempt(config, model, rows, split)
         del held
-    except RuntimeError as error:  # PyTorch has a type of its own for GPUs only
-        said = str(error).lower()
-        if not isinstance(error, torch.OutOfMemoryError) and not any(
-            words in said for words in OUT_OF_MEMORY
-        ):
+    except RuntimeError as error:
+        if not lacks_memory(error):
             raise
         fits = False
     _forget(model)

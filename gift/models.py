@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import gift
+from gift.environment import processes
 from gift.errors import InputError
 from gift.files import hash_bytes, hash_file, hash_json, read_json
 from gift.publish import check_published, warn
@@ -78,7 +78,7 @@ def pick_device(device: str) -> torch.device:
         raise InputError(
             f"--device: {device!r} is no device; use auto, cpu, cuda or cuda:1"
         ) from None
-    if chosen.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if chosen.index is not None and processes() > 1:
         raise InputError(
             f"--device: {device} would be shared by all processes; use auto, by which each takes "
             "the GPU of its own"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gift.console import quiet
+from gift.environment import processes, whole_number
 from gift.errors import InputError
 from gift.publish import MADE_FROM_FILE, Output, output_folder
 
@@ -109,26 +110,22 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         on_host: the ranks exchange Python objects only, and wait for each other's shares.
 
     Raises:
-        InputError: the environment lacks a variable or names a GPU that is not there.
+        InputError: the environment lacks a variable, or has one that cannot be: no number, a rank
+            or GPU that is not there, a port that is taken.
         LostProcess: another rank failed or was killed.
     """
     if "WORLD_SIZE" not in os.environ:
         yield ALONE
         return
     device = _own_gpu()
-    try:
-        store, rank, size = next(dist.rendezvous("env://"))
-    except ValueError as error:  # a variable is not set
-        raise InputError(f"{error}; start several processes with torchrun") from None
-    # torchrun keeps the store when it restarts all processes (--max-restarts).
-    store = dist.PrefixStore(f"gift/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    group = Group(rank, size, device)
+    group = Group(whole_number("RANK"), processes(), device)
+    store = _common_store(group)
     _await_all(store, group)
     dist.init_process_group(
         "nccl" if device and not on_host else "gloo",
         store=store,
-        rank=rank,
-        world_size=size,
+        rank=group.rank,
+        world_size=group.size,
         timeout=LONGEST_WAIT if on_host else None,
     )
     try:
@@ -141,6 +138,26 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _common_store(group: Group) -> dist.Store:
+    """The store that all ranks reach, for keys of this attempt alone."""
+    if group.rank >= group.size:
+        raise InputError(
+            f"RANK: is {group.rank}, and WORLD_SIZE is {group.size}; ranks are numbered from 0"
+        )
+    port = whole_number("MASTER_PORT")
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=START_WAIT))
+    except ValueError as error:  # a variable is not set
+        raise InputError(f"{error}; start several processes with torchrun") from None
+    except dist.DistError as error:
+        raise InputError(
+            f"MASTER_PORT: the processes cannot meet at port {port} of "
+            f"{os.environ['MASTER_ADDR']} ({str(error).splitlines()[0]}); choose a free port"
+        ) from error
+    # torchrun keeps the store when it restarts all processes (--max-restarts).
+    return dist.PrefixStore(f"gift/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _await_all(store: dist.Store, group: Group) -> None:
@@ -159,7 +176,7 @@ def _own_gpu() -> torch.device | None:
     """The GPU of this process, made the current one; None without CUDA."""
     if not torch.cuda.is_available():
         return None
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    number, count = whole_number("LOCAL_RANK", "0"), torch.cuda.device_count()
     if number >= count:
         raise InputError(
             f"LOCAL_RANK: is {number}, and this machine has {count} GPUs; start at most {count} "

@@ -178,6 +178,18 @@ def read_text(value: Any, place: str, key: str) -> str:
     return value
 
 
+def without_none(value: Any) -> Any:
+    """The value without keys that are None, at any depth.
+
+    Arrow gives the objects of a column one set of keys, and None where a row had none.
+    """
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
 def refuse_surrogates(value: Any, place: str) -> None:
     """InputError where a text inside `value` holds half of a surrogate pair."""
     try:

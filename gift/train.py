@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from torch import Tensor
@@ -36,7 +37,7 @@ from gift.files import hash_file, hash_json, naming, replacing, write_json
 from gift.gradients import SUMS, accumulate_gradients, flat_gradients
 from gift.lines import line_starts
 from gift.lora_targets import find_targets, lora_config
-from gift.memory import settle_memory
+from gift.memory import forgotten_if_short, settle_memory
 from gift.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
 from gift.models import (
     check_head,
@@ -68,6 +69,8 @@ MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
 RATES = ("tokens_per_second", "useful_tflops", "share_of_peak")
 DIVISORS = {"tokens": "tokens", "weights": "weight"}
+# Options that divide a step's work and leave its update as it is; a run may resume with others.
+SPLIT = ("micro_batch_tokens", "micro_batch_size", "gradient_checkpointing")
 
 
 def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
@@ -101,11 +104,13 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
             "device": device.type,
             "dtype": str(dtype),
         }
+        group.require_equal(config.model_dump(include=set(SPLIT)))
         partial = ranks.begin_shared(group, output, made_from)
         split = Split(token_limit(config, device), packed)
         with clock("trial"):
             split = settle_memory(config, model, rows, split, group, partial / WORK_FOLDER)
-        history, loss_by_band = _fit(config, model, rows, split, group, partial, clock)
+        with forgotten_if_short(partial / WORK_FOLDER):
+            history, loss_by_band = _fit(config, model, rows, split, group, partial, clock)
         summary = {
             **data_summary(data),
             **_run_summary(history),
@@ -123,12 +128,18 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 _write_adapter(model, tokenizer, partial, history, manifest)
             write_json(partial / SPEED_FILE, {"seconds": clock.seconds})
     if group.is_main:
-        if targets.left:
-            note = f"Note: no LoRA pair for {', '.join(targets.left)}"
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
-        print_times(clock)
+        _print_result(config, targets.left, summary, clock)
     return summary
+
+
+def _print_result(
+    config: TrainConfig, left: Sequence[str], summary: dict[str, Any], clock: Clock
+) -> None:
+    if left:
+        note = f"Note: no LoRA pair for {', '.join(left)}"
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
+    print_times(clock)
 
 
 def _read_rows(
@@ -153,10 +164,9 @@ def _made_from(
 ) -> dict[str, Any]:
     """Everything that determines the adapter: settings, model, tokenizer, data and confidences."""
     inputs = {"model", "data", "confidence", "tokenizer"}
+    without_effect = {"output", "overwrite", "checkpoint_steps", "shard", *SPLIT}
     return {
-        **config.model_dump(
-            mode="json", exclude={"output", "overwrite", "checkpoint_steps", "shard"} | inputs
-        ),
+        **config.model_dump(mode="json", exclude=without_effect | inputs),
         "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
@@ -182,8 +192,7 @@ def _fit(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
-    # Every rank draws its own dropout masks.
-    torch.manual_seed(config.seed + 1 + group.rank)
+    torch.manual_seed(_dropout_seed(config.seed, group.rank))
     state = TrainingState(model, optimizer, scheduler, group)
     first_step, history, loss_by_band = state.load(partial / WORK_FOLDER)
     gradients = flat_gradients(parameters)
@@ -224,6 +233,11 @@ def _fit(
                         _write_metrics(partial, history)
     _require_weights(config, history)
     return history, loss_by_band
+
+
+def _dropout_seed(seed: int, rank: int) -> int:
+    """Every seed and rank draw masks of their own, unlike what the adapter began with."""
+    return int(np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(1, np.uint64)[0])
 
 
 def _reduce(

@@ -33,6 +33,18 @@ STATISTICS: dict[str, tuple[Statistic, ...]] = {
     "excess": ("nll",),
     "entropy": ("entropy",),
 }
+# A sentence each for a study's report.
+ABOUT = {
+    "guide": "A token weighs as much as the guide is confident in it (GIFT, arXiv 2605.01256).",
+    "uniform": "Every token weighs 1, as in plain fine-tuning; with the base model trained this is "
+    "Shadow-FT (arXiv 2505.12716).",
+    "self": "The trained model's own confidence in the token (DFT, arXiv 2508.05629).",
+    "own-times-guide": "The trained model's confidence times the guide's.",
+    "excess": "1 for the share of each row's tokens that the trained model finds hardest compared "
+    "with the guide, 0 for the others (Rho-1, arXiv 2404.07965).",
+    "entropy": "A token weighs more the less sure the trained model is there of any token "
+    "(EAFT, arXiv 2601.02151).",
+}
 # Options that would change what a weighting does not have.
 UNREAD = {
     "uniform": ("confidence_level", "confidence_floor", "confidence_power", "confidence_threshold"),

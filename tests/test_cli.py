@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -217,3 +217,47 @@ def test_an_interrupted_command_says_how_to_resume(folder, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="130"):
         cli.main()
     assert capsys.readouterr().err == "gift: interrupted; run the same command again to resume\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("annotate", "lower --batch-tokens, or"),
+        ("evaluate", "lower --batch-size, or"),
+        ("train", "lower --micro-batch-tokens, or"),
+        ("run", "lower --batch-tokens or --micro-batch-tokens or --eval-batch-size, or"),
+        ("diff", "compute less at once, or"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA: no more\nhints"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["PyTorch", "Triton"],
+)
+def test_a_lack_of_memory_is_one_line_that_names_the_options(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, advice: str, error: RuntimeError
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "build_config", lambda *_: None)
+    module = {"run": "gift.run", "diff": "gift.merge.diff"}.get(command, f"gift.{command}")
+    monkeypatch.setattr(f"{module}.{command}", full)
+    result = gift(folder, command, *(("a", "b") if command == "diff" else ()))
+    first_line = str(error).splitlines()[0]
+    assert (result.status, result.stdout) == (1, "")
+    assert result.stderr == (f"gift: out of memory ({first_line}); {advice} use a larger device\n")
+
+
+def test_other_errors_of_a_device_keep_their_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "build_config", lambda *_: None)
+    monkeypatch.setattr("gift.annotate.annotate", fail)
+    monkeypatch.setattr(sys, "argv", ["gift", "annotate"])
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main()

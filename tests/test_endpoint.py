@@ -332,6 +332,98 @@ def test_what_stays_broken_is_one_error_and_keeps_finished_questions(
     assert len(server.asked) == 6
 
 
+def interrupt(server: Misbehaving, config: EvaluateConfig) -> None:
+    """Has a call keep two questions; the server gives no more failures."""
+    server.asked.clear()
+    failing = status(400)
+    server.answer = lambda *request: (complete if len(server.asked) <= 4 else failing)(*request)
+    with pytest.raises(InputError, match="refuses"):
+        evaluate(config)
+    server.answer = complete
+    server.asked.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 13}),
+        *({"served_model": "other"}, {"extra_body": {"top_k": 5}}, {"system_prompt": "Hm."}),
+        {"model": "given"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_other_settings_gave_is_not_kept(
+    server: Misbehaving, model: Path, change: dict[str, Any], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"concurrency": 1, "samples": 2}
+    interrupt(server, configure(tmp_path, server.url, **options))
+    change = {"model": str(model)} if "model" in change else change
+    evaluate(configure(tmp_path, server.url, **options, **change))
+    assert len(server.asked) == 10
+
+
+def test_kept_replies_are_of_one_model(
+    server: Misbehaving, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(tmp_path, server.url, model=str(model), concurrency=1, samples=2)
+    interrupt(server, config)
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    evaluate(config.model_copy(update={"model": str(other)}))
+    assert len(server.asked) == 10
+    interrupt(server, again := config.model_copy(update={"output": tmp_path / "again"}))
+    evaluate(again)
+    assert len(server.asked) == 6
+    shown = " ".join(capfd.readouterr().err.split())
+    assert f"2 of 5 questions are kept from an interrupted call; {server.url} must have" in shown
+
+
+def test_a_second_bos_in_kept_replies_is_found(
+    server: Misbehaving, model: Path, tmp_path: Path
+) -> None:
+    """They were kept without `--model`, so nothing was compared then."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    options: dict[str, Any] = {"concurrency": 1, "samples": 2}
+    interrupt(server, configure(tmp_path, server.url, **options))
+
+    def count(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        ids = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
+        more = body["messages"][0]["content"] == QUESTIONS[0]["question"]
+        length = len(ids["input_ids"]) + more
+        send(handler, 200, completion("It is 4", prompt_tokens=length))
+
+    server.answer = count
+    with pytest.raises(InputError, match="line 1.* second BOS"):
+        evaluate(configure(tmp_path, server.url, model=str(model), **options))
+
+
+def test_greedy_replies_are_asked_for_once(server: Misbehaving, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="samples: got 4 at temperature 0"):
+        evaluate(configure(tmp_path, server.url, temperature=0))
+    assert not server.asked
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "sec\x01ret", "secretü"])
+def test_a_key_that_no_header_takes_is_refused_unseen(
+    server: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="^OPENAI_API_KEY: holds characters") as caught:
+        evaluate(configure(tmp_path, server.url, retries=0))
+    assert "sec" not in str(caught.value) and not server.asked
+
+
+def test_a_key_is_sent_without_white_space_and_never_shown(
+    server: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
+    for answer in (status(401, '{"detail": "bad key secret"}'), status(200, '"Bearer secret"')):
+        server.answer = answer
+        with pytest.raises(InputError, match=r"\*\*\*") as caught:
+            evaluate(configure(tmp_path, server.url, retries=0))
+        assert "secret" not in str(caught.value)
+    assert set(server.keys) == {"Bearer secret"}
+
+
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(InputError, match=rf"{url} cannot be reached .*is the server running"):

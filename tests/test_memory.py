@@ -196,6 +196,78 @@ def test_other_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(
         train(config(folder, tmp_path / "adapter"))
 
 
+def cut_after(
+    steps: int, error: BaseException, memory: SmallMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lets the next training end with an error after so many steps."""
+    step = gift.train.accumulate_gradients
+
+    def cut(*given: Any) -> Any:
+        if len(memory.trained) == steps:
+            raise error
+        return step(*given)
+
+    monkeypatch.setattr(gift.train, "accumulate_gradients", cut)
+
+
+def test_a_run_that_was_short_of_memory_tries_anew_and_keeps_its_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SmallMemory(monkeypatch, 10_000)
+    cut_after(1, torch.OutOfMemoryError("injected"), memory, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config(folder, tmp_path / "adapter"))
+    assert memory.trained == [(400, 0)]
+    memory = SmallMemory(monkeypatch, 300)
+    assert train(config(folder, tmp_path / "adapter"))["steps"] == 2
+    assert memory.trained == [(400, 2)]
+
+
+def test_another_device_is_tried_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SmallMemory(monkeypatch, 10_000)
+    cut_after(1, KeyboardInterrupt(), memory, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(folder, tmp_path / "adapter"))
+    record = partial_path(tmp_path / "adapter") / "work/memory.json"
+    record.write_text(record.read_text().replace('"cpu"', '"a larger device"'))
+    memory = SmallMemory(monkeypatch, 300)
+    train(config(folder, tmp_path / "adapter"))
+    assert memory.trained == [(400, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ({"gradient_checkpointing": "on"}, (400, 2)),
+        ({"micro_batch_tokens": 60}, (60, 0)),
+        ({"micro_batch_size": 1}, (400, 0)),
+    ],
+    ids=["recomputing", "fewer tokens", "fewer rows"],
+)
+def test_a_run_resumes_with_another_split_of_its_steps(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    split: tuple[int, int],
+) -> None:
+    exact = {"lora_dropout": 0.0}
+    memory = SmallMemory(monkeypatch, 10_000)
+    train(config(folder, tmp_path / "whole", **exact))
+    memory.trained.clear()
+    cut_after(1, KeyboardInterrupt(), memory, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(folder, tmp_path / "cut", **exact))
+    memory = SmallMemory(monkeypatch, 10_000)
+    train(config(folder, tmp_path / "cut", **exact, **options))
+    assert memory.trained == [split]
+    whole, cut_short = (load_file(tmp_path / name / ADAPTER) for name in ("whole", "cut"))
+    for name, value in whole.items():
+        torch.testing.assert_close(cut_short[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_a_resumed_run_takes_what_was_found_and_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,18 +275,12 @@ def test_a_resumed_run_takes_what_was_found_and_ends_with_the_same_bytes(
     SmallMemory(monkeypatch, 149)
     train(config(folder, tmp_path / "whole", **options))
     memory = SmallMemory(monkeypatch, 149)
-    step = gift.train.accumulate_gradients
-
-    def cut(*given: Any) -> Any:
-        if len(memory.trained) == 2:
-            raise KeyboardInterrupt
-        return step(*given)
-
-    monkeypatch.setattr(gift.train, "accumulate_gradients", cut)
+    cut_after(2, KeyboardInterrupt(), memory, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(config(folder, tmp_path / "cut", **options))
     record = json.loads((partial_path(tmp_path / "cut") / "work/memory.json").read_text())
-    assert record == {"tokens": 100, "recomputed": 2, "ranks": 1}
+    assert (record["tokens"], record["recomputed"]) == (100, 2)
+    assert record["tried_for"]["devices"] == [["cpu", 0]]
     memory = SmallMemory(monkeypatch, 10_000)
     train(config(folder, tmp_path / "cut", **options))
     assert not memory.tried and set(memory.trained) == {(100, 2)}

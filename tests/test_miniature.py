@@ -9,6 +9,7 @@ from benchmarks import miniature, readme, study_tables
 from benchmarks.study_tables import StoredStudy
 from gift.config import StudyConfig, TrainOptions
 from gift.controls import Control
+from gift.files import read_json
 from gift.merge.methods import METHODS
 
 
@@ -35,6 +36,17 @@ def stored(*differences: tuple[str, str, str, float, bool]) -> StoredStudy:
     results = {
         "compared": "GIFT",
         "retention_evaluations": ["style"],
+        "guides": [
+            {
+                "guide": "instruct",
+                "expected_calibration_error": error,
+                "correctness": {
+                    "mean_confidence": {"auroc": area, "low": 0.45, "high": 0.6},
+                    "lowest_confidence": {"auroc": area, "low": low, "high": 0.6},
+                },
+            }
+            for error, area, low in ((0.141, 0.51, 0.48), (0.163, 0.56, 0.53))
+        ],
         "accuracy": {name: dict.fromkeys(methods, value) for name in ("task", "style")},
         "differences": [
             {
@@ -66,6 +78,27 @@ def test_what_is_significant_is_bold_and_said_in_words() -> None:
     assert "| other | 50.0 [40.0, 60.0] | -5.0 [-15.0, +5.0] | 0.500 | 2 of 3 |" in text
     assert "ahead of Instruct (+20.0); not surely different from other (-5.0)" in text
     assert "task: other (-25.0)." in text and "style: GIFT (-30.0)." in text
+    guides = "| instruct | 14.1 to 16.3 | 0.51 to 0.56 (2 of 2) | 0.51 to 0.56 (1 of 2) |"
+    assert guides in text
+
+
+def test_what_docs_say_of_a_real_guide_is_so_in_its_calibration() -> None:
+    stored = max(readme.RESULTS.glob("study-*")) / "smollm2-135m" / "calibration.json"
+    found = read_json(stored)
+    assert found["tokens"] == 18869
+    assert round(100 * found["expected_calibration_error"], 1) == 0.9
+
+
+def test_what_docs_and_readme_say_of_the_instruct_guide_is_so_in_the_stored_results() -> None:
+    noisy, clean = study_tables.newest(readme.RESULTS)
+    for study, errors in ((noisy, "14.5 to 16.1"), (clean, "1.1 to 1.6")):
+        found = [100 * one["expected_calibration_error"] for one in study.of_guide("instruct")]
+        assert f"{min(found):.1f} to {max(found):.1f}" == errors
+    for name, said in (("mean", "0.49 to 0.55"), ("lowest", "0.52 to 0.55")):
+        areas = [one["correctness"][f"{name}_confidence"] for one in noisy.of_guide("instruct")]
+        values = [area["auroc"] for area in areas]
+        assert len(areas) == 5 and f"{min(values):.2f} to {max(values):.2f}" == said
+        assert all(area["low"] < 0.5 < area["high"] for area in areas)
 
 
 def test_what_docs_and_readme_say_in_short_is_so_in_the_stored_results() -> None:

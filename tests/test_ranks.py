@@ -6,6 +6,7 @@ Ranks are forked, and exchange over gloo as those that torchrun starts.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 import stages
 import torch
-from processes import fork_ranks
+from processes import fork_ranks, start_anew
 from transformers import AutoModelForCausalLM
 
 from gift import annotate as annotate_module
 from gift import cli
 from gift.config import EvaluateConfig
+from gift.errors import InputError
 from gift.publish import LIST_FILE, partial_path
+from gift.ranks import LostProcess
 from gift.speed import SPEED_FILE
 
 NO_REPLY = {
@@ -148,12 +151,37 @@ def test_the_error_of_one_rank_is_told_by_all(
     assert own.strip() == "OutOfMemoryError: CUDA out of memory."
 
 
+def test_a_restarted_attempt_reads_nothing_of_the_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts starts all ranks again, and keeps the store."""
+    annotate_batch = annotate_module.annotate_batch
+
+    def full(*_: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return annotate_batch(*_)
+
+    def restarted(_: int) -> None:
+        monkeypatch.setattr(annotate_module, "annotate_batch", full)
+        with pytest.raises((LostProcess, torch.OutOfMemoryError)):
+            stages.call("annotate", tmp_path / "out")
+        monkeypatch.setattr(annotate_module, "annotate_batch", annotate_batch)
+        start_anew(1)
+        stages.call("annotate", tmp_path / "out")
+
+    ended = fork_ranks(2, restarted, tmp_path / "rank")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("stage", "first", "second", "message"),
     [
         ("annotate", {}, {"batch_tokens": 60}, "differs from process 0 in batch_tokens"),
         ("evaluate", {}, {"seed": 5}, "differs from process 0 in seed"),
         ("merge", {}, {"scale": [0.5]}, "differs from process 0 in scale"),
+        ("train", {}, {"micro_batch_tokens": 60}, "differs from process 0 in micro_batch_tokens"),
         ("annotate", {"model": "none"}, {}, "none: no such folder"),
     ],
 )
@@ -195,6 +223,45 @@ def test_torchrun_ends_the_others_where_one_is_killed(tmp_path: Path) -> None:
     assert "gift: ended by a signal, as torchrun does where another process" in ended.stderr
     assert "Signal 9 (SIGKILL)" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: is '' in the environment, not a whole number from 1"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: is 'abc'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is '0'"),
+        ({"RANK": "x"}, "RANK: is 'x'"),
+        ({"RANK": "2"}, "RANK: is 2, and WORLD_SIZE is 2"),
+        ({"MASTER_PORT": "any"}, "MASTER_PORT: is 'any'"),
+        ({}, "MASTER_PORT: the processes cannot meet at port"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    with socket.create_server(("", 0)) as taken:
+        described = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        described["MASTER_PORT"] = str(taken.getsockname()[1])
+        for name, value in {**described, **variables}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(cli, "app", lambda: stages.call("annotate", Path("out")))
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not Path("out").exists()
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1") if name != missing else monkeypatch.delenv(name, False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=f"{missing}.* not set; start several processes with"):
+        stages.call("annotate", Path("out"))
 
 
 def test_a_stage_of_one_process_refuses_several(

@@ -190,6 +190,18 @@ def ranks(folder: Path) -> Path:
             start_anew(next(attempts))
             found["resumed"] = call(folder, "llama", folder / "resumed", shard=True)
             found["steps"] = len(steps)
+        dropout = {"shard": True, "lora_dropout": 0.2}
+        start_anew(next(attempts))
+        call(folder, "llama", folder / "masked", **dropout)
+        found["random"] = [torch.get_rng_state().tolist()]
+        found["seed"] = torch.initial_seed()
+        start_anew(next(attempts))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+            count_steps(patch, last=3)
+            call(folder, "llama", folder / "masked resumed", **dropout)
+        start_anew(next(attempts))
+        call(folder, "llama", folder / "masked resumed", **dropout)
+        found["random"].append(torch.get_rng_state().tolist())
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
     for size, work in ((4, of_four), (2, of_two)):
@@ -230,6 +242,17 @@ def test_the_adapter_is_that_of_one_process(ranks: Path, name: str) -> None:
 def test_a_run_resumes_with_another_number_of_ranks(found: list[dict[str, Any]]) -> None:
     assert [rank["steps"] for rank in found] == [1, 1]
     assert all(rank["resumed"]["steps"] == 3 for rank in found)
+
+
+def test_ranks_draw_masks_of_their_own_and_resume_them(
+    ranks: Path, found: list[dict[str, Any]]
+) -> None:
+    whole, resumed = (load_file(ranks / name / ADAPTER) for name in ("masked", "masked resumed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    for rank in found:
+        uncut, cut = rank["random"]
+        assert uncut == cut
+    assert found[0]["seed"] != found[1]["seed"]
 
 
 def test_ranks_measure_and_take_what_fits_on_all_of_them(found: list[dict[str, Any]]) -> None:

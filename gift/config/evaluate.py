@@ -148,7 +148,8 @@ class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOpti
     model: str | None = Field(
         default=None,
         description="Model to evaluate: a local folder or a hub id. With --endpoint not needed: "
-        "its tokenizer then only counts the tokens of prompts, to find a second BOS.",
+        "its tokenizer then counts the tokens of prompts, to find a second BOS, and an interrupted "
+        "call resumes for the same weights only.",
     )
     data: Path | None = Field(
         default=None,

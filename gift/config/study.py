@@ -32,6 +32,7 @@ class MethodOptions(RunStages):
     trained: Literal["base", "instruct"] = Field(
         default="base", description="The model that the adapter is trained on."
     )
+    about: str | None = Field(default=None, description="A sentence for the report: what it is.")
     guide: str = Field(
         default="instruct",
         description="The model that annotates: instruct, base, or another's folder or hub id; "
@@ -46,6 +47,7 @@ class EvaluationOptions(EvaluateOptions, DeviceOptions):
         default=None,
         description="JSONL questions with answers; {pair} in it stands for that of the run.",
     )
+    about: str | None = Field(default=None, description="A sentence for the report: what is asked.")
     retention: bool = Field(
         default=False,
         description="Whether this measures what the instruct model could do before, not the task.",
@@ -67,6 +69,7 @@ class TuningOptions(EvaluateOptions, DeviceOptions):
 class StudyConfig(OutputOptions):
     """Options of `gift study`."""
 
+    title: str | None = Field(default=None, description="The report's title.")
     pairs: dict[str, PairOptions] = Field(
         min_length=1, description="Base and instruct models, by name."
     )

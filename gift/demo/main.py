@@ -32,17 +32,33 @@ SETTINGS = {
     "checkpoint_steps": 1000,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "GIFT": {},
-    "Shadow-FT": {"weighting": "uniform"},
-    "Instruct-SFT": {"weighting": "uniform", "trained": "instruct"},
-    "GIFT-BaseT": {"guide": "base"},
+    "GIFT": {"about": "The base model trained with the instruct model's weights, then merged."},
+    "Shadow-FT": {"weighting": "uniform", "about": "GIFT without weights."},
+    "Instruct-SFT": {
+        "weighting": "uniform",
+        "trained": "instruct",
+        "about": "Plain fine-tuning of the instruct model.",
+    },
+    "GIFT-BaseT": {"guide": "base", "about": "GIFT with the base model's weights."},
 }
 GREEDY = {"samples": 1, "temperature": 0.0}
 # Each with its file in the world and the name of its pattern there.
 EVALUATIONS: dict[str, dict[str, Any]] = {
-    "task": {"data": "task", "answer_pattern": world.ANSWER, "samples": 4, "temperature": 0.7},
-    "task, greedy": {"data": "task", "answer_pattern": world.ANSWER, **GREEDY},
+    "task": {
+        "about": "Programs over one digit, the task that all were adapted to; answers are sampled.",
+        "data": "task",
+        "answer_pattern": world.ANSWER,
+        "samples": 4,
+        "temperature": 0.7,
+    },
+    "task, greedy": {
+        "about": "The same programs, each answered with the likeliest tokens.",
+        "data": "task",
+        "answer_pattern": world.ANSWER,
+        **GREEDY,
+    },
     "own worked style": {
+        "about": "Whether a program is still answered in the instruct model's own worked steps.",
         "data": "style",
         "answer_pattern": world.WORKED,
         "samples": 1,
@@ -50,12 +66,18 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
         "retention": True,
     },
     "format kept on task": {
+        "about": "Whether a program is answered in a format that the question asks for.",
         "data": "format",
         "answer_pattern": world.MARK,
         "retention": True,
         **GREEDY,
     },
-    "other tasks": {"data": "other", "retention": True, **GREEDY},
+    "other tasks": {
+        "about": "Other tasks that the instruct model could do before.",
+        "data": "other",
+        "retention": True,
+        **GREEDY,
+    },
 }
 INTRODUCTION = (
     "A tiny instruct model is taught a task from {references} examples, in four ways. Three train "
@@ -84,7 +106,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             highlight=False,
         )
         _make_world(config, place)
-        settings = _study(config, place)
+        settings = _study(config, place, references)
         path = config.output / STUDY_FILE
         path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         options = {"output": config.output / STUDY_FOLDER, "overwrite": config.overwrite}
@@ -158,9 +180,10 @@ def ask(folder: Path, evaluations: Mapping[str, dict[str, Any]]) -> dict[str, An
     }
 
 
-def _study(config: DemoConfig, place: Path) -> dict[str, Any]:
-    """The study's file."""
+def _study(config: DemoConfig, place: Path, references: str) -> dict[str, Any]:
+    """The study's file; `references` are noisy or clean."""
     return {
+        "title": f"Tiny models adapted in four ways, with {references} references",
         "pairs": {
             name: {model: str(place / name / model) for model in ("base", "instruct")}
             for name in _pairs(config)

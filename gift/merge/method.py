@@ -87,6 +87,7 @@ def _not_a_sum(options: MergeOptions, has_base: bool) -> float | None:
 class Method:
     """A merge method; a file in `gift/merge/methods` defines one as `METHOD`.
 
+    about: one sentence for a study's report.
     merge: the merged rows.
     settings: the fields of MergeOptions it reads; manifest and card list these only.
     statistics: what `gift merge-statistics` collects for every model: the diagonal of the Fisher
@@ -99,6 +100,7 @@ class Method:
     """
 
     name: str
+    about: str
     formula: str
     source: str
     merge: Callable[[Rows, MergeOptions], Tensor]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d
 COLUMNS = 3  # of panels
 LEGEND_LINE = 0.17  # inches
 FEW = 8  # methods: more are drawn closer, and named in a legend
+Box = tuple[float, float, float, float]  # left, low, right, high, in points
 Palette = Mapping[str, str]
 # Panels by title, in each the points of a line by its name.
 Lines = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
@@ -40,22 +42,62 @@ def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette)
 
 
 def draw_retention(
-    points: Mapping[str, tuple[float, float]], task: str, retention: str, palette: Palette
+    task: str, points: Mapping[str, Mapping[str, tuple[float, float]]], palette: Palette
 ) -> str:
-    """Task accuracy against what is retained, a point a method."""
-    figure, (panel,) = _panels(1, 4.6, max(3.4, LEGEND_LINE * len(points)))
-    for number, (method, (x, y)) in enumerate(points.items(), 1):
-        label = method if len(points) <= FEW else str(number)
-        name = f"{number} {method}"
-        panel.plot(100 * x, 100 * y, "o", color=palette[method], markersize=8, label=name)
-        panel.annotate(label, (100 * x, 100 * y), (6, 4), textcoords="offset points", fontsize=8)
-    if len(points) > FEW:
-        panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    panel.set_xlabel(f"{task}: right answers, %", fontsize=8)
-    panel.set_ylabel(f"{retention}: right answers, %", fontsize=8)
-    panel.margins(0.2)
-    panel.grid(alpha=0.3)
+    """A panel a retention evaluation: what is retained against task accuracy, a point a method."""
+    most = max(map(len, points.values()))
+    figure, panels = _panels(len(points), 4.6, max(3.4, LEGEND_LINE * most))
+    for panel, (retention, by_method) in zip(panels, points.items(), strict=True):
+        for number, (method, (x, y)) in enumerate(by_method.items(), 1):
+            name = f"{number} {method}"
+            panel.plot(100 * x, 100 * y, "o", color=palette[method], markersize=6, label=name)
+        panel.set_xlabel(f"{task}: right answers, %", fontsize=8)
+        panel.set_ylabel(f"{retention}: right answers, %", fontsize=8)
+        panel.margins(0.2)
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    for panel, by_method in zip(panels, points.values(), strict=True):
+        few = len(by_method) <= FEW
+        labels = [m if few else str(number) for number, m in enumerate(by_method, 1)]
+        _label(panel, [(100 * x, 100 * y) for x, y in by_method.values()], labels)
+    if most > FEW:
+        panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _embedded(figure)
+
+
+def _label(panel: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Names points (x, y): each label as near to its point as it covers no other and no point.
+
+    The figure is laid out before, so that limits and sizes are final.
+    """
+    per_inch = panel.figure.dpi
+    places = panel.transData.transform(points) * 72 / per_inch
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    for point, (x, y), label in zip(points, places, labels, strict=True):
+        width, height = 5 * len(label) + 3, 9
+        for step in range(400):
+            distance, angle = 8 + step // 16 * 3, math.tau * (step % 16 + 1) / 16
+            left = x + distance * math.cos(angle) - width / 2 * (1 - math.cos(angle))
+            low = y + distance * math.sin(angle) - height / 2
+            box = left, low, left + width, low + height
+            if not any(_cross(box, other) for other in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.4, "shrinkB": 2} if distance > 8 else None
+        panel.annotate(
+            label,
+            point,
+            (left - x, low - y),
+            textcoords="offset points",
+            fontsize=8,
+            va="bottom",
+            arrowprops=line,
+        )
+
+
+def _cross(one: Box, other: Box) -> bool:
+    """Whether two boxes have a part in common."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> str:
@@ -198,10 +240,10 @@ def _draw_all(
     figures = {"accuracy": draw_accuracies(accuracy, palette)}
     if tasks and retained:
         points = {
-            method: (accuracy[tasks[0]][method]["mean"], accuracy[retained[0]][method]["mean"])
-            for method in methods
+            name: {m: (accuracy[tasks[0]][m]["mean"], accuracy[name][m]["mean"]) for m in methods}
+            for name in retained
         }
-        figures["retention"] = draw_retention(points, tasks[0], retained[0], palette)
+        figures["retention"] = draw_retention(tasks[0], points, palette)
     if curves:
         figures["pass"] = draw_lines(curves, "N", "right in at least one of N, %", palette)
     if bands:
@@ -209,5 +251,5 @@ def _draw_all(
     if calibrations:
         figures["calibration"] = draw_calibration(calibrations)
     if layers:
-        figures["layers"] = draw_lines({"": layers}, "layer", "mean ‖Δ‖ / ‖A‖", palette)
+        figures["layers"] = draw_lines(layers, "layer", "mean ‖Δ‖ / ‖A‖", palette)
     return figures

@@ -13,10 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from gift.config import ReportConfig
 from gift.config.study import INSTRUCT
 from gift.console import console
+from gift.controls import ABOUT as CONTROLS
 from gift.files import read_json, read_record, replacing
+from gift.merge.methods import METHODS
 from gift.micro_batches import BAND_NAMES
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
+from gift.weighting import ABOUT as WEIGHTINGS
 
 REPORT_FILE = "report.html"
 SHOWN = 5  # questions won and lost; with more guides than that, each is folded
@@ -48,8 +51,10 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
         files("gift.study").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     layers = changes_by_layer(study)
-    calibrations = _calibrations(study)
+    calibrations = study.calibrations()
+    others = len(study.methods) - 1
     html = template.render(
+        title=study.settings["title"] or f"{results['compared']} and {others} others, compared",
         study=study,
         results=results,
         figures=figures_of(results, layers, calibrations),
@@ -63,6 +68,7 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
         settings=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
         instruct=INSTRUCT,
         own_options=_own_options(study),
+        choices=_choices(study),
         shown=SHOWN,
         shown_runs=SHOWN_RUNS,
     )
@@ -72,22 +78,39 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
     return path
 
 
-def changes_by_layer(study: Study) -> dict[str, list[tuple[int, float]]]:
-    """Each method's mean relative change ‖Δ‖ / ‖A‖ of a layer's changed tensors, from gift diff."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for run in study.record["runs"]:
-        if "diff" not in run["stages"]:
-            continue
-        layers = found.setdefault(run["method"], defaultdict(list))
-        for tensor in read_json(study.stage(run["stages"]["diff"]) / "diff.json")["tensors"]:
-            layer = LAYER.search(tensor["name"])
-            if layer and tensor["relative_change"] > 0:
-                layers[int(layer[1])].append(tensor["relative_change"])
-    return {
-        method: [(layer, float(np.mean(layers[layer]))) for layer in sorted(layers)]
-        for method, layers in found.items()
-        if layers
-    }
+def changes_by_layer(study: Study) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Each method's mean relative change ‖Δ‖ / ‖A‖ of a layer's changed tensors, from gift diff.
+
+    By the number of the models' layers, then by method.
+    """
+    diffs = [
+        (run["pair"], run["method"], _tensors_by_layer(study, run["stages"]["diff"]))
+        for run in study.record["runs"]
+        if "diff" in run["stages"]
+    ]
+    depths = {pair: len(layers) for pair, _, layers in diffs}
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for depth in sorted(set(depths.values())):
+        pairs = [pair for pair in study.settings["pairs"] if depths.get(pair) == depth]
+        by_method = found.setdefault(f"{depth} layer(s), {len(pairs)} pair(s)", {})
+        for method in dict.fromkeys(method for _, method, _ in diffs):
+            own = [layers for pair, name, layers in diffs if name == method and pair in pairs]
+            changes = {
+                layer: [change for one in own for change in one[layer] if change > 0]
+                for layer in sorted(own[0] if own else ())
+            }
+            if points := [(layer, float(np.mean(each))) for layer, each in changes.items() if each]:
+                by_method[method] = points
+    return {models: by_method for models, by_method in found.items() if by_method}
+
+
+def _tensors_by_layer(study: Study, stage: str) -> dict[int, list[float]]:
+    """The relative changes of each layer's tensors."""
+    layers: dict[int, list[float]] = defaultdict(list)
+    for tensor in read_json(study.stage(stage) / "diff.json")["tensors"]:
+        if layer := LAYER.search(tensor["name"]):
+            layers[int(layer[1])].append(tensor["relative_change"])
+    return layers
 
 
 def _own_options(study: Study) -> dict[str, str]:
@@ -99,29 +122,26 @@ def _own_options(study: Study) -> dict[str, str]:
         for name, options in methods.items()
     }
     own[compared] = {key: usual[key] for key in MAIN_OPTIONS}
-    return {name: ", ".join(f"{k}: {v}" for k, v in own[name].items()) for name in methods}
+    return {
+        name: ", ".join(f"{k}: {v}" for k, v in own[name].items() if k != "about")
+        for name in methods
+    }
 
 
-def _calibrations(study: Study) -> list[dict[str, Any]]:
-    """What gift calibration says of each guide's first store, with its pair."""
-    found: dict[str, dict[str, Any]] = {}
-    for run in study.record["runs"]:
-        name = run["stages"].get("calibrate")
-        if name is None or name in found:
-            continue
-        report = read_json(study.stage(name) / "calibration.json")
-        options = study.settings["methods"][run["method"]]
-        guide = options["guide"]
-        if options["guide_temperature"] != 1:
-            guide += f" at temperature {options['guide_temperature']}"
-        everything = next(kind for kind in report["kinds"] if kind["kind"] == "all")
-        found[name] = {
-            **report,
-            "first_choice_is_target": everything["first_choice_is_target"],
-            "pair": run["pair"],
-            "guide": guide,
-        }
-    return list(found.values())
+def _choices(study: Study) -> list[tuple[str, dict[str, str]]]:
+    """Weightings, controls and ways to merge that the study has, each with a sentence."""
+    methods = [study.settings["methods"][name] for name in study.methods[1:]]
+    parts = (
+        ("weighting", "Weightings of tokens", WEIGHTINGS),
+        ("control", "Controls: what takes the place of the guide's confidence", CONTROLS),
+        ("method", "Ways to merge", {name: method.about for name, method in METHODS.items()}),
+    )
+    found = []
+    for option, title, sentences in parts:
+        used = dict.fromkeys(one[option] for one in methods if one[option] is not None)
+        if used:
+            found.append((title, {name: sentences[name] for name in used}))
+    return found
 
 
 def questions_decided(study: Study, evaluation: str) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,10 @@ STUDY_FILE = "study.json"
 RESULTS_FILE = "results.json"
 # What results and report read of a run's stages; merged models may be gone.
 READ_STAGES = ("calibrate", "train", "diff")
+GUIDE_FIGURES = (
+    *("guide", "pair", "tokens", "mean_largest", "first_choice_is_target"),
+    *("expected_calibration_error", "correctness"),
+)
 LEVEL = 0.05
 
 
@@ -58,6 +62,7 @@ class _Run(BaseModel):
 
 
 class _Settings(BaseModel):
+    title: str | None
     pairs: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
@@ -200,6 +205,31 @@ class Study:
     def _manifest(self, run: dict[str, Any]) -> dict[str, Any]:
         return read_record(self.stage(run["stages"]["train"]) / "gift_train.json", ("summary",))
 
+    def calibrations(self) -> list[dict[str, Any]]:
+        """What gift calibration says of each guide's first store, with its name and pair.
+
+        `correctness` is None without the study's `correct_field`.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for run in self.record["runs"]:
+            name = run["stages"].get("calibrate")
+            if name is None or name in found:
+                continue
+            report = read_json(self.stage(name) / "calibration.json")
+            options = self.settings["methods"][run["method"]]
+            guide = options["guide"]
+            if options["guide_temperature"] != 1:
+                guide += f" at temperature {options['guide_temperature']}"
+            everything = next(kind for kind in report["kinds"] if kind["kind"] == "all")
+            found[name] = {
+                **report,
+                "first_choice_is_target": everything["first_choice_is_target"],
+                "correctness": report.get("correctness"),
+                "pair": run["pair"],
+                "guide": guide,
+            }
+        return list(found.values())
+
     def pass_curve(self, method: str, evaluation: str) -> list[float]:
         """pass@N for N = 1 … samples, the mean over runs; empty for a multiple choice."""
         curves = []
@@ -229,6 +259,7 @@ class Study:
                 for name in self.evaluations
             },
             "loss_by_band": {method: self.loss_by_band(method) for method in self.methods},
+            "guides": [{name: one[name] for name in GUIDE_FIGURES} for one in self.calibrations()],
             "tuning": self.record["tuning"],
         }
         write_json(self.folder / RESULTS_FILE, results)

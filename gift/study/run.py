@@ -18,7 +18,7 @@ from gift.calibration.command import calibration
 from gift.config import StudyConfig
 from gift.config.study import INSTRUCT
 from gift.console import console, progress
-from gift.errors import InputError
+from gift.errors import InputError, lacks_memory
 from gift.evaluate import evaluate
 from gift.files import read_json, write_json
 from gift.lock import owned
@@ -42,6 +42,8 @@ FUNCTIONS = {
     "evaluate": evaluate,
     "diff": diff,
 }
+# With these a stage would wait for other processes; every worker is one process alone.
+OF_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def study(config: StudyConfig) -> dict[str, Any]:
@@ -205,6 +207,10 @@ def _seconds(future: "Future[float]", stage: Stage) -> float:
             f"--workers: a worker was killed, perhaps for memory, during {stage.label} or beside "
             "it; the same command resumes, with fewer workers"
         ) from None
+    except RuntimeError as error:
+        if lacks_memory(error):
+            raise RuntimeError(f"out of memory in {stage.label}: {error}") from error
+        raise
 
 
 @contextmanager
@@ -249,6 +255,8 @@ def worker_places(workers: int, gpus: Sequence[str]) -> list[tuple[str | None, i
 def _begin_worker(places: Any) -> None:
     import transformers
 
+    for name in OF_TORCHRUN:
+        os.environ.pop(name, None)
     gpu, threads = places.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, with the first stage

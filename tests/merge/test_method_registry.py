@@ -18,6 +18,7 @@ from gift.merge.method import Method
 
 METHOD = Method(
     name="half-way",
+    about="Half of both.",
     formula="(θ_I + θ_0 + Σ τ) / 2",
     source="a test",
     merge=lambda rows, options: (rows.instruct + rows.origin + sum(rows.vectors)) / 2,

@@ -5,15 +5,19 @@ import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from gift.config import ReportConfig
+from gift.config import ReportConfig, TrainOptions
+from gift.controls import ABOUT as CONTROLS
+from gift.controls import Control
 from gift.errors import InputError
 from gift.micro_batches import BAND_NAMES
 from gift.study import figures
 from gift.study.report import changes_by_layer, questions_decided, report
 from gift.study.results import read_study
+from gift.weighting import ABOUT as WEIGHTINGS
 
 # One process makes the study that these tests read.
 pytestmark = pytest.mark.xdist_group("study")
@@ -135,7 +139,60 @@ def test_the_change_of_a_layer_is_the_mean_of_its_tensors(finished: Path) -> Non
     tensors = json.loads((study.stage(run["stages"]["diff"]) / "diff.json").read_text())["tensors"]
     changed = [one["relative_change"] for one in tensors if one["relative_change"] > 0]
     assert len(changed) == 7
-    assert changes_by_layer(study)["GIFT"] == [(0, pytest.approx(sum(changed) / 7))]
+    found = changes_by_layer(study)
+    assert list(found) == ["1 layer(s), 1 pair(s)"]
+    assert found["1 layer(s), 1 pair(s)"]["GIFT"] == [(0, pytest.approx(sum(changed) / 7))]
+
+
+def test_the_report_says_what_methods_are_and_whether_confidence_tells(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    record = json.loads((folder / "study.json").read_text())
+    record["settings"]["title"] = "Noisy & small"
+    record["settings"]["correct_field"] = "right"
+    record["settings"]["methods"]["Shadow-FT"]["about"] = "GIFT without weights."
+    record["settings"]["evaluations"]["task"]["about"] = "Sums of two numbers."
+    (folder / "study.json").write_text(json.dumps(record))
+    area = {"auroc": 0.5432, "low": 0.4, "high": 0.65}
+    for path in folder.glob("stages/calibrate-*/calibration.json"):
+        correctness = {"mean_confidence": area, "lowest_confidence": None, "rows": 9, "correct": 4}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "correctness": correctness}))
+        (path.parent / "gift_files.json").unlink()  # the change is meant
+    report(ReportConfig(study=folder))
+    page = Page(folder / "report.html")
+    assert "<h1>Noisy &amp; small</h1>" in (folder / "report.html").read_text()
+    for said in ("GIFT without weights.", "Sums of two numbers.", WEIGHTINGS["uniform"]):
+        assert said in page.sections["methods"], said
+    row = " ".join(page.sections["calibration"].split())
+    assert "instruct tiny 4 of 9 0.543 [0.400, 0.650] none" in row
+    guides = json.loads((folder / "results.json").read_text())["guides"]
+    assert [one["correctness"]["mean_confidence"] for one in guides] == [area]
+
+
+def test_every_weighting_and_control_has_a_sentence() -> None:
+    assert {*WEIGHTINGS} == {*get_args(TrainOptions.model_fields["weighting"].annotation)}
+    assert {*CONTROLS} == {*get_args(Control)}
+
+
+def test_labels_cover_neither_each_other_nor_points() -> None:
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    figure, panel = pyplot.subplots(figsize=(4, 4))
+    points = [(50 + n % 4, 50.0 + n // 4) for n in range(16)] + [(20.0, 20.0), (90.0, 90.0)]
+    panel.plot(*zip(*points, strict=True), "o")
+    figure.tight_layout()
+    figures._label(panel, points, [str(n) for n in range(len(points))])
+    figure.canvas.draw()
+    # Without the line to the point.
+    boxes = [Text.get_window_extent(label) for label in panel.texts]
+    assert len(boxes) == len(points)
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*panel.transData.transform(point)) for point in points)
+    pyplot.close(figure)
 
 
 def test_a_reply_is_text_whatever_it_holds(finished: Path, tmp_path: Path) -> None:

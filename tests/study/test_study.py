@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from gift.config import MergeConfig, StatisticsConfig, StudyConfig
 from gift.errors import InputError
 from gift.merge.command import merge
 from gift.merge.statistics import merge_statistics
+from gift.ranks import ALONE, process_group
 from gift.study import run as run_module
 from gift.study.plan import plan, plan_tuning
 from gift.study.results import read_study
@@ -332,3 +335,16 @@ def test_a_guide_can_be_another_model_for_every_pair(folder: Path, tmp_path: Pat
         run.pair: run.stages["annotate"].config.model for run in plan(config, {}) if run.stages
     }
     assert guides == {name: str(tmp_path / f"guide-{name}") for name in pairs}
+
+
+def test_a_worker_is_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the study was started, two workers do not meet at one port."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    places = SimpleQueue[tuple[str | None, int]]()
+    places.put((None, torch.get_num_threads()))
+    with warnings.catch_warnings():
+        run_module._begin_worker(places)
+    with process_group() as group:
+        assert group is ALONE

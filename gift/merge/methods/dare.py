@@ -42,6 +42,7 @@ def drop(vector: Tensor, rate: float, seed: int, key: str) -> Tensor:
 
 METHOD = Method(
     name="dare",
+    about="Adds the change with entries dropped at random and the rest enlarged instead.",
     formula="origin + λ Σ τ with entries dropped at random and the rest rescaled",
     source="DARE, arXiv 2311.03099",
     merge=merge,

@@ -21,6 +21,7 @@ def merge(rows: Rows, options: MergeOptions) -> Tensor:
 
 METHOD = Method(
     name="dare-ties",
+    about="As ties, of changes that dare dropped from; the same as dare with one change.",
     formula="TIES' election on vectors that DARE dropped from",
     source="DARE, arXiv 2311.03099",
     merge=merge,

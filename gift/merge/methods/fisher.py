@@ -28,6 +28,7 @@ def merge(rows: Rows, options: MergeOptions) -> Tensor:
 
 METHOD = Method(
     name="fisher",
+    about="Averages instruct and task model, each weight by how much its model depends on it.",
     formula="Σ F θ / Σ F over instruct and origin + τ",
     source="Fisher merging, arXiv 2111.09832; statistics by `gift merge-statistics`",
     merge=merge,

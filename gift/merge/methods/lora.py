@@ -20,6 +20,7 @@ def merge(rows: Rows, options: MergeOptions) -> Tensor:
 
 METHOD = Method(
     name="lora",
+    about="Adds the adapter's change to the instruct model.",
     formula="instruct + Σ scale · BA",
     source="GIFT, arXiv 2605.01256; Shadow-FT, arXiv 2505.12716",
     merge=merge,

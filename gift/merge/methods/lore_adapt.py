@@ -75,6 +75,7 @@ def low_rank_part(matrix: Tensor, share: float) -> LowRankPart:
 
 METHOD = Method(
     name="lore-adapt",
+    about="As re-adapt, with the low-rank part of instruct - base alone.",
     formula="base + α τ + β · low-rank part of (instruct - base)",
     source="LoRE-Adapt, arXiv 2405.15007",
     merge=merge,

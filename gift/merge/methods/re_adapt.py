@@ -28,6 +28,7 @@ def add_instruct_part(rows: Rows, part: Tensor, options: MergeOptions) -> Tensor
 
 METHOD = Method(
     name="re-adapt",
+    about="Adds to the base model the adapter's change and, times a factor, instruct - base.",
     formula="base + α τ + β (instruct - base)",
     source="RE-Adapt, arXiv 2405.15007",
     merge=merge,

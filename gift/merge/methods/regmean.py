@@ -62,6 +62,7 @@ def merge(rows: Rows, options: MergeOptions) -> Tensor:
 
 METHOD = Method(
     name="regmean",
+    about="Averages the two models so that each layer's outputs come closest to those of both.",
     formula="(Σ G)^-1 Σ G W over instruct and origin + τ",
     source="RegMean, arXiv 2212.09849; statistics by `gift merge-statistics`",
     merge=merge,

@@ -31,6 +31,7 @@ def sum_weight(options: MergeOptions, has_base: bool) -> float | None:
 
 METHOD = Method(
     name="task-arithmetic",
+    about="Adds the adapter's change times a factor.",
     formula="origin + λ Σ τ",
     source="arXiv 2212.04089",
     merge=merge,

@@ -83,6 +83,7 @@ def _bucket_of(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 METHOD = Method(
     name="ties",
+    about="Adds the largest entries of each change, where the changes agree on the sign.",
     formula="origin + λ · mean of the trimmed τ that agree with the elected sign",
     source="TIES-Merging, arXiv 2306.01708",
     merge=merge,
