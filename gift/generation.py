@@ -10,7 +10,7 @@ Shapes: B sequences in the batch, T prompt tokens after left padding, V vocabula
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,18 +83,10 @@ def generate_replies(
     end_ids = end_token_ids(model, tokenizer)
     limits = reply_limits(model, prompts, max_new_tokens)
     replies = dict(done or {})
-    # The sort is stable, so the order and with it the batches do not depend on what was done.
-    pending = [
-        (row, sample)
-        for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        for sample in range(samples)
-        if (row, sample) not in replies
-    ]
-    # Whole batches, so that several ranks give the replies that one gives.
-    batches = [pending[n : n + batch_size] for n in range(0, len(pending), batch_size)]
     own: list[FinishedReply] = []
     with _evaluating(model):
-        for batch in group.share(batches):
+        # Whole batches, so that several ranks give the replies that one gives.
+        for batch in group.share(_pending_batches(prompts, samples, replies, batch_size)):
             tokens = _decode_batch(
                 model,
                 [prompts[row] for row, _ in batch],
@@ -111,6 +103,25 @@ def generate_replies(
                 on_batch(finished)
     replies |= {(row, sample): reply for row, sample, reply in group.gather(own)}
     return [[replies[row, sample] for sample in range(samples)] for row in range(len(prompts))]
+
+
+def _pending_batches(
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    done: Collection[tuple[int, int]],
+    batch_size: int,
+) -> list[list[tuple[int, int]]]:
+    """The (row, sample) that are not done, longest prompts first, `batch_size` at a time.
+
+    The sort is stable, so the order and with it the batches do not depend on what was done.
+    """
+    pending = [
+        (row, sample)
+        for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        for sample in range(samples)
+        if (row, sample) not in done
+    ]
+    return [pending[n : n + batch_size] for n in range(0, len(pending), batch_size)]
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -218,6 +218,15 @@ def _stages(config: RunOptions) -> list[Stage]:
             ],
         ),
     ]
+    options = _evaluation(config, merged)
+    if options is not None:
+        questions = hash_file(options.data) if options.data else ""
+        stages.append(Stage("evaluate", options, evaluate, lambda: [questions, stages[-2].key()]))
+    return stages
+
+
+def _evaluation(config: RunOptions, merged: Path) -> EvaluateConfig | None:
+    """The evaluation's options; None where the run has no questions."""
     options = pick(
         EvaluateConfig,
         config,
@@ -226,14 +235,13 @@ def _stages(config: RunOptions) -> list[Stage]:
         data=config.eval_data,
         output=config.output / "evaluation",
     )
-    if options.data is not None or options.benchmark is not None:
-        try:
-            check_evaluation(options)
-        except InputError as error:
-            raise InputError(re.sub(r"^--(?=\w)", "--eval-", str(error))) from None
-        questions = hash_file(options.data) if options.data else ""
-        stages.append(Stage("evaluate", options, evaluate, lambda: [questions, stages[-2].key()]))
-    return stages
+    if options.data is None and options.benchmark is None:
+        return None
+    try:
+        check_evaluation(options)
+    except InputError as error:
+        raise InputError(re.sub(r"^--(?=\w)", "--eval-", str(error))) from None
+    return options
 
 
 def _hash_of(folder: Path, name: str) -> str:

@@ -129,12 +129,18 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 _write_adapter(model, tokenizer, partial, history, manifest)
             write_json(partial / SPEED_FILE, {"seconds": clock.seconds})
     if group.is_main:
-        if targets.left:
-            note = f"Note: no LoRA pair for {', '.join(targets.left)}"
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
-        print_times(clock)
+        _print_result(config, targets.left, summary, clock)
     return summary
+
+
+def _print_result(
+    config: TrainConfig, left: Sequence[str], summary: dict[str, Any], clock: Clock
+) -> None:
+    if left:
+        note = f"Note: no LoRA pair for {', '.join(left)}"
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
+    print_times(clock)
 
 
 def _read_rows(

@@ -181,6 +181,7 @@ def test_a_restarted_attempt_reads_nothing_of_the_failed_one(
         ("annotate", {}, {"batch_tokens": 60}, "differs from process 0 in batch_tokens"),
         ("evaluate", {}, {"seed": 5}, "differs from process 0 in seed"),
         ("merge", {}, {"scale": [0.5]}, "differs from process 0 in scale"),
+        ("train", {}, {"micro_batch_tokens": 60}, "differs from process 0 in micro_batch_tokens"),
         ("annotate", {"model": "none"}, {}, "none: no such folder"),
     ],
 )
