@@ -48,6 +48,9 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
         )
         if min(changed) > 0:
             changes[f"{changed.rows} rows, {changed.columns} columns"] = {field: changed}
+    if default.splits > 1:
+        for splits in sorted({1, default.splits // 2, 2 * default.splits}):
+            changes[f"columns of dH in {splits} parts"] = {"splits": splits}
     replaced = {name: {"default_plan": _planned(change)} for name, change in changes.items()}
     if case.weighting == "guide":
         replaced["the guide in launches of its own"] = {"shares_launches": lambda problem: False}

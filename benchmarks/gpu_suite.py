@@ -304,6 +304,7 @@ def run_candidates(suite: Suite) -> None:
 
     cases = [
         CECase("llama-3.1-8b", 8192),
+        CECase("llama-3.1-8b", 512),
         CECase("llama-3.1-8b", 8192, weighting="uniform", trainable=True),
         CECase("gemma-2-9b", 8192),
     ]

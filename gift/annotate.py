@@ -58,7 +58,7 @@ from gift.ranks import Group
 from gift.rows import read_conversation, without_none
 from gift.show import show_rows
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
-from gift.token_ids import tokenizer_for
+from gift.token_ids import require_same_tokens, tokenizer_for
 from gift_kernels import token_confidence
 
 PART = "part-"  # begins the names of files with what was found of some rows
@@ -83,10 +83,11 @@ def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
 
 def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str, Any]:
     folder = resolve_model(config.model)
-    tokenizer = tokenizer_for(folder, config.tokenizer)
+    tokenizer, other = tokenizer_for(folder, config.tokenizer)
     structure = model_structure(folder)
     data = encode_file(config.data, tokenizer, config, folder_context(folder))
     require_vocabulary(structure, data, config.model)
+    require_same_tokens("--tokenizer", folder, other, data.kept, config.tokenizer)
     clock = Clock()
     # The files are hashed while the model is loaded from them.
     with ThreadPoolExecutor(1) as pool:
@@ -162,7 +163,8 @@ class Annotator:
         place = pick_device(device)
         folder = resolve_model(model)
         self._name, self._context = model, folder_context(folder)
-        self._tokenizer = tokenizer_for(folder, tokenizer)
+        self._tokenizer, self._other = tokenizer_for(folder, tokenizer)
+        self._folder, self._whose = folder, tokenizer
         self._model = load_causal_lm(folder, pick_dtype(dtype, place), place)
         trial = _trial_rows(self._model, max_length)
         check_head(self._model, torch.from_numpy(trial[0].input_ids).long().to(place))
@@ -208,6 +210,7 @@ class Annotator:
             context=self._context,
             overlong=self._rows.overlong,
         )
+        require_same_tokens("tokenizer", self._folder, self._other, data.kept, self._whose)
         notes = [note.rpartition(" (")[0] for note in data.notes]  # without the number of rows
         self._note([*notes, *(f"column that nothing reads: {key}" for key in unread)])
         confidence = self._annotate(data)
@@ -239,9 +242,11 @@ class Annotator:
 
 def _show_rows(config: AnnotateConfig, count: int) -> None:
     folder = resolve_model(config.model)
-    tokenizer = tokenizer_for(folder, config.tokenizer)
+    tokenizer, other = tokenizer_for(folder, config.tokenizer)
     shown = config.model_copy(update={"limit": count, "max_dropped": 1.0})
-    show_rows(encode_file(config.data, tokenizer, shown, folder_context(folder)), tokenizer)
+    data = encode_file(config.data, tokenizer, shown, folder_context(folder))
+    require_same_tokens("--tokenizer", folder, other, data.kept, config.tokenizer)
+    show_rows(data, tokenizer)
 
 
 def _made_from(

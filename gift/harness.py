@@ -84,9 +84,11 @@ def _ask(
 ) -> tuple[Any, int]:
     """What lm-eval found, and how many prompts it cut to fit the context; warns of these."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    class CountingModel(HFLM):
+    base: Any = huggingface.HFLM
+
+    class CountingModel(base):
         """Counts the prompts whose first tokens lm-eval leaves out."""
 
         cut = 0

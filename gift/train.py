@@ -57,7 +57,7 @@ from gift.packing import enable_packing
 from gift.publish import WORK_FOLDER
 from gift.sharding import load_sharded, require_processes, whole_head
 from gift.speed import SPEED_FILE, Clock, print_times, speed
-from gift.token_ids import require_same_ids
+from gift.token_ids import other_tokens, require_same_tokens
 from gift.weighting import (
     GuidedRow,
     check_weighting,
@@ -88,8 +88,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         folder = resolve_model(config.model)
         targets = find_targets(config, model_structure(folder))
         store, tokenizer = _store_and_tokenizer(config)
-        require_same_ids("--model", folder, tokenizer.get_vocab(), "the data's tokenizer")
         data, rows = _read_rows(config, folder, store, tokenizer)
+        other = other_tokens(folder, tokenizer)
+        require_same_tokens("--model", folder, other, data.kept, "the data's tokenizer")
         device = _device(config, group)
         dtype = pick_dtype(config.dtype, device)
         # The files are hashed while the model is loaded from them.

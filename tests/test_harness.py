@@ -114,7 +114,7 @@ def test_tasks_get_the_models_own_numbers(
     metrics = evaluate(config)
     assert json.loads((config.output / "metrics.json").read_text()) == metrics
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").open()]
-    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     by_task = {
         task: [row for row in samples if row["task"] == task] for task in ("sums", "sums_choice")
@@ -184,13 +184,14 @@ def test_a_tokenizer_that_adds_a_bos_adds_none_to_the_template(
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][0] == pair[1]
     read: list[list[int]] = []
-    generate = transformers.LlamaForCausalLM.generate
+    llama: Any = transformers.LlamaForCausalLM
+    generate = llama.generate
 
     def spy(self: Any, *args: Any, **options: Any) -> Any:
         read.extend(options["input_ids"].tolist())
         return generate(self, *args, **options)
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", spy)
+    monkeypatch.setattr(llama, "generate", spy)
     config = configure(folder, tasks, tmp_path, lm_eval="sums", batch_size=1)
     evaluate(config)
     turns = [[{"role": "user", "content": QUESTION.format(**row)}] for row in ROWS]

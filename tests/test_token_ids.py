@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 from gift import token_ids
-from gift.annotate import annotate
+from gift.annotate import Annotator, annotate
 from gift.config import AnnotateConfig, MergeConfig, TrainConfig
 from gift.errors import InputError
 from gift.merge.command import merge
@@ -36,8 +37,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(folder: Path) -> str:
-    ids = token_ids.own_ids(folder / "base")
-    return f"2 tokens have another id in {folder}/other .* as '.': .*{min(ids['1'], ids['2'])}"
+    number = token_ids.own_ids(folder / "base")[0]["1"]
+    return f"2 tokens .*have another id in {folder}/other .* as '1': .*{number}"
+
+
+def rename(folder: Path, source: str, name: str, names: dict[str, str]) -> Path:
+    """A copy of a model whose tokens have other names at their ids; "" stands for all others."""
+    shutil.copytree(folder / source, folder / name)
+    path = folder / name / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    for token in tokenizer["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    tokenizer["model"]["vocab"] = {
+        names.get(token, token if token in added else names.get("", "") + token): number
+        for token, number in tokenizer["model"]["vocab"].items()
+    }
+    tokenizer["model"]["merges"] = []
+    path.write_text(json.dumps(tokenizer))
+    return folder / name
 
 
 def test_training_refuses_a_base_with_other_ids(folder: Path) -> None:
@@ -70,14 +88,36 @@ def test_a_merge_refuses_an_adapter_of_other_ids(folder: Path) -> None:
     assert not (folder / "new").exists()
 
 
-def test_tokens_that_one_of_them_lacks_are_no_matter(folder: Path) -> None:
-    ids = token_ids.own_ids(folder / "base")
-    fewer = {token: number for token, number in ids.items() if token != "1"} | {"<new>": 1 << 20}
-    token_ids.require_same_ids("--model", folder / "base", fewer, "another")
+def test_a_model_of_another_vocabulary_is_refused(folder: Path) -> None:
+    odd = rename(folder, "base", "odd", {"": "_"})
+    data, output = folder / "task.jsonl", folder / "new"
+    with pytest.raises(InputError, match=r"--model: .* as \d+: '_.*' and "):
+        train(TrainConfig(model=str(odd), data=data, confidence=folder / "store", output=output))
+    options: dict[str, Any] = {"model": str(odd), "tokenizer": f"{folder}/base"}
+    with pytest.raises(InputError, match=r"--tokenizer: .* as \d+: '_.*' and "):
+        annotate(AnnotateConfig(**options, data=data, output=output))
+    row = json.loads(data.read_text().splitlines()[0])
+    with pytest.raises(InputError, match=r"tokenizer: .* as \d+: '_.*' and "):
+        Annotator(**options, device="cpu")({key: [value] for key, value in row.items()})
+    with pytest.raises(InputError, match=r"--model: .* have only 0 tokens in common"):
+        merge(MergeConfig(model=str(odd), adapter=[f"{folder}/adapter"], output=output))
+    assert not output.exists()
+
+
+def test_tokens_that_the_data_does_not_have_are_no_matter(folder: Path) -> None:
+    """Nor other names of added tokens, as where a chat model takes a reserved one."""
+    names = {"Z": "<other>", "<|im_start|>": "<|reserved|>"}
+    near = str(rename(folder, "base", "near", names))
+    data, store = folder / "task.jsonl", folder / "store"
+    annotate(
+        AnnotateConfig(model=near, tokenizer=f"{folder}/base", data=data, output=folder / "near-q")
+    )
+    train(TrainConfig(model=near, data=data, confidence=store, output=folder / "near-a", epochs=1))
+    merge(MergeConfig(model=near, adapter=[f"{folder}/adapter"], output=folder / "near-m"))
 
 
 def test_a_damaged_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=f"{tmp_path}/tokenizer.json: not a tokenizer"):
         token_ids.own_ids(tmp_path)
-    assert token_ids.own_ids(tmp_path / "absent") == {}
+    assert token_ids.own_ids(tmp_path / "absent") == ({}, {})

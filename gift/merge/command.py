@@ -31,7 +31,7 @@ from gift.models import pick_device, resolve_model, versions
 from gift.publish import Output, check_published
 from gift.ranks import Group
 from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint
-from gift.token_ids import own_ids, require_same_ids
+from gift.token_ids import require_same_ids
 
 OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -66,8 +66,7 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     base = open_checkpoint(resolve_model(config.base)) if config.base else None
     adapters = [read_adapter(adapter_folder(name)) for name in config.adapter]
     for adapter in adapters:
-        ids = own_ids(adapter.folder)
-        require_same_ids("--model", folder, ids, f"the adapter {adapter.folder}")
+        require_same_ids("--model", folder, adapter.folder)
     plan = plan_merge(
         checkpoint,
         read_json(folder / merge_output.CONFIG_FILE),

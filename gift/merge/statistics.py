@@ -35,15 +35,16 @@ from gift.models import (
     versions,
 )
 from gift.publish import output_folder
-from gift.token_ids import tokenizer_for
+from gift.token_ids import require_same_tokens, tokenizer_for
 
 
 def merge_statistics(config: StatisticsConfig, key: str = "") -> dict[str, Any]:
     """Writes a model's statistics for `gift merge --statistics`; returns the summary."""
     with output_folder(config.output, overwrite=config.overwrite, key=key) as output:
         folder = resolve_model(config.model)
-        tokenizer = tokenizer_for(folder, config.tokenizer)
+        tokenizer, other = tokenizer_for(folder, config.tokenizer)
         data = encode_file(config.data, tokenizer, config, folder_context(folder))
+        require_same_tokens("--tokenizer", folder, other, data.kept, config.tokenizer)
         weights = model_hash(folder)
         device = pick_device(config.device)
         model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
