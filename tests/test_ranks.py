@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_inputs(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """The command takes torchrun's signal over."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -268,9 +277,7 @@ def test_a_stage_of_one_process_refuses_several(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["gift", "diff", "instruct", "merged"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    signal.signal(signal.SIGTERM, before)
     assert "gift diff: runs in one process, 2 were started" in capsys.readouterr().err
