@@ -16,7 +16,7 @@ from gift_kernels import TokenStats, reference, token_confidence, weighted_ce
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 # The interpreter takes seconds for what a GPU does in milliseconds.
-COUNT = 25 if torch.cuda.is_available() else 12
+COUNT = 25 if torch.cuda.is_available() else 8
 examples = settings(max_examples=COUNT, deadline=None, derandomize=True, database=None)
 # Just inside and just outside of tiles of every likely size.
 EDGES = [0, 1, 15, 16, 31, 32, 63, 64, 127, 128, 255]
