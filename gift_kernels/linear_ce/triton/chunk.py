@@ -111,7 +111,6 @@ class Chunk:
             "MARGIN": self.margin,
             "SPLITS": self.plan.splits,
             "BLOCK_N": self.plan.row_block[0] * 2,
-            "BLOCK_D": 256,
         }
 
     @property

@@ -198,9 +198,9 @@ def _merge_kernel(
     MARGIN: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Adds a chunk's slices to the state; rescales E and dH where the reference changed."""
+    BLOCK_D: tl.constexpr = 256  # of dH, at a time
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(0) * BLOCK_N >= n:
