@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gift.batches import copy_to
 from gift.config import TrainOptions
 from gift.controls import controlled_weights
-from gift.data import Example
+from gift.data.encoding import Example
 from gift.errors import InputError
+from gift.models.batches import copy_to
 from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight
