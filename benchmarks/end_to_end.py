@@ -60,8 +60,8 @@ from benchmarks.turns import (
 )
 from gift.config import TrainConfig
 from gift.data.encoding import Example
+from gift.data.packing import enable_packing
 from gift.distributed.ranks import Group
-from gift.models.packing import enable_packing
 from gift.speed import speed
 from gift.training.memory import layers_of, recompute, settle_memory
 from gift.training.micro_batches import Split
