@@ -250,9 +250,9 @@ def test_goals_are_judged_for_every_head_they_name() -> None:
     ]
     judged = goals.judge([{**row, **measured}, *others])
     verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
-    assert verdicts["frozen head, × floor", "llama-3.1-8b, peaked"] == "yes"
+    assert verdicts["frozen head, × lower bound", "llama-3.1-8b, peaked"] == "yes"
     assert verdicts["frozen head, 8192 tokens, × the fastest other", "llama-3.1-8b, peaked"] == "no"
-    assert verdicts["frozen head, × floor", "gemma-2-9b"] == "not measured"
+    assert verdicts["frozen head, × lower bound", "gemma-2-9b"] == "not measured"
     assert verdicts["eager, × full logits", "llama-3.1-8b, peaked"] == "no"
     assert (
         verdicts["merge, bfloat16 factors, rank to 64, × a copy", "llama-3.1-8b up"]
