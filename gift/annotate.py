@@ -4,7 +4,7 @@
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
 tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
-for `gift calibration`. Rows are packed without padding (`gift.models.packing`); only target rows
+for `gift calibration`. Rows are packed without padding (`gift.data.packing`); only target rows
 reach the head.
 """
 
@@ -23,6 +23,7 @@ from gift.confidence_store import STATISTICS, GuideStatistics, write_store
 from gift.config import AnnotateConfig, DataOptions
 from gift.config.annotate import AnnotateOptions
 from gift.console import error_console, print_summary, progress
+from gift.data.batches import Batch, make_batch, plan_batches
 from gift.data.encoding import (
     EncodedData,
     Example,
@@ -33,29 +34,25 @@ from gift.data.encoding import (
     require_vocabulary,
     token_columns,
 )
+from gift.data.packing import enable_packing
 from gift.data.rows import read_conversation, without_none
 from gift.data.show import show_rows
 from gift.data.token_ids import require_same_tokens, tokenizer_for
 from gift.distributed import ranks
 from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.models.batches import Batch, make_batch, plan_batches
+from gift.models.head import check_head, last_hidden_state, lm_head
 from gift.models.loading import (
-    check_head,
     folder_context,
-    last_hidden_state,
-    lm_head,
     load_causal_lm,
     model_hash,
     model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
-    template_hash,
-    tokenizer_hash,
     versions,
 )
-from gift.models.packing import enable_packing
+from gift.models.tokenizer import template_hash, tokenizer_hash
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
 from gift.storage.files import hash_json, replacing, sealed_files, write_json
 from gift.storage.publish import Output

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gift.data.encoding import EncodedData
 from gift.data.rows import json_lines
 from gift.errors import InputError
-from gift.models.loading import load_tokenizer, template_hash, tokenizer_hash
+from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from gift.storage.files import naming, read_record, write_json
 from gift.storage.publish import check_published
 from gift_kernels.linear_ce.types import Statistic

@@ -42,15 +42,14 @@ from gift.evaluation.metrics import (
 from gift.evaluation.questions import LETTERS, Question, read_questions, render_prompts
 from gift.models.loading import (
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     pick_device,
     pick_dtype,
     require_embeddings,
     resolve_model,
-    tokenizer_hash,
     versions,
 )
+from gift.models.tokenizer import load_tokenizer, tokenizer_hash
 from gift.storage.files import (
     hash_json,
     read_json_lines,

@@ -23,14 +23,8 @@ from gift.evaluate import check_evaluation, evaluate
 from gift.merge.adapter import WEIGHTS_FILE
 from gift.merge.command import merge
 from gift.merge.methods import METHODS
-from gift.models.loading import (
-    listed,
-    load_tokenizer,
-    model_hash,
-    model_structure,
-    quantisation,
-    resolve_model,
-)
+from gift.models.loading import listed, model_hash, model_structure, quantisation, resolve_model
+from gift.models.tokenizer import load_tokenizer
 from gift.storage.files import hash_file, hash_folder, hash_json, read_json
 from gift.storage.lock import lock_path, owned
 from gift.storage.publish import (

@@ -10,7 +10,8 @@ from gift.config import ImportScoresConfig
 from gift.console import print_summary
 from gift.data.encoding import data_summary, encode_file
 from gift.errors import InputError
-from gift.models.loading import load_tokenizer, resolve_model, versions
+from gift.models.loading import resolve_model, versions
+from gift.models.tokenizer import load_tokenizer
 from gift.storage.publish import output_folder
 
 

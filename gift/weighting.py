@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gift.config import TrainOptions
 from gift.controls import controlled_weights
+from gift.data.batches import copy_to
 from gift.data.encoding import Example
 from gift.errors import InputError
-from gift.models.batches import copy_to
 from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.data.encoding import Example
 from gift.errors import InputError
-from gift.models.loading import load_tokenizer, resolve_model
+from gift.models.loading import resolve_model
+from gift.models.tokenizer import load_tokenizer
 
 SHARED = 0.5  # share of the plain tokens that two models of one family have at least in common
 

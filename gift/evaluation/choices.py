@@ -19,7 +19,7 @@ from gift.distributed.ranks import ALONE, Group
 from gift.errors import InputError
 from gift.evaluation.generation import reply_limits
 from gift.evaluation.questions import LETTERS, Question
-from gift.models.loading import last_hidden_state, lm_head
+from gift.models.head import last_hidden_state, lm_head
 from gift_kernels import token_confidence
 
 CHOICE_PROMPT = "Answer with the letter of the right option alone."

@@ -20,13 +20,13 @@ from gift.errors import InputError
 from gift.models.loading import (
     listed,
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     pick_device,
     pick_dtype,
     resolve_model,
     versions,
 )
+from gift.models.tokenizer import load_tokenizer
 from gift.storage.files import hash_json, write_json, write_json_lines
 from gift.storage.publish import output_folder, warn
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from gift.config import StatisticsConfig
 from gift.console import print_summary, progress
+from gift.data.batches import make_batch
 from gift.data.encoding import Example, data_summary, encode_file, require_vocabulary
 from gift.data.token_ids import require_same_tokens, tokenizer_for
 from gift.merge.build import STATISTICS_FILE, STATISTICS_MANIFEST
 from gift.merge.methods import METHODS
-from gift.models.batches import make_batch
 from gift.models.loading import (
     folder_context,
     load_causal_lm,

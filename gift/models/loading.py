@@ -1,27 +1,20 @@
-"""Loads models and tokenizers, finds a model's head, and identifies what was loaded by hashes."""
+"""Finds and loads models, chooses device and dtype, and identifies models by hashes."""
 
-import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import gift
 from gift.distributed.environment import processes
 from gift.errors import InputError
-from gift.storage.files import hash_bytes, hash_file, hash_json, read_json
+from gift.storage.files import hash_file, hash_json, read_json
 from gift.storage.publish import check_published, warn
 from gift.storage.shards import open_checkpoint
-from gift_kernels import weighted_ce
-
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def resolve_model(name: str) -> Path:
@@ -51,21 +44,6 @@ def resolve_model(name: str) -> Path:
         raise InputError(
             f"{name}: no such folder, and not available from the hub ({type(error).__name__})"
         ) from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; InputError where it or its chat template is missing."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # The tokenizers library raises plain Exception where tokenizer.json is damaged.
-        first_line = (str(error).splitlines() or [repr(error)])[0]
-        raise InputError(f"{folder}: no tokenizer can be loaded ({first_line})") from error
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{folder}: the tokenizer has no chat template; use the instruct model's tokenizer"
-        )
-    return tokenizer
 
 
 def pick_device(device: str) -> torch.device:
@@ -231,89 +209,6 @@ def folder_context(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).splitlines()[0]
         raise InputError(f"{folder}: config.json cannot be read ({first_line})") from error
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """The last layer of a causal language model: weight [V, D], bias [V] and logit options."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    logit_softcap: float | None
-
-    def options(self, prefix: str = "") -> dict[str, Any]:
-        """Keyword arguments of `weighted_ce` and `token_confidence`."""
-        return {
-            f"{prefix}bias": self.bias,
-            f"{prefix}logit_scale": self.logit_scale,
-            f"{prefix}logit_softcap": self.logit_softcap,
-        }
-
-
-def lm_head(model: Any) -> LMHead:
-    """Reads the head and its options from a Transformers model and its config."""
-    layer = model.get_output_embeddings()
-    if layer is None:
-        raise InputError(f"{type(model).__name__} has no language-model head")
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return LMHead(
-        weight=layer.weight,
-        bias=getattr(layer, "bias", None),
-        logit_scale=scale / scaling,
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def last_hidden_state(model: Any, **inputs: Any) -> Tensor:
-    """Hidden states [B, T, D] after the final norm, as the head receives them."""
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-
-
-@torch.no_grad()
-def check_head(model: Any, input_ids: Tensor) -> None:
-    """Raises InputError unless our head gives the loss of the model's own forward on ids [T].
-
-    Catches every option of a head that `lm_head` does not know of.
-    """
-    batch = input_ids.unsqueeze(0)
-    mask = torch.ones_like(batch)
-    head = lm_head(model)
-    hidden = last_hidden_state(model, input_ids=batch, attention_mask=mask)[0, :-1]
-    hidden = hidden.to(head.weight.dtype)
-    ours = float(weighted_ce(hidden, head.weight, input_ids[1:], **head.options()))
-    logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[0, :-1].float()
-    own = float(torch.nn.functional.cross_entropy(logits, input_ids[1:]))
-    if not math.isfinite(own):
-        raise InputError(
-            f"{model.config.name_or_path or type(model).__name__}: the model's loss is {own}: its "
-            f"weights are damaged, or overflow in {head.weight.dtype}"
-        )
-    if not abs(ours - own) <= HEAD_TOLERANCE[head.weight.dtype] * max(1.0, abs(own)):
-        raise InputError(
-            f"{type(model).__name__}: the loss of the model's own forward ({own:.6f}) differs from "
-            f"that of its hidden states under its head ({ours:.6f}); its head does something that "
-            "is not a bias, a logit scale or a soft-cap, and is not supported"
-        )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides token ids; padding and truncation settings do not count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        content.pop("padding", None)
-        content.pop("truncation", None)
-    else:
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    return hash_json([content, tokenizer.eos_token, tokenizer.bos_token])
-
-
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the chat template's text."""
-    return hash_bytes(tokenizer.get_chat_template().encode())
 
 
 def model_hash(folder: Path) -> str:

@@ -12,10 +12,10 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
 from gift.config import TrainOptions
-from gift.distributed.sharding import whole_head
-from gift.models.batches import Batch, make_batch
-from gift.models.loading import LMHead, last_hidden_state, lm_head
+from gift.data.batches import Batch, make_batch
+from gift.models.head import LMHead, last_hidden_state, lm_head
 from gift.training.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, Split, micro_batches
+from gift.training.sharding import whole_head
 from gift.weighting import STATISTICS, GuidedRow, token_weights
 from gift_kernels import weighted_ce
 

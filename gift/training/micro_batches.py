@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gift.config import TrainOptions
+from gift.data.batches import Batch, copy_to, make_batch, plan_batches
 from gift.distributed.ranks import Group
-from gift.models.batches import Batch, copy_to, make_batch, plan_batches
 from gift.weighting import GuidedRow, Targets, gather_targets, known_zeros
 
 BAND_EDGES = (0.1, 0.5, 0.9)

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from gift.annotate import annotate_batch
 from gift.config import TrainConfig
+from gift.data.batches import make_batch
 from gift.data.encoding import Example
-from gift.models.batches import make_batch
-from gift.models.loading import last_hidden_state
-from gift.models.packing import enable_packing
+from gift.data.packing import enable_packing
+from gift.models.head import last_hidden_state
 from gift.training.gradients import accumulate_gradients, flat_gradients, predicting_states
 from gift.training.memory import recompute
 from gift.training.micro_batches import Split

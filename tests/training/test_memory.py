@@ -18,7 +18,7 @@ from gift.config import TrainConfig
 from gift.data.encoding import encode_file
 from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.models.loading import load_tokenizer
+from gift.models.tokenizer import load_tokenizer
 from gift.storage.publish import partial_path
 from gift.train import train
 from gift.training.memory import largest_micro_batch

@@ -16,9 +16,9 @@ from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gift.console import error_console
+from gift.data.batches import make_batch
 from gift.data.encoding import Example
-from gift.models.batches import make_batch
-from gift.models.loading import last_hidden_state
+from gift.models.head import last_hidden_state
 
 try:
     from torch.nn.attention.varlen import varlen_attn

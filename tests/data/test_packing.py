@@ -28,14 +28,14 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import gift.annotate
-import gift.models.packing
+import gift.data.packing
 import gift.train
 from gift.annotate import annotate
 from gift.config import AnnotateConfig, TrainConfig
+from gift.data.batches import make_batch
 from gift.data.encoding import Example
-from gift.models.batches import make_batch
-from gift.models.loading import last_hidden_state
-from gift.models.packing import NAME, enable_packing, packed_attention
+from gift.data.packing import NAME, enable_packing, packed_attention
+from gift.models.head import last_hidden_state
 from gift.train import train
 
 SIZES = {
@@ -203,9 +203,9 @@ def test_the_fused_kernel_is_called_for_the_same_attention(
             rows.append(attended[0].transpose(0, 1))
         return torch.cat(rows)
 
-    monkeypatch.setattr(gift.models.packing, "varlen_attn", documented)
+    monkeypatch.setattr(gift.data.packing, "varlen_attn", documented)
     names = {"window_size", "enable_gqa"} if has_groups else {"window_size"}
-    monkeypatch.setattr(gift.models.packing, "_VARLEN_OPTIONS", names)
+    monkeypatch.setattr(gift.data.packing, "_VARLEN_OPTIONS", names)
     lengths = (5, 17, 3, 30)
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -213,7 +213,7 @@ def test_the_fused_kernel_is_called_for_the_same_attention(
     expected, _ = packed_attention(
         nn.Module(), query, key, value, None, row_lengths=lengths, cu_seq_lens_q=borders, **options
     )
-    found = gift.models.packing._fused(query, key, value, borders, 30, 0.3, window)
+    found = gift.data.packing._fused(query, key, value, borders, 30, 0.3, window)
     torch.testing.assert_close(found, expected)
 
 
@@ -237,7 +237,7 @@ def test_packed_rows_in_one_kernel_give_what_they_give_alone(architecture: str) 
 
 
 def test_where_flash_attention_fails_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gift.models.packing, "_attentions", lambda: ["flash_attention_2", NAME])
+    monkeypatch.setattr(gift.data.packing, "_attentions", lambda: ["flash_attention_2", NAME])
     model, rows = make_model(LlamaConfig), make_rows()
     assert enable_packing(model, rows) and model.config._attn_implementation == NAME
 
@@ -245,7 +245,7 @@ def test_where_flash_attention_fails_ours_is_taken(monkeypatch: pytest.MonkeyPat
 def test_packing_imports_without_varlen_attn() -> None:
     code = (
         "import sys; sys.modules['torch.nn.attention.varlen'] = None;"
-        "import gift.models.packing as p;"
+        "import gift.data.packing as p;"
         "assert p.varlen_attn is None and not p._VARLEN_OPTIONS"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

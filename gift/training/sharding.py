@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gift.distributed.ranks import LONGEST_WAIT
 from gift.errors import InputError
-from gift.models.loading import lm_head, load_causal_lm, model_structure
+from gift.models.head import lm_head
+from gift.models.loading import load_causal_lm, model_structure
 
 
 def require_processes() -> None:

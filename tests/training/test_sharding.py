@@ -21,18 +21,19 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import gift.cli
-import gift.distributed.sharding
 import gift.train
 import gift.training.memory
+import gift.training.sharding
 from gift.annotate import annotate
 from gift.config import AnnotateConfig, TrainConfig
 from gift.distributed.ranks import process_group
-from gift.distributed.sharding import load_sharded, whole_head
 from gift.errors import InputError
-from gift.models.loading import last_hidden_state, lm_head, load_causal_lm
+from gift.models.head import last_hidden_state, lm_head
+from gift.models.loading import load_causal_lm
 from gift.storage.publish import partial_path
 from gift.train import train
 from gift.training.memory import LONG, SHORT, layers_of
+from gift.training.sharding import load_sharded, whole_head
 from gift_kernels import weighted_ce
 
 pytestmark = pytest.mark.xdist_group("sharded training")
@@ -116,14 +117,14 @@ def size(model: Any) -> int:
 
 def watch_loading(patch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of weights that this rank holds whole, each time that a module has its values."""
-    real, received, whole = gift.distributed.sharding._receive, [], []
+    real, received, whole = gift.training.sharding._receive, [], []
 
     def receive(module: Any, source: Any) -> None:
         real(module, source)
         received.extend(weakref.ref(weight) for weight in module.parameters(recurse=False))
         whole.append(sum(weight.nbytes for ref in received if (weight := ref()) is not None))
 
-    patch.setattr(gift.distributed.sharding, "_receive", receive)
+    patch.setattr(gift.training.sharding, "_receive", receive)
     return whole
 
 

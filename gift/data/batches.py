@@ -86,7 +86,7 @@ def make_batch(examples: Sequence[Example], *, packed: bool) -> Batch:
 def _packed_inputs(
     examples: Sequence[Example], lengths: Sequence[int], borders: np.ndarray
 ) -> dict[str, Any]:
-    """Transformers' names for packed rows, and `row_lengths`, which `gift.models.packing` reads."""
+    """Transformers' names for packed rows, and `row_lengths`, which `gift.data.packing` reads."""
     ids = np.concatenate([example.input_ids for example in examples])
     positions = np.concatenate([np.arange(length) for length in lengths])
     cumulative = torch.from_numpy(borders.astype(np.int32))
