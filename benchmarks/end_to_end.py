@@ -59,12 +59,12 @@ from benchmarks.turns import (
     take_turns,
 )
 from gift.config import TrainConfig
-from gift.data import Example
-from gift.memory import layers_of, recompute, settle_memory
-from gift.micro_batches import Split
-from gift.packing import enable_packing
-from gift.ranks import Group
+from gift.data.encoding import Example
+from gift.data.packing import enable_packing
+from gift.distributed.ranks import Group
 from gift.speed import speed
+from gift.training.memory import layers_of, recompute, settle_memory
+from gift.training.micro_batches import Split
 from gift.weighting import guided_rows
 
 OURS = "gift"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from benchmarks.turns import failure
 from gift.annotate import annotate_batch
-from gift.batches import make_batch, plan_batches
 from gift.config import TrainConfig
-from gift.data import Example
-from gift.gradients import accumulate_gradients
-from gift.micro_batches import Split
-from gift.models import last_hidden_state
+from gift.data.batches import make_batch, plan_batches
+from gift.data.encoding import Example
+from gift.models.head import last_hidden_state
+from gift.training.gradients import accumulate_gradients
+from gift.training.micro_batches import Split
 from gift.weighting import GuidedRow, gather_targets
 
 

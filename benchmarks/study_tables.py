@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks.report import Row, plain_table
 from gift.config.study import INSTRUCT
-from gift.files import read_json
+from gift.storage.files import read_json
 from gift.study.results import in_percent, shown_p
 
 TASK, ACCURACY = "task", "accuracy in %"
