@@ -92,22 +92,6 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     for adapter in adapters:
         refuse_dead_values(adapter)
     made_from = _made_from(config, checkpoint, base, plan, recipe, statistics.fingerprint)
-    manifest = {
-        "kind": "gift merge",
-        "fingerprint": hash_json(made_from),
-        "model": config.model,
-        "base": config.base,
-        "method": config.method,
-        "formula": method.formula,
-        "settings": {name: getattr(config, name) for name in method.settings},
-        "dtype": config.dtype,
-        "untied_head": plan.untied_head,
-        "added_head": None if plan.untied_head in checkpoint.tensors else plan.untied_head,
-        "adapters": merge_output.adapter_provenance(plan, coefficients),
-        "notes": notes,
-        "summary": summary,
-        "versions": versions(),
-    }
     keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
     partial = ranks.begin_shared(group, output, made_from, keep)
     if group.is_main:
@@ -117,6 +101,7 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
         return summary
     merge_output.copy_side_files(folder, files, partial)
     _write_rest(config, plan, shards, partial)
+    manifest = _manifest(config, plan, hash_json(made_from), notes, summary)
     merge_output.write_card(partial, manifest)
     write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
     return summary
@@ -210,6 +195,33 @@ def _made_from(
         "statistics": statistics,
         "device": recipe.device.type,
         "block bytes": BLOCK_BYTES,
+        "versions": versions(),
+    }
+
+
+def _manifest(
+    config: MergeConfig,
+    plan: MergePlan,
+    fingerprint: str,
+    notes: Sequence[str],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """What the merged model is made of, without its shards."""
+    method = METHODS[config.method]
+    return {
+        "kind": "gift merge",
+        "fingerprint": fingerprint,
+        "model": config.model,
+        "base": config.base,
+        "method": config.method,
+        "formula": method.formula,
+        "settings": {name: getattr(config, name) for name in method.settings},
+        "dtype": config.dtype,
+        "untied_head": plan.untied_head,
+        "added_head": None if plan.untied_head in plan.checkpoint.tensors else plan.untied_head,
+        "adapters": merge_output.adapter_provenance(plan, config.coefficients()),
+        "notes": notes,
+        "summary": summary,
         "versions": versions(),
     }
 
