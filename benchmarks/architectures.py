@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from gift.data import Example
+from gift.data.encoding import Example
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,17 @@
     python -m benchmarks.end_to_end --size cpu --output results
 
 Annotation: ours; ours with padded batches; the authors' way (one sample at a time, full logits,
-float32 softmax); the same in our batches. Training step, optimizer included: ours, as `gift train`
-sets it up; ours with all activations recomputed, with padded batches, with compiled blocks, with
-Liger's layers; full logits and a weighted sum of cross-entropies, as a Trainer subclass has it;
-Transformers, PEFT and Liger (its layers, and its fused loss with `reduction="none"` times the
-weights). TRL's trainer: `benchmarks/trl_sft.py`. Merge: `benchmarks/merge_8b.py`.
+float32 softmax); the same in our batches; in a step of its own, ours with compiled blocks and with
+Liger's layers. Training step, optimizer included: ours, as `gift train` sets it up; ours with all
+activations recomputed, with padded batches, with compiled blocks, with Liger's layers; full logits
+and a weighted sum of cross-entropies, as a Trainer subclass has it; Transformers, PEFT and Liger
+(its layers, and its fused loss with `reduction="none"` times the weights). TRL's trainer:
+`benchmarks/trl_sft.py`. Merge: `benchmarks/merge_8b.py`.
 
 All ways of a stage share the rows, the model and one process and take turns; all training ways
-have the same rows in a step and at once. A way is reported as wrong, and not timed, if its results
-are further from float32 than three times what those of full logits in the model's dtype are: two
-ways that round alike differ by at most twice that. Where float32 or full logits do not fit into the
-memory, the others are unjudged. Token counts include prompts but not padding. On a GPU the time of
-one call is given by kind of kernel.
+have the same rows in a step and at once. A way whose results are wrong (`stage_compare.py`) is not
+timed. Token counts include prompts but not padding. On a GPU the time of one call is given by kind
+of kernel.
 """
 
 import argparse
@@ -29,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -44,38 +42,28 @@ from benchmarks.architectures import (
     make_examples,
     make_model,
 )
-from benchmarks.kernel_kinds import time_by_kind
-from benchmarks.provider import Provider
+from benchmarks.stage_compare import compare
 from benchmarks.stage_ways import Way
 from benchmarks.trl_sft import TRL, trl_row
-from benchmarks.turns import (
-    Call,
-    Contender,
-    Settings,
-    failure,
-    free,
-    peak_megabytes,
-    recover,
-    take_turns,
-)
+from benchmarks.turns import Settings, free
 from gift.config import TrainConfig
-from gift.data import Example
-from gift.memory import layers_of, recompute, settle_memory
-from gift.micro_batches import Split
-from gift.packing import enable_packing
-from gift.ranks import Group
+from gift.data.encoding import Example
+from gift.data.packing import enable_packing
+from gift.distributed.ranks import Group
 from gift.speed import speed
+from gift.training.memory import layers_of, recompute, settle_memory
+from gift.training.micro_batches import Split
 from gift.weighting import guided_rows
 
 OURS = "gift"
 PADDED = "gift, padded"
+COMPILED = "gift, compiled blocks"
+OURS_LIGER = "gift, Liger's layers"
 AUTHORS = "authors' way: one sample at a time, full logits"
 FULL = "full logits, in our batches"
 FULL_LOSS = "full logits, as a Trainer's loss"
 LIGER = "Transformers, PEFT, Liger (but its rotary embedding)"
-TRUTHS = (FULL, FULL_LOSS)  # what all other ways are judged by
-AGREE = 1e-3  # of confidences, losses and gradients in float32
-ROUNDINGS = 3  # times the error of full logits against float32
+JUDGES = (FULL, FULL_LOSS)
 
 
 def main() -> None:
@@ -109,6 +97,9 @@ def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[rep
         steps.append(lambda: training(spec, dtype, settings, spec.name))
 
     add(SIZES[size][0])
+    if device.type == "cuda":
+        steps.append(lambda: annotation(SIZES[size][0], dtype, settings, layers=True))
+    steps.append(lambda: trl(SIZES[size][0], dtype, device))
     for label, spec in growth(size):
         label = f"{spec.name}, 4 layers, {label}"
         steps.append(lambda label=label, spec=spec: training(spec, dtype, settings, label))
@@ -125,16 +116,27 @@ def measure_all(size: str, device: torch.device, seconds: float) -> Iterator[rep
         free(device)
 
 
-def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[report.Row]:
-    """Tokens per second and memory of confidences for every target."""
+def annotation(
+    spec: Spec, dtype: torch.dtype, settings: Settings, layers: bool = False
+) -> Iterator[report.Row]:
+    """Tokens per second and memory of confidences for every target.
+
+    With `layers` ours with compiled blocks and with Liger's layers, in place of the other ways.
+    """
     model = make_model(spec, dtype, settings.device)
     examples = make_examples(spec, 4 * spec.rows)
     usual = model.config._attn_implementation
+    # One row at a time: the copy in float32 leaves little room for logits.
+    truth = _in_float32(model, lambda wide: stage_ways.annotate_full(wide, examples, 0))
     packed = enable_packing(model, examples)
     packing = model.config._attn_implementation
 
-    def ready(attention: str) -> Callable[[], None]:
-        return lambda: model.set_attn_implementation(attention)
+    def ready(attention: str, compiled: bool = False) -> Callable[[], None]:
+        def set_up() -> None:
+            model.set_attn_implementation(attention)
+            stage_ways.compile_blocks(model, compiled)
+
+        return set_up
 
     def ours(packed: bool) -> list[Tensor]:
         return stage_ways.annotate_ours(model, examples, spec.annotate_tokens, packed)
@@ -142,19 +144,43 @@ def annotation(spec: Spec, dtype: torch.dtype, settings: Settings) -> Iterator[r
     def full(tokens: int) -> list[Tensor]:
         return stage_ways.annotate_full(model, examples, tokens)
 
-    ways = {
-        OURS: Way(ready(packing), lambda: ours(packed)),
-        PADDED: Way(ready(usual), lambda: ours(False)),
-        AUTHORS: Way(ready(usual), lambda: full(0)),
-        FULL: Way(ready(usual), lambda: full(spec.annotate_tokens)),
-    }
-    model.set_attn_implementation(usual)
-    truth = _in_float32(
-        model, lambda wide: stage_ways.annotate_full(wide, examples, spec.annotate_tokens)
+    label, missing = spec.name, {}
+    ways = {OURS: Way(ready(packing), lambda: ours(packed))}
+    if layers:
+        label = f"{spec.name}, other layers"
+        ways[COMPILED] = Way(ready(packing, compiled=True), lambda: ours(packed))
+        missing = _add_liger_annotation(ways, spec, dtype, examples)
+    else:
+        ways[PADDED] = Way(ready(usual), lambda: ours(False))
+        ways[AUTHORS] = Way(ready(usual), lambda: full(0))
+    ways[FULL] = Way(ready(usual), lambda: full(spec.annotate_tokens))
+    yield from compare(
+        "annotate", label, ways, truth, partial(_rates, model, examples, False), settings, JUDGES
     )
-    yield from _compare(
-        "annotate", spec.name, ways, truth, partial(_rates, model, examples, False), settings
+    for way, status in missing.items():
+        yield {"stage": "annotate", "model": label, "way": way, "status": status}
+
+
+def _add_liger_annotation(
+    ways: dict[str, Way], spec: Spec, dtype: torch.dtype, examples: Sequence[Example]
+) -> dict[str, str]:
+    """Adds annotation with Liger's layers, in a model of their own; else why there is none."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {OURS_LIGER: "not installed"}
+    patched = make_model(spec, dtype, torch.device("cuda"))
+    if failed := stage_ways.liger_fails(patched):
+        return {OURS_LIGER: failed}
+    packed = enable_packing(patched, examples)
+    ways[OURS_LIGER] = Way(
+        lambda: None,
+        lambda: stage_ways.annotate_ours(patched, examples, spec.annotate_tokens, packed),
     )
+    return {}
+
+
+def trl(spec: Spec, dtype: torch.dtype, device: torch.device) -> Iterator[report.Row]:
+    """TRL's trainer, when no model of ours takes memory."""
+    yield {"stage": "train step", "model": spec.name, "way": TRL, **trl_row(spec, dtype, device)}
 
 
 def training(
@@ -189,7 +215,7 @@ def training(
         def set_up() -> None:
             base.set_attn_implementation(attention)
             recompute(adapted, recomputed)
-            _compile_blocks(adapted, compiled)
+            stage_ways.compile_blocks(adapted, compiled)
 
         return set_up
 
@@ -205,6 +231,8 @@ def training(
     # The others recompute on a GPU, as is usual; ours does so where the memory asks for it.
     usually = everything if device.type == "cuda" else 0
     full = others(stage_ways.full_logit_loss, adapted)
+    ready(usual, usually)()
+    truth = _in_float32(adapted, lambda wide: others(stage_ways.full_logit_loss, wide)())
     ways = {
         OURS: Way(ready(packing, split.recomputed), ours(adapted, split)),
         "gift, all recomputed": Way(ready(packing, everything), ours(adapted, split)),
@@ -213,21 +241,15 @@ def training(
     }
     missing = {}
     if device.type == "cuda":
-        ways["gift, compiled blocks"] = Way(
-            ready(packing, split.recomputed, compiled=True), ours(adapted, split)
-        )
+        ways[COMPILED] = Way(ready(packing, split.recomputed, compiled=True), ours(adapted, split))
         missing = _add_liger(ways, make_adapted(spec, dtype, device), examples, split, others, ours)
     else:
         missing[LIGER] = "not run: needs a GPU"
-    ready(usual, usually)()
-    truth = _in_float32(adapted, lambda wide: others(stage_ways.full_logit_loss, wide)())
-    yield from _compare(
-        "train step", label, ways, truth, partial(_rates, base, examples, True), settings
+    yield from compare(
+        "train step", label, ways, truth, partial(_rates, base, examples, True), settings, JUDGES
     )
     for way, status in missing.items():
         yield {"stage": "train step", "model": label, "way": way, "status": status}
-    if label == spec.name:
-        yield {"stage": "train step", "model": label, "way": TRL, **trl_row(spec, dtype, device)}
 
 
 def _add_liger(
@@ -241,7 +263,7 @@ def _add_liger(
     """Adds the ways with Liger's layers, in a model of their own; else why there are none."""
     if importlib.util.find_spec("liger_kernel") is None:
         return {LIGER: "not installed"}
-    if failed := stage_ways.liger_fails(patched):
+    if failed := stage_ways.liger_fails(patched.get_base_model()):
         return {LIGER: failed}
     base = patched.get_base_model()
     usual = base.config._attn_implementation
@@ -260,7 +282,7 @@ def _add_liger(
     theirs = others(stage_ways.liger_loss, patched)
     ways[LIGER] = Way(ready(usual, everything), theirs)
     ways[f"{LIGER}, activations kept"] = Way(ready(usual, 0), theirs)
-    ways["gift, Liger's layers"] = Way(ready(packing, split.recomputed), ours(patched, split))
+    ways[OURS_LIGER] = Way(ready(packing, split.recomputed), ours(patched, split))
     return {}
 
 
@@ -284,15 +306,6 @@ def _step(
         return [torch.tensor([loss]), gradient.cpu()]
 
     return run
-
-
-def _compile_blocks(model: Any, compiled: bool) -> None:
-    """Each block compiled by itself for any length, or as it was; what was compiled is kept."""
-    for layer in layers_of(model):
-        if compiled and not hasattr(layer, "compiled_before"):
-            layer.compile(dynamic=True)
-            layer.compiled_before = layer._compiled_call_impl
-        layer._compiled_call_impl = layer.compiled_before if compiled else None
 
 
 def _rates(
@@ -341,71 +354,6 @@ def merging(size: str) -> Iterator[report.Row]:
             "peak extra MB": found["extra"],
             "off, of 10,000": found["wrong"],
         }
-
-
-def _compare(
-    stage: str,
-    model: str,
-    ways: dict[str, Way],
-    truth: list[Tensor] | None,
-    rated: Callable[[float], dict[str, float]],
-    settings: Settings,
-) -> Iterator[report.Row]:
-    """One row per way; `rated` turns seconds into rates. `truth` is None in float32."""
-    rows: dict[str, report.Row] = {
-        name: {"stage": stage, "model": model, "way": name, "status": "ok"} for name in ways
-    }
-    contenders = []
-    bound = None
-    for name in sorted(ways, key=lambda name: name not in TRUTHS):
-        way, row = ways[name], rows[name]
-        found: list[Tensor] = []
-        try:
-            way.ready()
-            found = [values.double() for values in way.run()]
-        except Exception as error:  # other people's code may raise anything
-            row["status"] = failure(error)
-        if row["status"] != "ok":
-            recover(name, row["status"], settings.device)
-            continue
-        if name in TRUTHS:
-            truth = found if truth is None else truth
-            bound = max(AGREE, ROUNDINGS * disagreement(found, truth)) if truth else None
-        if truth:
-            row["disagrees by"] = disagreement(found, truth)
-        if bound is None:
-            row["status"] = "unjudged"
-        elif not row["disagrees by"] <= bound:
-            row["status"] = "wrong"
-            continue
-        provider = Provider(name, "", (), lambda *_, way=way: way)
-        call = Call(way.ready, lambda _, way=way: way.run(), _nothing)
-        contenders.append(Contender(provider, [call]))
-    take_turns(contenders, settings)
-    for contender in contenders:
-        name = contender.provider.name
-        if contender.failed:
-            rows[name]["status"] = contender.failed
-            continue
-        seconds = median(contender.samples)
-        rows[name] |= {"ms": 1e3 * seconds, **rated(seconds)}
-        rows[name]["peak extra MB"] = peak_megabytes(contender, settings.device)
-        if contender.failed:
-            rows[name]["status"] = contender.failed
-            continue
-        ways[name].ready()
-        rows[name] |= time_by_kind(ways[name].run, settings.device)
-    yield from rows.values()
-
-
-def disagreement(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest relative error of any result, so that a correct loss cannot hide a gradient."""
-    pairs = zip(found, truth, strict=True)
-    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
-
-
-def _nothing() -> None:
-    return None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from gift.shards import ShardWriter, TensorSpec, open_checkpoint, open_shard, read_tensor
+from gift.storage.shards import ShardWriter, TensorSpec, open_checkpoint, open_shard, read_tensor
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 RANK, ALPHA = 64, 128

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from benchmarks.turns import failure
 from gift.annotate import annotate_batch
-from gift.batches import make_batch, plan_batches
 from gift.config import TrainConfig
-from gift.data import Example
-from gift.gradients import accumulate_gradients
-from gift.micro_batches import Split
-from gift.models import last_hidden_state
+from gift.data.batches import make_batch, plan_batches
+from gift.data.encoding import Example
+from gift.models.head import last_hidden_state
+from gift.training.gradients import accumulate_gradients
+from gift.training.memory import layers_of
+from gift.training.micro_batches import Split
 from gift.weighting import GuidedRow, gather_targets
 
 
@@ -114,10 +115,10 @@ def liger_loss(adapted: Any, micro: Sequence[GuidedRow]) -> Tensor:
     return (weight.to(head.device) * nll).sum()
 
 
-def liger_fails(adapted: Any) -> str:
+def liger_fails(model: Any) -> str:
     """Gives a model Liger's layers; returns what failed, empty if nothing did."""
     try:
-        _use_liger_layers(adapted.get_base_model())
+        _use_liger_layers(model)
     except Exception as error:  # other people's code may raise anything
         return failure(error)
     return ""
@@ -136,3 +137,15 @@ def _use_liger_layers(model: Any) -> None:
         fused_linear_cross_entropy=False,
     )  # fmt: skip
     vars(module).update(before)
+
+
+def compile_blocks(model: Any, compiled: bool) -> None:
+    """Each block compiled by itself for any length, or as it was; what was compiled is kept."""
+    layers = layers_of(model)
+    if compiled and not hasattr(layers[0], "compiled_before"):
+        torch.compiler.reset()  # all models share the limit of variants of a block's code
+        for layer in layers:
+            layer.compile(dynamic=True)
+            layer.compiled_before = layer._compiled_call_impl
+    for layer in layers:
+        layer._compiled_call_impl = layer.compiled_before if compiled else None

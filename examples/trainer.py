@@ -7,9 +7,9 @@ python examples/trainer.py --base BASE --instruct INSTRUCT --data task.jsonl --o
 from example_inputs import read_arguments, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from gift.data import encode
+from gift.data.encoding import encode
+from gift.data.rows import read_conversation
 from gift.integrations import WeightedTrainer
-from gift.rows import read_conversation
 from gift_kernels import WeightTransform
 
 

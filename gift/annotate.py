@@ -4,8 +4,8 @@
 
 Source: GIFT, ACL 2026 (arXiv 2605.01256), offline annotation. q is raw: not normalised, clipped or
 tempered. The same pass finds the largest probability, whether it is the target's, and the entropy,
-for `gift calibration`. Rows are packed without padding (`gift.packing`); only target rows reach the
-head.
+for `gift calibration`. Rows are packed without padding (`gift.data.packing`); only target rows
+reach the head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from gift import ranks
-from gift.batches import Batch, make_batch, plan_batches
 from gift.confidence_store import STATISTICS, GuideStatistics, write_store
 from gift.config import AnnotateConfig, DataOptions
 from gift.config.annotate import AnnotateOptions
 from gift.console import error_console, print_summary, progress
-from gift.data import (
+from gift.data.batches import Batch, make_batch, plan_batches
+from gift.data.encoding import (
     EncodedData,
     Example,
     data_summary,
@@ -35,30 +34,28 @@ from gift.data import (
     require_vocabulary,
     token_columns,
 )
+from gift.data.packing import enable_packing
+from gift.data.rows import read_conversation, without_none
+from gift.data.show import show_rows
+from gift.data.token_ids import require_same_tokens, tokenizer_for
+from gift.distributed import ranks
+from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.files import hash_json, replacing, sealed_files, write_json
-from gift.models import (
-    check_head,
+from gift.models.head import check_head, last_hidden_state, lm_head
+from gift.models.loading import (
     folder_context,
-    last_hidden_state,
-    lm_head,
     load_causal_lm,
     model_hash,
     model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
-    template_hash,
-    tokenizer_hash,
     versions,
 )
-from gift.packing import enable_packing
-from gift.publish import Output
-from gift.ranks import Group
-from gift.rows import read_conversation, without_none
-from gift.show import show_rows
+from gift.models.tokenizer import template_hash, tokenizer_hash
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
-from gift.token_ids import require_same_tokens, tokenizer_for
+from gift.storage.files import hash_json, replacing, sealed_files, write_json
+from gift.storage.publish import Output
 from gift_kernels import token_confidence
 
 PART = "part-"  # begins the names of files with what was found of some rows

@@ -37,7 +37,7 @@ from gift.config import (
     UnmergeConfig,
 )
 from gift.config.recipe import build_config
-from gift.environment import processes
+from gift.distributed.environment import processes
 from gift.errors import InputError, lacks_memory
 
 app = typer.Typer(

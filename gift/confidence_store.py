@@ -15,12 +15,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from gift.data import EncodedData
+from gift.data.encoding import EncodedData
+from gift.data.rows import json_lines
 from gift.errors import InputError
-from gift.files import naming, read_record, write_json
-from gift.models import load_tokenizer, template_hash, tokenizer_hash
-from gift.publish import check_published
-from gift.rows import json_lines
+from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from gift.storage.files import naming, read_record, write_json
+from gift.storage.publish import check_published
 from gift_kernels.linear_ce.types import Statistic
 
 CONFIDENCE_FILE = "confidence.safetensors"

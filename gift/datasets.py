@@ -11,10 +11,10 @@ import numpy as np
 from gift.confidence_store import ConfidenceStore, load_store
 from gift.config import DataOptions
 from gift.console import error_console
-from gift.data import Example, encode, token_columns
+from gift.data.encoding import Example, encode, token_columns
+from gift.data.rows import Conversation, read_conversation, without_none
 from gift.errors import InputError
-from gift.models import listed
-from gift.rows import Conversation, read_conversation, without_none
+from gift.models.loading import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset

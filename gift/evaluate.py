@@ -14,45 +14,50 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gift import ranks
-from gift.answers import Checker, Verdict, open_checker
-from gift.benchmarks import BENCHMARKS, MATH_PROMPT, benchmark_rows
-from gift.choices import CHOICE_PROMPT, rate_options
 from gift.config import EvaluateConfig
 from gift.console import progress
-from gift.endpoint import ServedReply, ask_server, require_client, summarize_server
+from gift.data.rows import json_lines
+from gift.distributed import ranks
+from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.files import (
-    hash_json,
-    read_json_lines,
-    sealed_files,
-    write_json,
-    write_json_lines,
+from gift.evaluation.answers import Checker, Verdict, open_checker
+from gift.evaluation.benchmarks import BENCHMARKS, MATH_PROMPT, benchmark_rows
+from gift.evaluation.choices import CHOICE_PROMPT, rate_options
+from gift.evaluation.endpoint import ServedReply, ask_server, require_client, summarize_server
+from gift.evaluation.generation import (
+    FinishedReply,
+    Reply,
+    end_token_ids,
+    generate_replies,
+    reply_limits,
 )
-from gift.generation import FinishedReply, Reply, end_token_ids, generate_replies, reply_limits
-from gift.harness import evaluate_tasks
-from gift.metrics import (
+from gift.evaluation.harness import evaluate_tasks
+from gift.evaluation.metrics import (
     pass_at_k,
     print_metrics,
     standard_error,
     summarize,
     summarize_choices,
 )
-from gift.models import (
+from gift.evaluation.questions import LETTERS, Question, read_questions, render_prompts
+from gift.models.loading import (
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     pick_device,
     pick_dtype,
     require_embeddings,
     resolve_model,
-    tokenizer_hash,
     versions,
 )
-from gift.publish import Output, warn
-from gift.questions import LETTERS, Question, read_questions, render_prompts
-from gift.ranks import Group
-from gift.rows import json_lines
+from gift.models.tokenizer import load_tokenizer, tokenizer_hash
+from gift.storage.files import (
+    hash_json,
+    read_json_lines,
+    sealed_files,
+    write_json,
+    write_json_lines,
+)
+from gift.storage.publish import Output, warn
 
 __all__ = [
     "Reply",

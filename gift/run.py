@@ -1,8 +1,8 @@
 """All stages in one folder: annotate → train → merge → evaluate.
 
 A stage's folder appears only when it is complete, and its list holds the stage's key, a hash of its
-settings and of the content of its inputs (`gift.publish`): a folder with the right key is finished
-and skipped, and a killed run resumes where it stopped.
+settings and of the content of its inputs (`gift.storage.publish`): a folder with the right key is
+finished and skipped, and a killed run resumes where it stopped.
 """
 
 import re
@@ -17,24 +17,17 @@ from gift.annotate import annotate
 from gift.confidence_store import CONFIDENCE_FILE
 from gift.config import AnnotateConfig, EvaluateConfig, MergeConfig, RunOptions, TrainConfig
 from gift.console import print_table
-from gift.data import read_rows
+from gift.data.encoding import read_rows
 from gift.errors import InputError
 from gift.evaluate import check_evaluation, evaluate
-from gift.files import hash_file, hash_folder, hash_json, read_json
-from gift.lock import lock_path, owned
-from gift.lora_targets import find_targets
 from gift.merge.adapter import WEIGHTS_FILE
 from gift.merge.command import merge
 from gift.merge.methods import METHODS
-from gift.models import (
-    listed,
-    load_tokenizer,
-    model_hash,
-    model_structure,
-    quantisation,
-    resolve_model,
-)
-from gift.publish import (
+from gift.models.loading import listed, model_hash, model_structure, quantisation, resolve_model
+from gift.models.tokenizer import load_tokenizer
+from gift.storage.files import hash_file, hash_folder, hash_json, read_json
+from gift.storage.lock import lock_path, owned
+from gift.storage.publish import (
     check_published,
     complete,
     partial_path,
@@ -42,6 +35,7 @@ from gift.publish import (
     replaced_path,
 )
 from gift.train import train
+from gift.training.lora_targets import find_targets
 from gift.weighting import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")

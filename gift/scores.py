@@ -8,10 +8,11 @@ from gift.annotate import confidence_summary
 from gift.confidence_store import read_author_scores, write_store
 from gift.config import ImportScoresConfig
 from gift.console import print_summary
-from gift.data import data_summary, encode_file
+from gift.data.encoding import data_summary, encode_file
 from gift.errors import InputError
-from gift.models import load_tokenizer, resolve_model, versions
-from gift.publish import output_folder
+from gift.models.loading import resolve_model, versions
+from gift.models.tokenizer import load_tokenizer
+from gift.storage.publish import output_folder
 
 
 def import_scores(config: ImportScoresConfig) -> dict[str, Any]:

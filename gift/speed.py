@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gift.console import print_table
-from gift.data import Example
+from gift.data.encoding import Example
 
 SPEED_FILE = "speed.json"
 # Dense 16-bit products by the makers' data sheets, in TFLOP/s, by a part of the device's name.

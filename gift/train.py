@@ -26,38 +26,37 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import get_scheduler
 
-from gift import figures, ranks
-from gift.checkpoint import TrainingState
+from gift import figures
 from gift.confidence_store import CONFIDENCE_FILE, ConfidenceStore, load_store, require_same_rows
 from gift.config import TrainConfig
 from gift.console import console, print_summary, progress
-from gift.data import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
+from gift.data.encoding import EncodedData, data_summary, encode_file, read_rows, require_vocabulary
+from gift.data.lines import line_starts
+from gift.data.packing import enable_packing
+from gift.data.token_ids import other_tokens, require_same_tokens
+from gift.distributed import ranks
 from gift.errors import InputError
-from gift.files import hash_file, hash_json, naming, replacing, write_json
-from gift.gradients import SUMS, accumulate_gradients, flat_gradients
-from gift.lines import line_starts
-from gift.lora_targets import find_targets, lora_config
-from gift.memory import forgotten_if_short, settle_memory
-from gift.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
-from gift.models import (
-    check_head,
+from gift.models.head import check_head
+from gift.models.loading import (
     folder_context,
     load_causal_lm,
-    load_tokenizer,
     model_hash,
     model_structure,
     pick_device,
     pick_dtype,
     resolve_model,
-    template_hash,
-    tokenizer_hash,
     versions,
 )
-from gift.packing import enable_packing
-from gift.publish import WORK_FOLDER
-from gift.sharding import load_sharded, require_processes, whole_head
+from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from gift.speed import SPEED_FILE, Clock, print_times, speed
-from gift.token_ids import other_tokens, require_same_tokens
+from gift.storage.files import hash_file, hash_json, naming, replacing, write_json
+from gift.storage.publish import WORK_FOLDER
+from gift.training.checkpoint import TrainingState
+from gift.training.gradients import SUMS, accumulate_gradients, flat_gradients
+from gift.training.lora_targets import find_targets, lora_config
+from gift.training.memory import forgotten_if_short, settle_memory
+from gift.training.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
+from gift.training.sharding import load_sharded, require_processes, whole_head
 from gift.weighting import (
     GuidedRow,
     check_weighting,

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gift.batches import copy_to
 from gift.config import TrainOptions
 from gift.controls import controlled_weights
-from gift.data import Example
+from gift.data.batches import copy_to
+from gift.data.encoding import Example
 from gift.errors import InputError
 from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic

@@ -25,12 +25,12 @@ from gift.config import (
     UnmergeConfig,
 )
 from gift.evaluate import evaluate
-from gift.lock import owned
 from gift.merge.command import merge
 from gift.merge.diff import diff
 from gift.merge.statistics import merge_statistics
 from gift.merge.unmerge import unmerge
 from gift.run import run
+from gift.storage.lock import owned
 from gift.train import train
 
 CPU = {"device": "cpu"}

@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
 from gift.annotate import annotate
-from gift.batches import make_batch, plan_batches
 from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
-from gift.data import encode, read_rows
+from gift.data.batches import make_batch, plan_batches
+from gift.data.encoding import encode, read_rows
 from gift.errors import InputError
-from gift.files import replacing
-from gift.models import check_head, context_length, lm_head, load_causal_lm, load_tokenizer
-from gift.publish import partial_path
+from gift.models.head import check_head, lm_head
+from gift.models.loading import context_length, load_causal_lm
+from gift.models.tokenizer import load_tokenizer
 from gift.scores import import_scores
+from gift.storage.files import replacing
+from gift.storage.publish import partial_path
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The benchmarks at toy sizes: every provider that runs here is right, and results are whole."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -27,7 +28,9 @@ from benchmarks import (
     readme,
     report,
     sparse_backward,
+    stage_compare,
     stage_ways,
+    trl_sft,
     turns,
 )
 from benchmarks.architectures import SIZES, growth
@@ -38,6 +41,7 @@ from benchmarks.provider import needs_triton
 from benchmarks.providers import own_providers, providers_of
 from benchmarks.turns import LOST, Settings
 
+KERNEL_MODULES = ("logits", "matmul", "rows", "row_gradients")
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
 
@@ -250,9 +254,9 @@ def test_goals_are_judged_for_every_head_they_name() -> None:
     ]
     judged = goals.judge([{**row, **measured}, *others])
     verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
-    assert verdicts["frozen head, × floor", "llama-3.1-8b, peaked"] == "yes"
+    assert verdicts["frozen head, × lower bound", "llama-3.1-8b, peaked"] == "yes"
     assert verdicts["frozen head, 8192 tokens, × the fastest other", "llama-3.1-8b, peaked"] == "no"
-    assert verdicts["frozen head, × floor", "gemma-2-9b"] == "not measured"
+    assert verdicts["frozen head, × lower bound", "gemma-2-9b"] == "not measured"
     assert verdicts["eager, × full logits", "llama-3.1-8b, peaked"] == "no"
     assert (
         verdicts["merge, bfloat16 factors, rank to 64, × a copy", "llama-3.1-8b up"]
@@ -262,8 +266,8 @@ def test_goals_are_judged_for_every_head_they_name() -> None:
 
 def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:
     loss, gradient = torch.tensor([3.0]), torch.full((8,), 1e-3)
-    assert end_to_end.disagreement([loss, gradient], [loss, gradient]) == 0
-    assert end_to_end.disagreement([loss, 0 * gradient], [loss, gradient]) == 1
+    assert stage_compare.disagreement([loss, gradient], [loss, gradient]) == 0
+    assert stage_compare.disagreement([loss, 0 * gradient], [loss, gradient]) == 1
 
 
 def test_ours_is_wrong_where_full_logits_say_so(
@@ -300,7 +304,18 @@ def test_ways_in_bfloat16_are_judged_by_their_distance_from_float32() -> None:
     assert rows[end_to_end.LIGER]["status"].startswith("not ")
     found = [torch.tensor([1.0]), torch.full((8,), 1.1)]
     truth = [torch.tensor([1.0]), torch.ones(8)]
-    assert end_to_end.disagreement(found, truth) > 3 * rows[end_to_end.FULL_LOSS]["disagrees by"]
+    assert stage_compare.disagreement(found, truth) > 3 * rows[end_to_end.FULL_LOSS]["disagrees by"]
+
+
+def test_trls_trainer_counts_the_tokens_that_it_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trl_sft", "toy", "torch.float32"])
+    trl_sft.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    spec = SIZES["toy"][0]
+    tokens = found["tokens/s"] * found["ms"] / 1e3
+    assert spec.rows * spec.lengths[0] < tokens < spec.rows * spec.lengths[1]
 
 
 def test_goals_of_stages_are_judged_against_the_fastest_of_the_others() -> None:
@@ -336,6 +351,13 @@ def test_goals_of_stages_are_judged_against_the_fastest_of_the_others() -> None:
 )
 def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
     assert kernel_kinds.kind_of(kernel) == kind
+
+
+def test_all_of_our_kernels_are_known_as_ours() -> None:
+    modules = [f"gift_kernels.linear_ce.triton.kernels.{name}" for name in KERNEL_MODULES]
+    for module in map(importlib.import_module, [*modules, "gift_kernels.lora_merge.kernels"]):
+        names = [name for name in vars(module) if name.endswith("_kernel")]
+        assert names and {kernel_kinds.kind_of(name) for name in names} == {"ours"}, names
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))

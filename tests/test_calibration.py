@@ -15,7 +15,7 @@ from gift.calibration.kinds import kind_of, token_kinds
 from gift.calibration.measures import auroc, by_kind, calibration_error, reliability
 from gift.confidence_store import load_statistics, load_store
 from gift.config import AnnotateConfig, CalibrationConfig, ImportScoresConfig
-from gift.data import encode, read_rows
+from gift.data.encoding import encode, read_rows
 from gift.errors import InputError
 from gift.scores import import_scores
 

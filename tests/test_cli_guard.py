@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from gift import cli
 from gift.config import AnnotateConfig, MergeConfig, TrainConfig
 from gift.merge.command import merge
-from gift.publish import LIST_FILE
+from gift.storage.publish import LIST_FILE
 
 MODELS = {"model", "base", "instruct", "tokenizer", "model_a", "model_b"}
 FOLDERS = {*MODELS, "adapter", "confidence", "statistics", "store", "study"}

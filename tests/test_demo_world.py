@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gift.answers import compile_pattern, extract
 from gift.demo import pair as pair_module
 from gift.demo.pair import Pair, make_pair, make_tokenizer
 from gift.demo.world import (
@@ -49,6 +48,7 @@ from gift.demo.world import (
     write_steps,
 )
 from gift.errors import InputError
+from gift.evaluation.answers import compile_pattern, extract
 
 pytestmark = pytest.mark.xdist_group("the demo's world")
 

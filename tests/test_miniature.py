@@ -9,8 +9,8 @@ from benchmarks import miniature, readme, study_tables
 from benchmarks.study_tables import StoredStudy
 from gift.config import StudyConfig, TrainOptions
 from gift.controls import Control
-from gift.files import read_json
 from gift.merge.methods import METHODS
+from gift.storage.files import read_json
 
 
 @pytest.mark.parametrize("kind", miniature.REFERENCES)

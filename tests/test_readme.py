@@ -27,9 +27,9 @@ from benchmarks import readme
 from benchmarks.__main__ import main as benchmarks_main
 from gift import cli
 from gift.config import DataOptions
-from gift.data import encode_file
-from gift.questions import read_questions
-from gift.rows import json_lines
+from gift.data.encoding import encode_file
+from gift.data.rows import json_lines
+from gift.evaluation.questions import read_questions
 from gift.study import run as study_run
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
 
-import gift.files
-import gift.models
+import gift.models.loading
+import gift.storage.files
 from gift.config import RunConfig
 from gift.run import run
 from gift.speed import Clock, useful_flops
@@ -87,7 +87,7 @@ def test_a_run_loads_and_hashes_each_model_once_and_says_where_the_time_went(
         tiny.make_model(tmp_path / name, "qwen2", seed=seed)
     tiny.write_rows(tmp_path / "rows.jsonl", 6)
     loads, hashes = [], []
-    load, remember = gift.models._load, gift.files.remember_hash
+    load, remember = gift.models.loading._load, gift.storage.files.remember_hash
 
     def count_load(folder: Path, **options: Any) -> Any:
         loads.extend([] if options.get("device_map") == "meta" else [folder.name])
@@ -97,9 +97,9 @@ def test_a_run_loads_and_hashes_each_model_once_and_says_where_the_time_went(
         hashes.append(path)
         remember(path, sha256)
 
-    monkeypatch.setattr(gift.models, "_load", count_load)
-    monkeypatch.setattr(gift.files, "remember_hash", count_hash)
-    monkeypatch.setattr(gift.files, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(gift.models.loading, "_load", count_load)
+    monkeypatch.setattr(gift.storage.files, "remember_hash", count_hash)
+    monkeypatch.setattr(gift.storage.files, "REMEMBERED_BYTES", 0)
     models = {"base": str(tmp_path / "base"), "instruct": str(tmp_path / "instruct")}
     output = tmp_path / "out"
     run(RunConfig(**models, data=tmp_path / "rows.jsonl", output=output, lora_rank=2, device="cpu"))

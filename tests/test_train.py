@@ -21,10 +21,10 @@ import gift.train as train_module
 from gift.annotate import annotate
 from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, TrainConfig
-from gift.data import encode, read_rows
+from gift.data.encoding import encode, read_rows
 from gift.errors import InputError
-from gift.models import pick_device
-from gift.publish import LIST_FILE, partial_path
+from gift.models.loading import pick_device
+from gift.storage.publish import LIST_FILE, partial_path
 from gift.train import train
 
 ADAPTER = "adapter_model.safetensors"

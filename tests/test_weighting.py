@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gift.config import TrainConfig
-from gift.data import Example
+from gift.data.encoding import Example
 from gift.errors import InputError
-from gift.micro_batches import IGNORE_INDEX
+from gift.training.micro_batches import IGNORE_INDEX
 from gift.weighting import (
     STATISTICS,
     Targets,

@@ -18,12 +18,12 @@ from gift.confidence_store import (
 )
 from gift.config import CalibrationConfig, DataOptions
 from gift.console import console, print_table
-from gift.data import EncodedData, Example, encode_file
+from gift.data.encoding import EncodedData, Example, encode_file
+from gift.data.rows import json_lines
 from gift.errors import InputError
-from gift.files import write_json
-from gift.micro_batches import BAND_NAMES
-from gift.publish import output_folder
-from gift.rows import json_lines
+from gift.storage.files import write_json
+from gift.storage.publish import output_folder
+from gift.training.micro_batches import BAND_NAMES
 
 REPORT_FILE = "calibration.json"
 FIGURE_FILE = "calibration.png"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gift.data import Example
-from gift.lines import token_text
+from gift.data.encoding import Example
+from gift.data.lines import token_text
 from gift.weighting import find_turn_ends
 
 # Beside Unicode's mathematical symbols.

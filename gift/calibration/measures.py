@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, mannwhitneyu
 
-from gift.micro_batches import BAND_EDGES, BAND_NAMES
+from gift.training.micro_batches import BAND_EDGES, BAND_NAMES
 
 
 def reliability(largest: np.ndarray, top1: np.ndarray, bands: int) -> list[dict[str, float]]:

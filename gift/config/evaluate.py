@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from gift.benchmarks import BENCHMARKS, HARNESS_TASKS
 from gift.config.options import LARGEST_SEED, DeviceOptions, Options, OutputOptions, RowOptions
 from gift.errors import InputError
+from gift.evaluation.benchmarks import BENCHMARKS, HARNESS_TASKS
 
 if TYPE_CHECKING:
     BenchmarkName = str

@@ -13,7 +13,7 @@ from gift.console import console, error_console, progress, quiet
 from gift.demo import world
 from gift.demo.pair import make_pair
 from gift.errors import InputError
-from gift.lock import owned
+from gift.storage.lock import owned
 from gift.study.run import study, worker_pool
 
 FIRST_PAIR_SEED = 10

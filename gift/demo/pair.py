@@ -36,8 +36,8 @@ from gift.demo.world import (
     draw_document,
     draw_primer,
 )
-from gift.files import hash_json, write_json
-from gift.publish import output_folder, published_key
+from gift.storage.files import hash_json, write_json
+from gift.storage.publish import output_folder, published_key
 
 BOS, EOS, PAD, UNKNOWN = "<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"

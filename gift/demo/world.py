@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
 
-from gift.files import replacing
+from gift.storage.files import replacing
 
 Convention = Literal["wrap", "stop"]
 Row = dict[str, Any]

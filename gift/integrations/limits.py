@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gift.errors import InputError
-from gift.models import check_head, lm_head
+from gift.models.head import check_head, lm_head
 
 # Tokens for which the loss is compared with the model's own.
 TRIED_TOKENS = 16

@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer
 from gift.errors import InputError
 from gift.integrations.collator import TOKEN_WEIGHT, WeightedCollator
 from gift.integrations.limits import base_of, check_model, refuse_options
-from gift.models import last_hidden_state, lm_head
+from gift.models.head import last_hidden_state, lm_head
 from gift_kernels import Guide, WeightTransform, weighted_ce
 
 IGNORE_INDEX = -100

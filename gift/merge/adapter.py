@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gift.errors import InputError
-from gift.files import hash_file, read_json
-from gift.shards import TensorEntry, open_shard, read_tensor
+from gift.storage.files import hash_file, read_json
+from gift.storage.shards import TensorEntry, open_shard, read_tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

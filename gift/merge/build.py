@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from gift.errors import InputError
-from gift.files import hash_file, hash_json, read_json
 from gift.merge.match import Names
 from gift.merge.method import Method
 from gift.merge.plan import MergePlan, TensorPlan
@@ -20,8 +19,9 @@ from gift.merge.transforms import (
     ReplaceTransform,
     Transform,
 )
-from gift.publish import check_published
-from gift.shards import TORCH_DTYPES, Checkpoint, TensorEntry, open_shard, spec_of
+from gift.storage.files import hash_file, hash_json, read_json
+from gift.storage.publish import check_published
+from gift.storage.shards import TORCH_DTYPES, Checkpoint, TensorEntry, open_shard, spec_of
 
 STATISTICS_FILE = "statistics.safetensors"
 STATISTICS_MANIFEST = "manifest.json"

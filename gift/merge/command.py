@@ -5,7 +5,8 @@
 Plan (which adapter tensor goes to which weight), validate (everything wrong is reported before any
 output exists), apply: shard by shard and block by block, in a few hundred megabytes of memory.
 Each finished shard is re-read, compared with what was written, and recorded, so that a killed merge
-resumes after it; one rename makes the output folder appear when it is complete (`gift.publish`).
+resumes after it; one rename makes the output folder appear when it is complete
+(`gift.storage.publish`).
 """
 
 import shutil
@@ -13,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gift import ranks
 from gift.config import MergeConfig
 from gift.console import console, print_summary, print_table
+from gift.data.token_ids import require_same_ids
+from gift.distributed import ranks
+from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.files import hash_json, read_json, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import read_adapter, refuse_dead_values
 from gift.merge.build import Recipe, build_shards, open_statistics
@@ -27,11 +29,10 @@ from gift.merge.plan import MergePlan, plan_merge, plan_rows
 from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE, ShardPlan, write_shards
 from gift.merge.transforms import BLOCK_BYTES
-from gift.models import pick_device, resolve_model, versions
-from gift.publish import Output, check_published
-from gift.ranks import Group
-from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint
-from gift.token_ids import require_same_ids
+from gift.models.loading import pick_device, resolve_model, versions
+from gift.storage.files import hash_json, read_json, write_json
+from gift.storage.publish import Output, check_published
+from gift.storage.shards import INDEX_FILE, Checkpoint, open_checkpoint
 
 OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -91,22 +92,6 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     for adapter in adapters:
         refuse_dead_values(adapter)
     made_from = _made_from(config, checkpoint, base, plan, recipe, statistics.fingerprint)
-    manifest = {
-        "kind": "gift merge",
-        "fingerprint": hash_json(made_from),
-        "model": config.model,
-        "base": config.base,
-        "method": config.method,
-        "formula": method.formula,
-        "settings": {name: getattr(config, name) for name in method.settings},
-        "dtype": config.dtype,
-        "untied_head": plan.untied_head,
-        "added_head": None if plan.untied_head in checkpoint.tensors else plan.untied_head,
-        "adapters": merge_output.adapter_provenance(plan, coefficients),
-        "notes": notes,
-        "summary": summary,
-        "versions": versions(),
-    }
     keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
     partial = ranks.begin_shared(group, output, made_from, keep)
     if group.is_main:
@@ -116,6 +101,7 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
         return summary
     merge_output.copy_side_files(folder, files, partial)
     _write_rest(config, plan, shards, partial)
+    manifest = _manifest(config, plan, hash_json(made_from), notes, summary)
     merge_output.write_card(partial, manifest)
     write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
     return summary
@@ -209,6 +195,33 @@ def _made_from(
         "statistics": statistics,
         "device": recipe.device.type,
         "block bytes": BLOCK_BYTES,
+        "versions": versions(),
+    }
+
+
+def _manifest(
+    config: MergeConfig,
+    plan: MergePlan,
+    fingerprint: str,
+    notes: Sequence[str],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """What the merged model is made of, without its shards."""
+    method = METHODS[config.method]
+    return {
+        "kind": "gift merge",
+        "fingerprint": fingerprint,
+        "model": config.model,
+        "base": config.base,
+        "method": config.method,
+        "formula": method.formula,
+        "settings": {name: getattr(config, name) for name in method.settings},
+        "dtype": config.dtype,
+        "untied_head": plan.untied_head,
+        "added_head": None if plan.untied_head in plan.checkpoint.tensors else plan.untied_head,
+        "adapters": merge_output.adapter_provenance(plan, config.coefficients()),
+        "notes": notes,
+        "summary": summary,
         "versions": versions(),
     }
 

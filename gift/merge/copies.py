@@ -15,7 +15,7 @@ import torch
 from gift.errors import InputError
 from gift.merge.adapter import Adapter
 from gift.merge.match import HEADS, INPUT_EMBEDDINGS, Names, canonical
-from gift.shards import Checkpoint, TensorEntry, open_checkpoint, read_span, spans
+from gift.storage.shards import Checkpoint, TensorEntry, open_checkpoint, read_span, spans
 
 BLOCK_BYTES = 1 << 24
 

@@ -25,16 +25,16 @@ from gift import figures
 from gift.config import DiffConfig
 from gift.console import console, print_table, progress
 from gift.errors import InputError
-from gift.files import read_json, write_json
 from gift.merge.adapter import read_adapter
 from gift.merge.command import adapter_folder
 from gift.merge.match import LoraDelta, Names, match_adapters
 from gift.merge.output import CONFIG_FILE
 from gift.merge.plan import check_whole, refuse_quantised
 from gift.merge.transforms import BLOCK_BYTES, FactorReader
-from gift.models import pick_device, resolve_model
-from gift.publish import output_folder
-from gift.shards import Checkpoint, Span, TensorEntry, open_checkpoint, read_span, spans
+from gift.models.loading import pick_device, resolve_model
+from gift.storage.files import read_json, write_json
+from gift.storage.publish import output_folder
+from gift.storage.shards import Checkpoint, Span, TensorEntry, open_checkpoint, read_span, spans
 
 REPORT_FILE = "diff.json"
 FIGURE_FILE = "diff.png"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from gift.merge.adapter import Adapter, LoraModule
-from gift.shards import Checkpoint, TensorEntry
+from gift.storage.shards import Checkpoint, TensorEntry
 
 # Leading parts of a name that differ between a checkpoint and the module path that PEFT saw, as in
 # "language_model.model.layers" and "model.language_model.layers", or "h.0" and "transformer.h.0".

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gift.files import read_json, write_json
 from gift.merge.plan import MergePlan
 from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE
-from gift.publish import LIST_FILE
-from gift.shards import INDEX_FILE, TORCH_DTYPES, Checkpoint
+from gift.storage.files import read_json, write_json
+from gift.storage.publish import LIST_FILE
+from gift.storage.shards import INDEX_FILE, TORCH_DTYPES, Checkpoint
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"

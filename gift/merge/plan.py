@@ -18,8 +18,8 @@ from gift.merge.match import (
     canonical,
     match_adapters,
 )
-from gift.models import missing_tensors, quantisation
-from gift.shards import Checkpoint, TensorEntry
+from gift.models.loading import missing_tensors, quantisation
+from gift.storage.shards import Checkpoint, TensorEntry
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gift.errors import InputError
-from gift.files import hash_file, read_json, remember_hash, write_json
 from gift.merge.transforms import BLOCK_BYTES, Transform
-from gift.shards import Span, TensorEntry, spans
+from gift.storage.files import hash_file, read_json, remember_hash, write_json
+from gift.storage.shards import Span, TensorEntry, spans
 
 RESIDUAL_FOLDER = "gift_residual"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

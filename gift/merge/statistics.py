@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gift.batches import make_batch
 from gift.config import StatisticsConfig
 from gift.console import print_summary, progress
-from gift.data import Example, data_summary, encode_file, require_vocabulary
-from gift.files import hash_file, naming, write_json
+from gift.data.batches import make_batch
+from gift.data.encoding import Example, data_summary, encode_file, require_vocabulary
+from gift.data.token_ids import require_same_tokens, tokenizer_for
 from gift.merge.build import STATISTICS_FILE, STATISTICS_MANIFEST
 from gift.merge.methods import METHODS
-from gift.models import (
+from gift.models.loading import (
     folder_context,
     load_causal_lm,
     model_hash,
@@ -34,8 +34,8 @@ from gift.models import (
     resolve_model,
     versions,
 )
-from gift.publish import output_folder
-from gift.token_ids import require_same_tokens, tokenizer_for
+from gift.storage.files import hash_file, naming, write_json
+from gift.storage.publish import output_folder
 
 
 def merge_statistics(config: StatisticsConfig, key: str = "") -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gift.console import progress
-from gift.files import hash_file, naming, read_json, replacing, sealed_files
+from gift.distributed.ranks import ALONE, Group
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualWriter
 from gift.merge.transforms import BLOCK_BYTES, Transform
-from gift.publish import Output
-from gift.ranks import ALONE, Group
-from gift.shards import (
+from gift.storage.files import hash_file, naming, read_json, replacing, sealed_files
+from gift.storage.publish import Output
+from gift.storage.shards import (
     ShardWriter,
     Span,
     TensorEntry,

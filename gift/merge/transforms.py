@@ -19,7 +19,7 @@ from gift.merge.method import Method, Rows
 from gift.merge.methods import METHODS
 from gift.merge.plan import TensorPlan
 from gift.merge.rounding import merge_to_one_ulp
-from gift.shards import Span, TensorEntry, read_span, read_tensor, spans
+from gift.storage.shards import Span, TensorEntry, read_span, read_tensor, spans
 
 BLOCK_BYTES = 1 << 24
 

@@ -12,7 +12,6 @@ from typing import Any
 from gift.config import MergeOptions, UnmergeConfig
 from gift.console import print_summary
 from gift.errors import InputError
-from gift.files import read_json, read_record, write_json
 from gift.merge import output as merge_output
 from gift.merge.adapter import Adapter, read_adapter
 from gift.merge.build import Statistics, build_shards
@@ -22,9 +21,10 @@ from gift.merge.plan import check_whole, plan_merge, refuse_quantised
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
 from gift.merge.transforms import Recipe
-from gift.models import pick_device, resolve_model, versions
-from gift.publish import Output, check_published, output_folder
-from gift.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
+from gift.models.loading import pick_device, resolve_model, versions
+from gift.storage.files import read_json, read_record, write_json
+from gift.storage.publish import Output, check_published, output_folder
+from gift.storage.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
 
 MANIFEST_KEYS = ("fingerprint", "added_head", "adapters", "method", "settings", "base", "dtype")
 RESULT_FILE = "gift_unmerge.json"

@@ -31,13 +31,13 @@ from gift.config.study import (
     StudyConfig,
     TuningOptions,
 )
-from gift.data import read_rows
+from gift.data.encoding import read_rows
 from gift.errors import InputError
 from gift.evaluate import asked_questions
-from gift.files import hash_file, hash_folder, hash_json
 from gift.merge.methods import METHODS
-from gift.models import model_hash, resolve_model
+from gift.models.loading import model_hash, resolve_model
 from gift.run import PATH_FIELDS, TOKENIZER_FILES, check_pair, pick
+from gift.storage.files import hash_file, hash_folder, hash_json
 
 STAGES_FOLDER = "stages"
 TUNING = "tuning"

@@ -14,11 +14,11 @@ from gift.config import ReportConfig
 from gift.config.study import INSTRUCT
 from gift.console import console
 from gift.controls import ABOUT as CONTROLS
-from gift.files import read_json, read_record, replacing
 from gift.merge.methods import METHODS
-from gift.micro_batches import BAND_NAMES
+from gift.storage.files import read_json, read_record, replacing
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
+from gift.training.micro_batches import BAND_NAMES
 from gift.weighting import ABOUT as WEIGHTINGS
 
 REPORT_FILE = "report.html"

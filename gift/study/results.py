@@ -10,13 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from gift.config.study import INSTRUCT
 from gift.console import console, print_table
+from gift.data.rows import json_lines
 from gift.errors import InputError
-from gift.files import read_json, read_record, write_json
-from gift.micro_batches import BAND_NAMES
-from gift.publish import check_published
-from gift.rows import json_lines
+from gift.storage.files import read_json, read_record, write_json
+from gift.storage.publish import check_published
 from gift.study.plan import STAGES_FOLDER
 from gift.study.significance import Estimate, estimate, holm, permute_runs
+from gift.training.micro_batches import BAND_NAMES
 
 STUDY_FILE = "study.json"
 RESULTS_FILE = "results.json"

@@ -20,14 +20,14 @@ from gift.config.study import INSTRUCT
 from gift.console import console, progress
 from gift.errors import InputError, lacks_memory
 from gift.evaluate import evaluate
-from gift.files import read_json, write_json
-from gift.lock import owned
 from gift.merge.command import merge
 from gift.merge.diff import diff
 from gift.merge.statistics import merge_statistics
-from gift.models import versions
-from gift.publish import remove_published
+from gift.models.loading import versions
 from gift.run import is_finished
+from gift.storage.files import read_json, write_json
+from gift.storage.lock import owned
+from gift.storage.publish import remove_published
 from gift.study.plan import STAGES_FOLDER, TUNING, Rates, Run, Stage, plan, plan_tuning
 from gift.study.report import write_report
 from gift.study.results import STUDY_FILE, print_results, read_study

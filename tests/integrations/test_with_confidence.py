@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from gift.annotate import annotate
 from gift.confidence_store import load_store
 from gift.config import AnnotateConfig, DataOptions
-from gift.data import encode_file
+from gift.data.encoding import encode_file
 from gift.datasets import with_confidence
 from gift.errors import InputError
 

@@ -32,7 +32,7 @@ import gift.merge.command as merge_module
 import gift.merge.stream as apply_module
 from gift.errors import InputError
 from gift.merge.rounding import merge_to_one_ulp
-from gift.shards import ShardWriter, open_checkpoint
+from gift.storage.shards import ShardWriter, open_checkpoint
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi-head-bias"])

@@ -12,15 +12,16 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gift.batches import make_batch
 from gift.config import MergeOptions, StatisticsConfig
-from gift.data import encode, read_rows
+from gift.data.batches import make_batch
+from gift.data.encoding import encode, read_rows
 from gift.errors import InputError
 from gift.merge.method import Rows
 from gift.merge.methods import METHODS, dare, fisher, lore_adapt, regmean, ties
 from gift.merge.statistics import merge_statistics
-from gift.models import load_causal_lm, load_tokenizer
-from gift.publish import LIST_FILE
+from gift.models.loading import load_causal_lm
+from gift.models.tokenizer import load_tokenizer
+from gift.storage.publish import LIST_FILE
 
 FLOAT64 = torch.float64
 

@@ -1,7 +1,7 @@
 """A merge killed amid its shards' bytes leaves nothing that looks finished, and goes on from there.
 
-`tests/test_kills.py` kills between the operations on files; here the kill comes between two blocks
-of one file, with shards finished before it.
+`tests/storage/test_kills.py` kills between the operations on files; here the kill comes between two
+blocks of one file, with shards finished before it.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from merge_models import llama, run_merge, save_adapter, save_model
 
-from gift.shards import ShardWriter
+from gift.storage.shards import ShardWriter
 
 
 def files(folder: Path) -> dict[str, bytes]:

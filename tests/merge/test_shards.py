@@ -10,7 +10,7 @@ import torch
 from merge_models import run_merge, save_pair, tensors
 from safetensors.torch import load_file, save_file
 
-from gift.shards import ShardWriter, TensorSpec, open_shard, read_span, spans
+from gift.storage.shards import ShardWriter, TensorSpec, open_shard, read_span, spans
 
 
 def test_shards_keep_their_index_names_order_metadata_and_untouched_files(tmp_path: Path) -> None:

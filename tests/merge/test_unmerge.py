@@ -12,7 +12,7 @@ from gift.config import UnmergeConfig
 from gift.errors import InputError
 from gift.merge.residual import decode_block, encode_block
 from gift.merge.unmerge import unmerge
-from gift.publish import LIST_FILE
+from gift.storage.publish import LIST_FILE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

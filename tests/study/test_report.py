@@ -13,10 +13,10 @@ from gift.config import ReportConfig, TrainOptions
 from gift.controls import ABOUT as CONTROLS
 from gift.controls import Control
 from gift.errors import InputError
-from gift.micro_batches import BAND_NAMES
 from gift.study import figures
 from gift.study.report import changes_by_layer, questions_decided, report
 from gift.study.results import read_study
+from gift.training.micro_batches import BAND_NAMES
 from gift.weighting import ABOUT as WEIGHTINGS
 
 # One process makes the study that these tests read.

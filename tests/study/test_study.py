@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from gift.config import MergeConfig, StatisticsConfig, StudyConfig
+from gift.distributed.ranks import ALONE, process_group
 from gift.errors import InputError
 from gift.merge.command import merge
 from gift.merge.statistics import merge_statistics
-from gift.ranks import ALONE, process_group
 from gift.study import run as run_module
 from gift.study.plan import plan, plan_tuning
 from gift.study.results import read_study

@@ -1,7 +1,7 @@
 """Launches without Triton's binder, which takes as long as a small kernel.
 
-For every `kernel[grid](...)` the binder finds in 17 µs of Python which compiled kernel the arguments
-take. A `Launch` remembers that, and starts the compiled kernel itself.
+For every `kernel[grid](...)` the binder spends 17 µs of Python to find the compiled kernel for the
+arguments. A `Launch` remembers it, and starts the compiled kernel itself.
 """
 
 from typing import Any
