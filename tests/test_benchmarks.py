@@ -1,6 +1,7 @@
 """The benchmarks at toy sizes: every provider that runs here is right, and results are whole."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from benchmarks.provider import needs_triton
 from benchmarks.providers import own_providers, providers_of
 from benchmarks.turns import LOST, Settings
 
+KERNEL_MODULES = ("logits", "matmul", "rows", "row_gradients")
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
 
@@ -349,6 +351,13 @@ def test_goals_of_stages_are_judged_against_the_fastest_of_the_others() -> None:
 )
 def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
     assert kernel_kinds.kind_of(kernel) == kind
+
+
+def test_all_of_our_kernels_are_known_as_ours() -> None:
+    modules = [f"gift_kernels.linear_ce.triton.kernels.{name}" for name in KERNEL_MODULES]
+    for module in map(importlib.import_module, [*modules, "gift_kernels.lora_merge.kernels"]):
+        names = [name for name in vars(module) if name.endswith("_kernel")]
+        assert names and {kernel_kinds.kind_of(name) for name in names} == {"ours"}, names
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
