@@ -65,12 +65,17 @@ def _over_full_logits(row: Row, case: Sequence[Row]) -> float | None:
     return row["time_ms"] / times[0] if times and times[0] and row.get("time_ms") else None
 
 
-FLOOR, OTHERS, MEMORY = _of("ratio_floor"), _of("ratio_best_peer"), _of("peak_mb")
+LOWER_BOUND, OTHERS, MEMORY = _of("ratio_floor"), _of("ratio_best_peer"), _of("peak_mb")
 IN_PLACE = "gift triton, in place"
 GOALS = (
-    Goal("trainable head, × floor", 1.08, _weighted("uniform", True), FLOOR),
+    Goal("trainable head, × lower bound", 1.08, _weighted("uniform", True), LOWER_BOUND),
     Goal("trainable head, × the fastest other", 1.0, _weighted("uniform", True), OTHERS),
-    Goal("frozen head, 512 tokens, × floor", 1.35, _weighted("offline", tokens=512), FLOOR),
+    Goal(
+        "frozen head, 512 tokens, × lower bound",
+        1.35,
+        _weighted("offline", tokens=512),
+        LOWER_BOUND,
+    ),
     *(
         Goal(
             f"frozen head, {tokens} tokens, × the fastest other",
@@ -80,14 +85,14 @@ GOALS = (
         )
         for tokens in (256, 512, 1024, 2048, 8192, 32768)
     ),
-    Goal("token_confidence, × floor", 1.03, _confidence, FLOOR),
-    Goal("frozen head, × floor", 1.07, _weighted("offline"), FLOOR, heads=MODELS),
-    Goal("frozen head and guide, × floor", 1.07, _weighted("guide"), FLOOR),
+    Goal("token_confidence, × lower bound", 1.03, _confidence, LOWER_BOUND),
+    Goal("frozen head, × lower bound", 1.07, _weighted("offline"), LOWER_BOUND, heads=MODELS),
+    Goal("frozen head and guide, × lower bound", 1.07, _weighted("guide"), LOWER_BOUND),
     Goal(
         "merge, float32 factors, rank to 64, × a copy",
         1.5,
         _merge("float32", range(65)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),
@@ -95,7 +100,7 @@ GOALS = (
         "merge, float32 factors, rank 128, × a copy",
         2.0,
         _merge("float32", range(128, 129)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),
@@ -103,7 +108,7 @@ GOALS = (
         "merge, bfloat16 factors, rank to 64, × a copy",
         1.15,
         _merge("bfloat16", range(65)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),

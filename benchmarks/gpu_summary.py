@@ -18,7 +18,7 @@ def summary(results: report.Results) -> str:
     count = len(results.tables.get("accuracy against float64", []))
     lines += ["", f"## accuracy: {count - len(wrong)} of {count} within budget"]
     lines += report.plain_table(wrong) if wrong else []
-    lines += ["", "## times: ms (× floor)"]
+    lines += ["", "## times: ms (× lower bound)"]
     for label in dict.fromkeys(row["case"] for row in results.rows):
         timed = [row for row in results.rows if row["case"] == label]
         cells = [

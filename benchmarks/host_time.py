@@ -7,6 +7,7 @@ of the calling thread. What the CUDA driver takes for a launch, and its allocato
 in them.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -119,11 +120,18 @@ def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
     return launches, calls.count, min(times) * 1e6
 
 
+def keep_freed_memory() -> None:
+    """Lets C's allocator keep what is freed, as a GPU's does, where it would call the system."""
+    library, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
+    assert library.mallopt(mmap_max, 0) == library.mallopt(trim_threshold, (1 << 31) - 1) == 1
+
+
 def main() -> None:
     """Prints one line a case and number of tokens."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "TRITON_INTERPRET is set: nothing is bound"
     os.environ["GIFT_KERNELS_AUTOTUNE"] = "0"
     torch.set_num_threads(1)
+    keep_freed_memory()
     triton.runtime.driver.set_active(Driver())
     with (
         mock.patch.object(JITFunction, "_do_compile", compiled),

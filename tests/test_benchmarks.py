@@ -1,6 +1,7 @@
 """The benchmarks at toy sizes: every provider that runs here is right, and results are whole."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from benchmarks.provider import needs_triton
 from benchmarks.providers import own_providers, providers_of
 from benchmarks.turns import LOST, Settings
 
+KERNEL_MODULES = ("logits", "matmul", "rows", "row_gradients")
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
 
@@ -252,9 +254,9 @@ def test_goals_are_judged_for_every_head_they_name() -> None:
     ]
     judged = goals.judge([{**row, **measured}, *others])
     verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
-    assert verdicts["frozen head, × floor", "llama-3.1-8b, peaked"] == "yes"
+    assert verdicts["frozen head, × lower bound", "llama-3.1-8b, peaked"] == "yes"
     assert verdicts["frozen head, 8192 tokens, × the fastest other", "llama-3.1-8b, peaked"] == "no"
-    assert verdicts["frozen head, × floor", "gemma-2-9b"] == "not measured"
+    assert verdicts["frozen head, × lower bound", "gemma-2-9b"] == "not measured"
     assert verdicts["eager, × full logits", "llama-3.1-8b, peaked"] == "no"
     assert (
         verdicts["merge, bfloat16 factors, rank to 64, × a copy", "llama-3.1-8b up"]
@@ -349,6 +351,13 @@ def test_goals_of_stages_are_judged_against_the_fastest_of_the_others() -> None:
 )
 def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
     assert kernel_kinds.kind_of(kernel) == kind
+
+
+def test_all_of_our_kernels_are_known_as_ours() -> None:
+    modules = [f"gift_kernels.linear_ce.triton.kernels.{name}" for name in KERNEL_MODULES]
+    for module in map(importlib.import_module, [*modules, "gift_kernels.lora_merge.kernels"]):
+        names = [name for name in vars(module) if name.endswith("_kernel")]
+        assert names and {kernel_kinds.kind_of(name) for name in names} == {"ours"}, names
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from gift_kernels import TokenStats
     from gift_kernels.linear_ce.types import Statistic
 
-# EAFT takes the entropy of the 20 likeliest tokens, as an approximation of that of all, over the
-# most that 20 tokens can have.
+# EAFT divides the entropy of the 20 likeliest tokens, an approximation, by its maximum.
 ENTROPY_SCALE = log(20)
 
 
@@ -33,7 +32,7 @@ class FormulaOptions(Protocol):
 
 
 class Signal(Protocol):
-    """A function of what the trained model says and of what is known beforehand: float32 [N]."""
+    """Float32 [N], from the trained model's statistics and from what does not depend on it."""
 
     def __call__(self, own: TokenStats, targets: Targets, options: FormulaOptions, /) -> Tensor: ...
 
@@ -89,16 +88,16 @@ def _excess(own: TokenStats, targets: Targets, options: FormulaOptions) -> Tenso
     import torch
 
     assert own.nll is not None and targets.guide is not None
-    # Both may hold the token impossible: ∞ − ∞ is no reason to learn it.
+    # ∞ − ∞ where both models give the token probability 0: such tokens come last.
     excess = (own.nll + torch.log(targets.guide)).nan_to_num(-torch.inf)
     return _top_share(excess, targets, options)
 
 
 def _top_share(score: Tensor, targets: Targets, options: FormulaOptions) -> Tensor:
-    """1 on the share of each row's tokens whose score [N] is largest, one at least; 0 elsewhere.
+    """1 on the share of each row's tokens with the largest scores [N], at least one; else 0.
 
-    Half a token more is a whole one. Of equal scores the earlier token comes first. Tokens of a
-    fixed weight do not count.
+    Half a token rounds up. Of equal scores the earlier token comes first. Tokens of a fixed weight
+    are left out.
     """
     import torch
 
@@ -107,7 +106,7 @@ def _top_share(score: Tensor, targets: Targets, options: FormulaOptions) -> Tens
         counts = (~targets.turn_ends).double()
         score = torch.where(targets.turn_ends, -torch.inf, score)
     by_score = score.argsort(descending=True, stable=True)
-    # Row after row, so that a row's tokens have the places of the row, the largest score first.
+    # Sorted by row, then by score: a row's tokens keep the row's indices.
     order = by_score[targets.row[by_score].argsort(stable=True)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - targets.row

@@ -14,11 +14,10 @@ from gift.data.encoding import Example
 
 @dataclass(frozen=True)
 class GuidedRow:
-    """One row for the loss; of its targets, all [targets]:
+    """One row for the loss. Of its targets, all [targets]:
 
-    the guide's `confidence` float32 if any, the place int64 of the first of those with which the
-    target shares its confidence (`span`), and the `weight` float32 where the trained model has no
-    part in it.
+    the guide's `confidence` float32 if any; `span`, the index int64 of the first target with which
+    it shares a confidence; the `weight` float32 if it does not depend on the trained model.
     """
 
     example: Example
@@ -28,12 +27,12 @@ class GuidedRow:
 
 
 class Targets(NamedTuple):
-    """What is known of N target tokens before the trained model reads them, all [N].
+    """Values of N target tokens that do not depend on the trained model, all [N].
 
     `guide` has the annotated confidences float32 (None without a store), `fixed_weight` the weights
-    float32 where the trained model has no part in them (else None), `turn_ends` is True on the last
-    token of each turn. `row` and `span` int64 are the places of the first token of the row, and of
-    the stretch of tokens that share one confidence.
+    float32 if they do not depend on the trained model. `turn_ends` is True on the last token of
+    each turn. `row` and `span` int64 are the indices of the first target of the row, and of the
+    span of targets that share one confidence.
     """
 
     guide: Tensor | None

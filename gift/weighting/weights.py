@@ -1,8 +1,8 @@
 """The weight of each target token in the loss, in plain PyTorch; the formulas are in `formulas`.
 
 The loss asks the kernels for each token's nll and for the statistics that the weighting reads,
-forms the weights here without gradient, and adds up weight times nll. Weights in which the trained
-model has no part are formed once before training, by `guided_rows`.
+forms the weights here without gradient, and adds up weight times nll. Weights that do not
+depend on the trained model are formed once before training, by `guided_rows`.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Te
 
 
 def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
-    """Where bool [N] `token_weights` is 0 whatever the trained model says.
+    """Where `token_weights` is 0 for any trained model, bool [N].
 
     These targets are left out of the loss's matrix products.
     """
@@ -83,7 +83,7 @@ def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
     if not weighting.statistics:
         return token_weights(config, TokenStats(), targets) == 0
     zero = torch.zeros_like(targets.turn_ends)
-    if weighting.most is not None:  # means and the transform keep the order
+    if weighting.most is not None:  # mean and transform are monotonic
         zero = _shape(config, weighting.most(TokenStats(), targets, config), targets) == 0
     if config.end_weight is not None:
         zero = torch.where(targets.turn_ends, config.end_weight == 0, zero)
@@ -113,13 +113,13 @@ def guided_rows(
 
 
 def _fixed_weights(config: TrainOptions, rows: Sequence[GuidedRow]) -> list[Tensor]:
-    """The weights float32 [targets] of every row, where the trained model has no part in them."""
+    """The weights float32 [targets] of every row, if they do not depend on the trained model."""
     signal = WEIGHTINGS[config.weighting].signal
     targets = [gather_targets([row]) for row in rows]
     signals = [signal(TokenStats(), row, config) for row in targets]
     if config.control is None:
         return [_shape(config, *pair) for pair in zip(signals, targets, strict=True)]
-    # Tokens of a fixed weight have no part in the control.
+    # Tokens of a fixed weight are left out of the control.
     free = [
         torch.ones_like(row.turn_ends) if config.end_weight is None else ~row.turn_ends
         for row in targets
@@ -132,7 +132,7 @@ def _fixed_weights(config: TrainOptions, rows: Sequence[GuidedRow]) -> list[Tens
 
 
 def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None) -> Tensor:
-    """Place int64 [targets] of the first target whose confidence is averaged with this one's."""
+    """Index int64 [targets] of the first target whose confidence is averaged with this one's."""
     begins = np.ones(example.targets, bool)
     if config.confidence_level != "token":
         ends = find_turn_ends(example).numpy()
@@ -142,8 +142,8 @@ def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None
             begins |= line_starts
         if config.end_weight is not None:
             begins |= ends
-    places = np.where(begins, np.arange(len(begins)), 0)
-    return torch.from_numpy(np.maximum.accumulate(places))
+    indices = np.where(begins, np.arange(len(begins)), 0)
+    return torch.from_numpy(np.maximum.accumulate(indices))
 
 
 def _shape(config: TrainOptions, signal: Tensor, targets: Targets) -> Tensor:
@@ -152,7 +152,7 @@ def _shape(config: TrainOptions, signal: Tensor, targets: Targets) -> Tensor:
 
 
 def _share(config: TrainOptions, signal: Tensor, targets: Targets) -> Tensor:
-    """The mean [N] of each span of the signal [N], on all its tokens."""
+    """The mean of the signal [N] over each span, repeated on its tokens [N]."""
     if config.confidence_level == "token":
         return signal
     span = targets.span
