@@ -7,6 +7,7 @@ of the calling thread. What the CUDA driver takes for a launch, and its allocato
 in them. `on_device` takes the time until calls return on a GPU, in which all of that is.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -129,24 +130,29 @@ def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
 
 def on_device(device: torch.device, toy: bool = False) -> Iterator[Row]:
     """Microseconds until each call returns, the median of many, its kernels running meanwhile."""
+    sizes = (320, 48) if toy else (VOCAB_SIZE, HIDDEN_SIZE)
     for tokens in (16,) if toy else (256, 1024, 8192):
-        for name, call in cases(
-            tokens, device, (320, 48) if toy else (VOCAB_SIZE, HIDDEN_SIZE)
-        ).items():
-            yield {"call": name, "tokens": tokens, "µs": _until_return(call, device, toy)}
-    for name, call in {} if toy else merges(device).items():
-        yield {"call": name, "tokens": 0, "µs": _until_return(call, device, toy)}
+        for name, call in cases(tokens, device, sizes).items():
+            yield {"call": name, "tokens": tokens, "µs": _until_return(call, device)}
+    for name, call in merges(device).items():
+        yield {"call": name, "tokens": 0, "µs": _until_return(call, device)}
 
 
-def _until_return(call: Callable[[], Any], device: torch.device, toy: bool) -> float:
+def _until_return(call: Callable[[], Any], device: torch.device) -> float:
     times = []
-    for _ in range(2 if toy else 23):
+    for _ in range(23):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return 1e6 * median(times[1 if toy else 3 :])
+    return 1e6 * median(times[3:])
+
+
+def keep_freed_memory() -> None:
+    """Lets C's allocator keep what is freed, as a GPU's does, where it would call the system."""
+    library, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
+    assert library.mallopt(mmap_max, 0) == library.mallopt(trim_threshold, (1 << 31) - 1) == 1
 
 
 def main() -> None:
@@ -154,6 +160,7 @@ def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "TRITON_INTERPRET is set: nothing is bound"
     os.environ["GIFT_KERNELS_AUTOTUNE"] = "0"
     torch.set_num_threads(1)
+    keep_freed_memory()
     triton.runtime.driver.set_active(Driver())
     with (
         mock.patch.object(JITFunction, "_do_compile", compiled),
