@@ -58,7 +58,7 @@ from gift.storage.files import hash_json, replacing, sealed_files, write_json
 from gift.storage.publish import Output
 from gift_kernels import token_confidence
 
-PART = "part-"  # begins the names of files with what was found of some rows
+PART = "part-"  # prefix of the files that hold values of some rows
 
 
 def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
@@ -173,8 +173,8 @@ class Annotator:
 
         Args:
             batch: columns by name, which hold the keys of `gift annotate`'s rows:
-                instruction/response, prompt/completion or messages. None is no value, inside
-                objects too.
+                instruction/response, prompt/completion or messages. None counts as absent, also
+                inside objects.
 
         Returns:
             All columns, and three object arrays of lists, as `gift.datasets.with_confidence` makes
@@ -218,7 +218,7 @@ class Annotator:
         return {**batch, **{name: _object_array(rows) for name, rows in found.items()}}
 
     def _note(self, notes: Sequence[str]) -> None:
-        """Prints what no earlier batch said."""
+        """Prints the notes that no earlier batch printed."""
         for note in notes:
             if note not in self._noted:
                 self._noted.add(note)
@@ -287,7 +287,7 @@ def _load_guide(
 
 
 def _plan(config: AnnotateOptions, packed: bool, data: EncodedData) -> list[list[Example]]:
-    """The batches of all rows; one is computed as a whole by one rank, however many there are."""
+    """The batches of all rows; each is computed by one rank, whatever the number of ranks."""
     lengths = [len(example.input_ids) for example in data.kept]
     plan = plan_batches(lengths, config.batch_tokens, packed=packed)
     return [[data.kept[number] for number in batch] for batch in plan]
@@ -312,7 +312,7 @@ def _annotate_batches(
     group: Group,
     clock: Clock,
 ) -> None:
-    """Annotates this rank's share of the missing batches; some of them become a file in `work`."""
+    """Annotates this rank's share of the missing batches; saves several per file in `work`."""
     share = group.share(missing)
     done = (len(batches) - len(missing)) // group.size
     with progress("annotate", done + len(share), done) as bar:
@@ -333,7 +333,7 @@ def _annotate_batches(
 
 
 def _trial_rows(model: Any, max_length: int) -> list[Example]:
-    """Rows of any tokens to try a model with: two short ones, one longer than its window if any."""
+    """Arbitrary rows to test packing: two short ones, one longer than the window if any."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     lengths = [5, 8] + ([window + 2] if window is not None and window < max_length else [])
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -344,7 +344,7 @@ def _trial_rows(model: Any, max_length: int) -> list[Example]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, at any depth, as the lists and numbers that JSON has."""
+    """Arrays, at any depth, as lists and numbers for JSON."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):
@@ -361,7 +361,7 @@ def _object_array(rows: Sequence[list[Any]]) -> np.ndarray:
 
 @torch.no_grad()
 def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
+    """Confidence and `GuideStatistics` of the batch's N targets, float32 [4, N]."""
     head = lm_head(model)
     hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
     confidence, stats = token_confidence(
@@ -377,7 +377,7 @@ def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor
 
 
 def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
+    """Splits results of `annotate_batch` by row; InputError where a value is not finite."""
     ends = np.cumsum([example.targets for example in rows])
     by_row = {
         str(example.row): np.ascontiguousarray(row)
@@ -389,7 +389,7 @@ def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray
 
 
 def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """What `annotate_batch` found, in row order, from the parts of all ranks."""
+    """Results of `annotate_batch` in row order, from the parts of all ranks."""
     values: dict[str, np.ndarray] = {}
     for path in _parts(work):
         values |= load_file(path)
@@ -405,5 +405,5 @@ def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
 
 
 def _parts(work: Path) -> list[Path]:
-    """The whole parts in the work folder."""
+    """The intact parts in the work folder."""
     return [path for name, path in sealed_files(work).items() if name.startswith(PART)]
