@@ -65,12 +65,17 @@ def _over_full_logits(row: Row, case: Sequence[Row]) -> float | None:
     return row["time_ms"] / times[0] if times and times[0] and row.get("time_ms") else None
 
 
-FLOOR, OTHERS, MEMORY = _of("ratio_floor"), _of("ratio_best_peer"), _of("peak_mb")
+LOWER_BOUND, OTHERS, MEMORY = _of("ratio_floor"), _of("ratio_best_peer"), _of("peak_mb")
 IN_PLACE = "gift triton, in place"
 GOALS = (
-    Goal("trainable head, × floor", 1.08, _weighted("uniform", True), FLOOR),
+    Goal("trainable head, × lower bound", 1.08, _weighted("uniform", True), LOWER_BOUND),
     Goal("trainable head, × the fastest other", 1.0, _weighted("uniform", True), OTHERS),
-    Goal("frozen head, 512 tokens, × floor", 1.35, _weighted("offline", tokens=512), FLOOR),
+    Goal(
+        "frozen head, 512 tokens, × lower bound",
+        1.35,
+        _weighted("offline", tokens=512),
+        LOWER_BOUND,
+    ),
     *(
         Goal(
             f"frozen head, {tokens} tokens, × the fastest other",
@@ -80,14 +85,14 @@ GOALS = (
         )
         for tokens in (256, 512, 1024, 2048, 8192, 32768)
     ),
-    Goal("token_confidence, × floor", 1.03, _confidence, FLOOR),
-    Goal("frozen head, × floor", 1.07, _weighted("offline"), FLOOR, heads=MODELS),
-    Goal("frozen head and guide, × floor", 1.07, _weighted("guide"), FLOOR),
+    Goal("token_confidence, × lower bound", 1.03, _confidence, LOWER_BOUND),
+    Goal("frozen head, × lower bound", 1.07, _weighted("offline"), LOWER_BOUND, heads=MODELS),
+    Goal("frozen head and guide, × lower bound", 1.07, _weighted("guide"), LOWER_BOUND),
     Goal(
         "merge, float32 factors, rank to 64, × a copy",
         1.5,
         _merge("float32", range(65)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),
@@ -95,7 +100,7 @@ GOALS = (
         "merge, float32 factors, rank 128, × a copy",
         2.0,
         _merge("float32", range(128, 129)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),
@@ -103,7 +108,7 @@ GOALS = (
         "merge, bfloat16 factors, rank to 64, × a copy",
         1.15,
         _merge("bfloat16", range(65)),
-        FLOOR,
+        LOWER_BOUND,
         IN_PLACE,
         UP,
     ),
@@ -135,6 +140,27 @@ def _judged(goal: Goal, head: str, row: Row | None, rows: Sequence[Row]) -> Row:
     rank = f"rank {row['rank']}" if row is not None and row["rank"] else ""
     case = head if row is None else ", ".join(filter(None, [head, row["data"], rank]))
     return {"goal": goal.name, "case": case, "at most": goal.bound, "found": figure, "met": met}
+
+
+# Of calls: microseconds until they return, at most.
+HOST_GOALS = (
+    ("frozen head", 256, 800.0),
+    ("lora_merge_, bfloat16 factors", 0, 40.0),
+    ("lora_merge_, float32 factors", 0, 40.0),
+)
+
+
+def judge_host(rows: Sequence[Row]) -> list[Row]:
+    """The same for the time of the host, from the rows of `host_time`."""
+    found: list[Row] = []
+    for call, tokens, bound in HOST_GOALS:
+        times = [row["µs"] for row in rows if (row["call"], row["tokens"]) == (call, tokens)]
+        figure = times[0] if times else None
+        met = "not measured" if figure is None else "yes" if figure <= bound else "no"
+        case = f"{call}, {tokens} tokens" if tokens else call
+        row = {"goal": "host time, µs", "case": case, "at most": bound, "found": figure, "met": met}
+        found.append(row)
+    return found
 
 
 # Of stages: the way's stage, the column, how much at least, and the way it is a multiple of.

@@ -11,8 +11,8 @@ import torch
 KINDS = (
     (
         "ours",
-        r"^_?(logits|two_heads|product|weigh|merge|finish|finish_dh|gather|compact|column_sum|"
-        r"scale_rows|split|lora_merge)_kernel",
+        r"^_?(logits|two_heads|dh|dw|merge|finish|finish_dh|gather|compact|column_sum|scale_rows|"
+        r"split|lora_merge)_kernel",
     ),
     ("attention", r"flash|fmha|attention|varlen"),
     ("32-bit product", r"sgemm|simt|f32f32|tf32|nvjet_s"),

@@ -1,7 +1,7 @@
 """`python -m benchmarks readme`: writes the generated sections of README.md and docs/.
 
-Performance and studies come from folders of results, merge methods from their registry; a test
-compares all.
+Performance and studies come from folders of results, merge methods from their registry. A test
+checks that the files hold what this makes.
 """
 
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ STUDY = ROOT / "docs" / "study.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
 BEGIN_STUDY = "<!-- of a study, made by python -m benchmarks readme -->"
 END = "<!-- end -->"
-NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` does it in one
-call: tests, accuracy, times beside the peers, whole stages."""
-SHOWN_HEAD = "llama-3.1-8b"  # README shows the cases of this one alone
+NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` measures accuracy,
+times beside the peers and whole stages in one call."""
+SHOWN_HEAD = "llama-3.1-8b"  # the only head in README's table
 WEIGHTINGS = {
     "offline": "a weight tensor",
     "uniform": "no weights",
-    "guide": "weights of a guide",
-    "self": "weights of its own",
+    "guide": "guide's confidence",
+    "self": "own confidence",
 }
 
 
 def update(folders: Sequence[Path]) -> None:
-    """Puts the sections of these results, or of the newest stored ones, in their files."""
+    """Writes the sections of these results, or of the newest stored ones, into their files."""
     for path, made in sections(folders or newest()):
         before, rest = path.read_text(encoding="utf-8").split(made.partition("\n")[0])
         path.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
 
 
 def sections(folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Files, and what stands in each between its two markers, markers included."""
+    """Each generated section with its file, from its first marker to the last."""
     results = [report.read_results(folder) for folder in folders]
     gpu = [one for one in results if not _on_cpu(one)]
     made = {
@@ -69,7 +69,7 @@ def merge_methods() -> str:
 
 
 def newest() -> list[Path]:
-    """The latest results of a GPU, then those of a CPU, as far as there are any."""
+    """The latest results of a GPU, then those of a CPU, where there are any."""
     found: dict[bool, tuple[str, Path]] = {}
     for file in RESULTS.glob(f"*/{report.RESULTS_FILE}"):
         results = report.read_results(file.parent)
@@ -93,14 +93,14 @@ def _heading(results: report.Results) -> str:
 
 
 def _short(results: report.Results) -> str:
-    """README's table of a GPU; what is slower there than another way is bold."""
+    """README's table of a GPU; ratios above 1 are bold."""
     table = []
     for row in sorted(_measured(results), key=_order):
         if row["head"].split()[0] == SHOWN_HEAD:
             case = _case(row["case"], results)
             ratio = case["ours / fastest other"]
             mark = "**" if ratio > 1 else ""
-            shown = {name: case[name] for name in ("ours", "usual way", "fastest peer")}
+            shown = {name: case[name] for name in ("ours", "baseline", "fastest peer")}
             ours = {"ours / fastest other": f"{mark}{ratio:.2f}{mark}"}
             table.append({"case": _brief(row), **shown, **ours})
     slower, total = _slower(results), len(_measured(results))
@@ -109,8 +109,8 @@ def _short(results: report.Results) -> str:
         "",
         *report.plain_table(table),
         "",
-        f"Bold: slower than the fastest other way, as in {len(slower)} of all {total} cases "
-        f"measured{_eager(results)}.",
+        f"Bold: slower than the fastest other implementation, as in {len(slower)} of all {total} "
+        f"cases measured{_eager(results)}.",
     ]
     return "\n".join(lines)
 
@@ -126,7 +126,7 @@ def _device(results: report.Results) -> str:
         "",
         *report.plain_table([_case(row["case"], results) for row in _measured(results)]),
         "",
-        f"Slower than the fastest other way in {len(slower)} of {len(_measured(results))} cases"
+        f"Slower than the fastest other in {len(slower)} of {len(_measured(results))} cases"
         f"{_eager(results)}:",
         "",
         *(f"- {case}: {ratio:.2f} times its time" for case, ratio in slower.items()),
@@ -150,14 +150,14 @@ def _measured(results: report.Results) -> list[report.Row]:
 
 
 def _order(row: report.Row) -> tuple:
-    """README's order: one kind of case beside its like."""
+    """README's order: similar cases next to each other."""
     weighting = list(WEIGHTINGS).index(row["weighting"]) if row["weighting"] else 0
     flat = row["data"] == "flat"
     return row["op"] != "weighted_ce", row["rank"], weighting, row["trainable"], flat, row["tokens"]
 
 
 def _brief(row: report.Row) -> str:
-    """A case's name where its head and dtype are known."""
+    """A case's name without its head and dtype."""
     if row["op"] == "lora_merge":
         return f"lora_merge, rank {row['rank']}, {row['factor_dtype']} factors"
     parts = [row["op"], f"{row['tokens']} tokens"]
@@ -170,7 +170,7 @@ def _brief(row: report.Row) -> str:
 
 
 def _case(label: str, results: report.Results) -> report.Row:
-    """Ours, the usual way and the fastest exact peer of a case in one row; a dash: not measured."""
+    """A case's row: ours, the baseline and the fastest exact peer; a dash: not measured."""
     timed = [row for row in results.rows if row["case"] == label and "time_ms" in row]
 
     def first(kind: str) -> report.Row:
@@ -179,14 +179,14 @@ def _case(label: str, results: report.Results) -> report.Row:
         in_place = [row for row in mine if row["provider"].endswith("in place")]
         return min(in_place or mine, key=lambda row: row["time_ms"], default={})
 
-    ours, usual, peer, floor = map(first, ("ours", "baseline", "peer", "floor"))
-    fastest = min((row["time_ms"] for row in (usual, peer) if row), default=None)
+    ours, baseline, peer, bound = map(first, ("ours", "baseline", "peer", "floor"))
+    fastest = min((row["time_ms"] for row in (baseline, peer) if row), default=None)
     errors = [ours[name] for name in ours if name.startswith("error_")]
     return {
         "case": label.replace(", frozen head", "").replace(", both", ""),
-        "floor": _cell(floor, memory=False),
+        "lower bound": _cell(bound, memory=False),
         "ours": f"{ours['provider'].removeprefix('gift ')} {_cell(ours)}" if ours else "-",
-        "usual way": _cell(usual),
+        "baseline": _cell(baseline),
         "fastest peer": f"{peer['provider']} {_cell(peer)}" if peer else "-",
         "ours / fastest other": ours["time_ms"] / fastest if ours and fastest else 0.0,
         "our error": f"{max(errors):.0e}" if errors else "-",
@@ -194,7 +194,7 @@ def _case(label: str, results: report.Results) -> report.Row:
 
 
 def _slower(results: report.Results) -> dict[str, float]:
-    """The cases in which another way is faster, and ours over the fastest."""
+    """Cases in which another implementation is faster, with our time over the fastest other."""
     cases = [_case(row["case"], results) for row in _measured(results)]
     ratios = {row["case"]: row["ours / fastest other"] for row in cases}
     return {case: ratio for case, ratio in ratios.items() if ratio > 1}
@@ -210,7 +210,7 @@ def _eager(results: report.Results) -> str:
     if not ratios or _on_cpu(results):
         return ""
     least, most = min(ratios), max(ratios)
-    return f'; `impl="eager"` takes {least:.0f} to {most:.0f} times as long as that way on a GPU'
+    return f'; `impl="eager"` takes {least:.0f} to {most:.0f} times as long as that on a GPU'
 
 
 def _cell(row: report.Row, memory: bool = True) -> str:

@@ -119,7 +119,7 @@ def markdown(results: Results) -> str:
         if data.get(label):
             lines += [", ".join(f"{k} {v:.3g}" for k, v in data[label].items()), ""]
         lines += [
-            "| provider | ms (p20 to p80) | samples | × floor | × best peer | peak extra MB "
+            "| provider | ms (p20 to p80) | samples | × lower bound | × best peer | peak extra MB "
             "| TFLOP/s | GB/s | error | note |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]

@@ -15,15 +15,14 @@ from gift.study.results import in_percent, shown_p
 TASK, ACCURACY = "task", "accuracy in %"
 # README's rows; docs/study.md has all.
 SHOWN = (
-    *("Instruct", "GIFT", "Shadow-FT (uniform)", "Instruct-SFT", "weighting self"),
-    *("weighting excess", "control shuffle", "control invert"),
-    *("guide wrong", "guide overconfident", "guide new to the domain"),
+    *("Instruct", "GIFT", "Shadow-FT (uniform)", "Instruct-SFT"),
+    *("weighting excess", "control shuffle", "guide wrong", "guide new to the domain"),
 )
 
 
 @dataclass(frozen=True)
 class StoredStudy:
-    """One study of the folder: with noisy, or with clean references."""
+    """A stored study, with noisy or with clean references."""
 
     references: str
     results: dict[str, Any]
@@ -40,11 +39,11 @@ class StoredStudy:
         return self.results["compared"]
 
     def differences(self, evaluation: str) -> list[dict[str, Any]]:
-        """Those of an evaluation."""
+        """The differences between methods in an evaluation."""
         return [one for one in self.results["differences"] if one["evaluation"] == evaluation]
 
     def of_guide(self, guide: str) -> list[dict[str, Any]]:
-        """Its calibration with every pair."""
+        """A guide's calibration with every pair."""
         return [one for one in self.results["guides"] if one["guide"] == guide]
 
     def difference(self, evaluation: str, first: str, second: str) -> dict[str, Any] | None:
@@ -78,7 +77,7 @@ def short(studies: Sequence[StoredStudy]) -> str:
 
 
 def _both(studies: Sequence[StoredStudy]) -> list[Row]:
-    """Task accuracy with each kind of references; a dash where a study has not the method."""
+    """Task accuracy with each kind of references; a dash where a study lacks the method."""
     rows = []
     for method in studies[0].methods:
         row: Row = {ACCURACY: method}
@@ -106,7 +105,7 @@ def _words(study: StoredStudy) -> str:
 
 
 def _worse(study: StoredStudy) -> str:
-    """What is significantly worse than the instruct model as it is, by evaluation."""
+    """Methods significantly worse than the unadapted instruct model, by evaluation."""
     lines = [f"Significantly worse than {INSTRUCT}, which was not adapted:", ""]
     for evaluation in (TASK, *study.results["retention_evaluations"]):
         worse = [
@@ -119,7 +118,7 @@ def _worse(study: StoredStudy) -> str:
 
 
 def _sides(differences: Iterable[dict[str, Any]]) -> str:
-    """What the first method is ahead of, behind, and neither."""
+    """The methods that the first one is ahead of, behind, and not surely different from."""
     ahead, behind, same = [], [], []
     for one in differences:
         side = same if not one["significant"] else ahead if one["value"]["mean"] > 0 else behind

@@ -170,8 +170,8 @@ class Annotator:
 
         Args:
             batch: columns by name, which hold the keys of `gift annotate`'s rows:
-                instruction/response, prompt/completion or messages. None is no value, inside
-                objects too.
+                instruction/response, prompt/completion or messages. None counts as absent, also
+                inside objects.
 
         Returns:
             All columns, and three object arrays of lists, as `gift.datasets.with_confidence` makes
@@ -215,7 +215,7 @@ class Annotator:
         return {**batch, **{name: _object_array(rows) for name, rows in found.items()}}
 
     def _note(self, notes: Sequence[str]) -> None:
-        """Prints what no earlier batch said."""
+        """Prints the notes that no earlier batch printed."""
         for note in notes:
             if note not in self._noted:
                 self._noted.add(note)
@@ -289,7 +289,7 @@ def _load_guide(config: AnnotateConfig, folder: Path, data: EncodedData, clock: 
 def _annotate_batches(
     config: AnnotateConfig, guide: Guide, plan: Plan, work: Path, group: Group, clock: Clock
 ) -> None:
-    """Annotates this rank's share of the missing batches; some of them become a file in `work`."""
+    """Annotates this rank's share of the missing batches; saves several per file in `work`."""
     done = (len(plan.batches) - len(plan.missing)) // group.size
     found = list(plan.found)
     with progress("annotate", done + len(plan.share), done + len(found)) as bar:
@@ -308,7 +308,7 @@ def _annotate_batches(
 
 
 def _trial_rows(model: Any, max_length: int) -> list[Example]:
-    """Rows of any tokens to try a model with: two short ones, one longer than its window if any."""
+    """Arbitrary rows to test packing: two short ones, one longer than the window if any."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     lengths = [5, 8] + ([window + 2] if window is not None and window < max_length else [])
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -319,7 +319,7 @@ def _trial_rows(model: Any, max_length: int) -> list[Example]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, at any depth, as the lists and numbers that JSON has."""
+    """Arrays, at any depth, as lists and numbers for JSON."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""The weight of each target token in the loss, in plain PyTorch: `token_weights` is the place to
-change or to add one.
+"""The weight of each target token in the loss, in plain PyTorch: change or add a weighting in
+`token_weights`.
 
 The loss asks the kernels for each token's nll and for STATISTICS, forms the weights here without
-gradient, and adds up weight times nll. What the trained model has no part in, the weights of
-`--weighting guide` and `--control`, is formed once before training, by `guided_rows`.
+gradient, and adds up weight times nll. Weights that do not depend on the trained model
+(`--weighting guide`, `--control`) are formed once before training, by `guided_rows`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from gift_kernels import TokenStats, WeightTransform
 from gift_kernels.linear_ce.types import Statistic
 from gift_kernels.reference import transform_weight
 
-# What `token_weights` reads of the trained model, by weighting.
+# Statistics of the trained model that `token_weights` needs, by weighting.
 STATISTICS: dict[str, tuple[Statistic, ...]] = {
     "uniform": (),
     "self": ("confidence",),
@@ -45,22 +45,21 @@ ABOUT = {
     "entropy": "A token weighs more the less sure the trained model is there of any token "
     "(EAFT, arXiv 2601.02151).",
 }
-# Options that would change what a weighting does not have.
+# Options that a weighting does not read, by weighting.
 UNREAD = {
     "uniform": ("confidence_level", "confidence_floor", "confidence_power", "confidence_threshold"),
     "excess": ("confidence_level", "confidence_power", "confidence_threshold"),
 }
-# EAFT takes the entropy of the 20 likeliest tokens, as an approximation of that of all, over the
-# most that 20 tokens can have.
+# EAFT divides the entropy of the 20 likeliest tokens, an approximation, by its maximum.
 ENTROPY_SCALE = log(20)
 
 
 @dataclass(frozen=True)
 class GuidedRow:
-    """One row for the loss; of its targets, [targets]:
+    """One row for the loss. Of its targets, all [targets]:
 
     the guide's confidence float32 if any, the weight float32 under `--weighting guide`, and the
-    place int64 of the first of those with which the target shares its confidence.
+    index int64 of the first target with which it shares a confidence.
     """
 
     example: Example
@@ -70,12 +69,12 @@ class GuidedRow:
 
 
 class Targets(NamedTuple):
-    """What is known of N target tokens before the trained model reads them, all [N].
+    """Values of N target tokens that do not depend on the trained model, all [N].
 
     `guide` has the annotated confidences float32 (None without a store), `guide_weight` the weights
     float32 of `--weighting guide` (None under another), `turn_ends` is True on the last token of
-    each turn. `row` and `span` int64 are the places of the first token of the row, and of the
-    stretch of tokens that share one confidence.
+    each turn. `row` and `span` int64 are the indices of the first target of the row, and of the
+    span of targets that share one confidence.
     """
 
     guide: Tensor | None
@@ -140,26 +139,26 @@ def token_weights(config: TrainOptions, own: TokenStats, targets: Targets) -> Te
         match config.weighting:
             case "self":  # DFT, arXiv 2508.05629
                 assert p is not None
-                signal = p
-            case "own-times-guide":  # the product of the two, for what both models hold likely
+                raw = p
+            case "own-times-guide":  # large only where both models are confident
                 assert p is not None and guide is not None
-                signal = p * guide
+                raw = p * guide
             case "excess":  # own loss above the guide's, 1 on the largest: Rho-1, arXiv 2404.07965
                 assert own.nll is not None and guide is not None
-                # Both may hold the token impossible: ∞ − ∞ is no reason to learn it.
+                # ∞ − ∞ where both models give the token probability 0: such tokens come last.
                 excess = (own.nll + torch.log(guide)).nan_to_num(-torch.inf)
-                signal = _top_share(config, excess, targets)
+                raw = _top_share(config, excess, targets)
             case "entropy":  # own entropy over its scale, at most 1: EAFT, arXiv 2601.02151
                 assert own.entropy is not None
-                signal = (own.entropy / ENTROPY_SCALE).clamp(max=1)
-        weight = transform_weight(_shared(config, signal, targets.span), _transform(config))
+                raw = (own.entropy / ENTROPY_SCALE).clamp(max=1)
+        weight = transform_weight(_shared(config, raw, targets.span), _transform(config))
     if config.end_weight is not None:
         weight = torch.where(targets.turn_ends, config.end_weight, weight)
     return weight
 
 
 def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
-    """Where bool [N] `token_weights` is 0 whatever the trained model says.
+    """Where `token_weights` is 0 for any trained model, bool [N].
 
     These targets are left out of the loss's matrix products.
     """
@@ -168,7 +167,7 @@ def known_zeros(config: TrainOptions, targets: Targets) -> Tensor:
         assert targets.guide_weight is not None
         zero = targets.guide_weight == 0
     elif config.weighting == "own-times-guide":
-        # p · guide is not above the guide's; its mean and the transform keep that order.
+        # p · guide <= guide, and mean and transform are monotonic.
         assert targets.guide is not None
         shared = _shared(config, targets.guide, targets.span)
         zero = transform_weight(shared, _transform(config)) == 0
@@ -229,7 +228,7 @@ def _guide_weights(
     transform = _transform(config)
     if config.control is None:
         return [transform_weight(q, transform) for q in confidence]
-    # Tokens of a fixed weight have no part in the control.
+    # Tokens of a fixed weight are left out of the control.
     free = [
         torch.ones(len(q), dtype=torch.bool)
         if config.end_weight is None
@@ -241,7 +240,7 @@ def _guide_weights(
 
 
 def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None) -> Tensor:
-    """Place int64 [targets] of the first target whose confidence is averaged with this one's."""
+    """Index int64 [targets] of the first target whose confidence is averaged with this one's."""
     begins = np.ones(example.targets, bool)
     if config.confidence_level != "token":
         ends = find_turn_ends(example).numpy()
@@ -251,31 +250,31 @@ def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None
             begins |= line_starts
         if config.end_weight is not None:
             begins |= ends
-    places = np.where(begins, np.arange(len(begins)), 0)
-    return torch.from_numpy(np.maximum.accumulate(places))
+    indices = np.where(begins, np.arange(len(begins)), 0)
+    return torch.from_numpy(np.maximum.accumulate(indices))
 
 
-def _shared(config: TrainOptions, signal: Tensor, span: Tensor) -> Tensor:
-    """The mean [N] of each span of the signal [N], on all its tokens."""
+def _shared(config: TrainOptions, values: Tensor, span: Tensor) -> Tensor:
+    """The mean of the values [N] over each span, repeated on its tokens [N]."""
     if config.confidence_level == "token":
-        return signal
-    sums = torch.zeros_like(signal, dtype=torch.float64).index_add_(0, span, signal.double())
+        return values
+    sums = torch.zeros_like(values, dtype=torch.float64).index_add_(0, span, values.double())
     counts = torch.zeros_like(sums).index_add_(0, span, torch.ones_like(sums))
-    return (sums[span] / counts[span]).to(signal.dtype)
+    return (sums[span] / counts[span]).to(values.dtype)
 
 
 def _top_share(config: TrainOptions, score: Tensor, targets: Targets) -> Tensor:
-    """1 on the share of each row's tokens whose score [N] is largest, one at least; 0 elsewhere.
+    """1 on the share of each row's tokens with the largest scores [N], at least one; else 0.
 
-    Half a token more is a whole one. Of equal scores the earlier token comes first. Tokens of a
-    fixed weight do not count.
+    Half a token rounds up. Of equal scores the earlier token comes first. Tokens of a fixed weight
+    are left out.
     """
     counts = torch.ones_like(score, dtype=torch.float64)
     if config.end_weight is not None:
         counts = (~targets.turn_ends).double()
         score = torch.where(targets.turn_ends, -torch.inf, score)
     by_score = score.argsort(descending=True, stable=True)
-    # Row after row, so that a row's tokens have the places of the row, the largest score first.
+    # Sorted by row, then by score: a row's tokens keep the row's indices.
     order = by_score[targets.row[by_score].argsort(stable=True)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - targets.row

@@ -115,7 +115,7 @@ def note_tokens(tokens: int) -> None:
 
 @torch.no_grad()
 def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
+    """Confidence and `GuideStatistics` of the batch's N targets, float32 [4, N]."""
     head = lm_head(model)
     hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
     confidence, stats = token_confidence(

@@ -1,4 +1,4 @@
-"""Files of an unfinished annotation: what was found of some rows, for a resumed run."""
+"""Files of an unfinished annotation: values of some rows, for a resumed run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ PREFIX = "part-"
 
 
 def write_part(work: Path, number: int, rows: Sequence[Example], values: np.ndarray) -> None:
-    """Writes what `annotate_batch` found of some rows; no other part has the number."""
+    """Writes results of `annotate_batch` for some rows; no other part has the number."""
     path = work / f"{PREFIX}{number:06d}.safetensors"
     with replacing(path, sealed=True) as temporary:
         save_file(split_by_row(rows, values), temporary)
 
 
 def split_by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
+    """Splits results of `annotate_batch` by row; InputError where a value is not finite."""
     ends = np.cumsum([example.targets for example in rows])
     by_row = {
         str(example.row): np.ascontiguousarray(row)
@@ -47,7 +47,7 @@ def unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
 
 
 def collect_parts(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """What `annotate_batch` found, in row order, from the parts of all ranks."""
+    """Results of `annotate_batch` in row order, from the parts of all ranks."""
     values: dict[str, np.ndarray] = {}
     for path in _parts(work):
         values |= load_file(path)
@@ -63,5 +63,5 @@ def collect_parts(data: EncodedData, work: Path) -> list[np.ndarray]:
 
 
 def _parts(work: Path) -> list[Path]:
-    """The whole parts in the work folder."""
+    """The intact parts in the work folder."""
     return [path for name, path in sealed_files(work).items() if name.startswith(PREFIX)]

@@ -22,8 +22,8 @@ class TrainOptions(Options):
         default=0.6,
         gt=0,
         le=1,
-        description="Share of each row's tokens that --weighting excess learns from; half a token "
-        "rounds up, and one is the least.",
+        description="Share of each row's tokens that --weighting excess selects; half a token "
+        "rounds up, at least one.",
     )
     confidence_level: Literal["token", "step", "sequence"] = Field(
         default="token",
@@ -46,7 +46,7 @@ class TrainOptions(Options):
     )
     confidence_power: float = Field(default=1.0, ge=0, description="Exponent of the weights.")
     confidence_threshold: float = Field(
-        default=0.0, ge=0, le=1, description="Smaller weights become 0."
+        default=0.0, ge=0, le=1, description="Weights below it become 0."
     )
     end_weight: float | None = Field(
         default=None,
@@ -59,15 +59,15 @@ class TrainOptions(Options):
         default="linear", description="Learning-rate schedule after the warm-up."
     )
     warmup_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="Share of steps with rising rate."
+        default=0.1, ge=0, le=1, description="Share of steps in the warm-up."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
     micro_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens per forward pass, a longer row alone; default 8192 on CUDA, 1024 "
-        "elsewhere. Changes memory and speed, not the update.",
+        description="Most tokens per forward pass; a longer row is computed alone. Default 8192 on "
+        "CUDA, 1024 elsewhere. Changes memory and speed, not the update.",
     )
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="Most rows per forward pass; default no limit."
@@ -95,9 +95,9 @@ class TrainOptions(Options):
     gradient_checkpointing: str = Field(
         default="auto",
         pattern="^(auto|on|off|[1-9][0-9]*)$",
-        description="Which activations are recomputed in the backward, to save memory: on (all), "
-        "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
-        "before the first step, fits so, with fewer tokens while the device stays busy, else all.",
+        description="Layers that recompute their activations in the backward, to save memory: on "
+        "(all), off (none), a number (the first N), or auto: before the first step the largest "
+        "micro-batch is tried without recomputation, with fewer tokens if needed, then with it.",
     )
     checkpoint_steps: int = Field(
         default=10,

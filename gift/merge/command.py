@@ -2,11 +2,10 @@
 
     θ_I' = θ_I + Σ_i c_i (α_i / r_i) B_i A_i        (GIFT, ACL 2026, arXiv 2605.01256, and others)
 
-Plan (which adapter tensor goes to which weight), validate (everything wrong is reported before any
-output exists), apply: shard by shard and block by block, in a few hundred megabytes of memory.
-Each finished shard is re-read, compared with what was written, and recorded, so that a killed merge
-resumes after it; one rename makes the output folder appear when it is complete
-(`gift.storage.publish`).
+Plan (match adapter tensors with weights), validate (report all problems before any output exists),
+apply: shard by shard and block by block, in a few hundred megabytes of memory. Each finished shard
+is re-read, compared with what was written, and recorded, so that a killed merge resumes after it;
+one rename makes the output folder appear when it is complete (`gift.storage.publish`).
 """
 
 import shutil
@@ -38,10 +37,10 @@ OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": 
 
 
 def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
-    """Plans, checks and writes the merged model; returns the summary.
+    """Plans, validates and writes the merged model; returns the summary.
 
-    Several ranks share the shards; the main one writes the rest and publishes. `key` is stored in
-    the folder's `gift_files.json`, see `publish.output_folder`.
+    Several ranks share the shards; the main one writes the other files and publishes. `key` is
+    stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
     InputError: everything that cannot be merged correctly, in one message and before any output is
     written; an existing output without `overwrite`; too little disk.
@@ -92,22 +91,6 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     for adapter in adapters:
         refuse_dead_values(adapter)
     made_from = _made_from(config, checkpoint, base, plan, recipe, statistics.fingerprint)
-    manifest = {
-        "kind": "gift merge",
-        "fingerprint": hash_json(made_from),
-        "model": config.model,
-        "base": config.base,
-        "method": config.method,
-        "formula": method.formula,
-        "settings": {name: getattr(config, name) for name in method.settings},
-        "dtype": config.dtype,
-        "untied_head": plan.untied_head,
-        "added_head": None if plan.untied_head in checkpoint.tensors else plan.untied_head,
-        "adapters": merge_output.adapter_provenance(plan, coefficients),
-        "notes": notes,
-        "summary": summary,
-        "versions": versions(),
-    }
     keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
     partial = ranks.begin_shared(group, output, made_from, keep)
     if group.is_main:
@@ -117,15 +100,16 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
         return summary
     merge_output.copy_side_files(folder, files, partial)
     _write_rest(config, plan, shards, partial)
+    manifest = _manifest(config, plan, hash_json(made_from), notes, summary)
     merge_output.write_card(partial, manifest)
     write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
     return summary
 
 
 def adapter_folder(name: str) -> Path:
-    """A local adapter folder as it is, or the snapshot of a hub id.
+    """A local adapter folder, or the snapshot of a hub id.
 
-    InputError: no such adapter, or one whose files are not what a stage of this program wrote.
+    InputError: no such adapter, or a stage's output whose files have changed.
     """
     if not Path(name).is_dir():
         return resolve_model(name)
@@ -214,10 +198,37 @@ def _made_from(
     }
 
 
+def _manifest(
+    config: MergeConfig,
+    plan: MergePlan,
+    fingerprint: str,
+    notes: Sequence[str],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of the merge, without its shards."""
+    method = METHODS[config.method]
+    return {
+        "kind": "gift merge",
+        "fingerprint": fingerprint,
+        "model": config.model,
+        "base": config.base,
+        "method": config.method,
+        "formula": method.formula,
+        "settings": {name: getattr(config, name) for name in method.settings},
+        "dtype": config.dtype,
+        "untied_head": plan.untied_head,
+        "added_head": None if plan.untied_head in plan.checkpoint.tensors else plan.untied_head,
+        "adapters": merge_output.adapter_provenance(plan, config.coefficients()),
+        "notes": notes,
+        "summary": summary,
+        "versions": versions(),
+    }
+
+
 def _write_rest(
     config: MergeConfig, plan: MergePlan, shards: Sequence[ShardPlan], partial: Path
 ) -> None:
-    """Config and index, changed where the weights are; with a residual, their originals too."""
+    """Config and index, adapted to the new weights; with a residual, the originals too."""
     folder = plan.checkpoint.folder
     untied = plan.untied_head is not None
     converted = any(job.spec.dtype != job.source.dtype for shard in shards for job in shard.jobs)

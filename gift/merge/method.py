@@ -1,4 +1,4 @@
-"""What a merge method is: its name, its formula, and a function on rows of a tensor.
+"""The type of a merge method: its name, formula, and a function on rows of a tensor.
 
 Letters: M out, K in, n task vectors. θ_I is the instruct model's tensor, θ_B the base model's, θ₀
 the origin that task vectors τ are added to: θ_B where a base is given, else θ_I. All tensors of a
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # `gift --help` reads every method and must not wait for torc
 class Rows:
     """Some rows [rows, K] of one tensor in the models that are merged.
 
-    `tasks` holds one τ an adapter, zero where it has nothing for the tensor. `fishers` are the
-    models' Fisher diagonals, for methods that ask for them. `known` is what the method's `prepare`
+    `tasks` holds one τ per adapter, zero if it does not change the tensor. `fishers` are the
+    models' Fisher diagonals, for methods that request them. `known` is what the method's `prepare`
     returned for the whole tensor, `matrix` the index of these rows' matrix in a stack of experts.
     `key` names tensor and rows and is the same in every run.
     """
@@ -50,7 +50,7 @@ class Rows:
 
     @property
     def models(self) -> list[Tensor]:
-        """The instruct model and one task model an adapter."""
+        """The instruct model and one task model per adapter."""
         return [self.instruct, *(self.origin + task for task in self.tasks)]
 
 

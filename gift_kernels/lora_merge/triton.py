@@ -27,9 +27,10 @@ def _config(block_m: int, block_k: int, tiles_m: int, stages: int, num_warps: in
     return triton.Config(tiles, num_warps=num_warps, num_stages=2)
 
 
-# Candidates of the autotuner for each way to multiply the factors; the first fits every GPU. Those
-# with several stages load the next tile while they compute; the others rely on the other blocks of
-# the same multiprocessor to hide the latency.
+# Candidates of the autotuner for each way to multiply the factors; the first fits every GPU, the
+# third of "split" has enough registers on Hopper only. Those with several stages load the next tile
+# while they compute; the others rely on the other blocks of the same multiprocessor to hide the
+# latency.
 _CONFIGS: dict[Path, list[triton.Config]] = {
     "native": [_config(64, 128, 1, 1, 4), _config(128, 128, 1, 1, 8), _config(64, 128, 4, 3, 8)],
     "split": [_config(64, 64, 4, 2, 8), _config(64, 128, 4, 2, 4), _config(64, 128, 4, 1, 4)],
@@ -40,10 +41,12 @@ _CONFIGS: dict[Path, list[triton.Config]] = {
 SPLIT_BLOCK = 32  # rows of B, or columns of A, that a program splits
 
 
-def configs(path: Path, stochastic: bool) -> list[triton.Config]:
-    """What the autotuner may choose."""
-    # With random numbers the wide tiles of "split" would not fit in the registers.
-    return _CONFIGS[path][:1] if path == "split" and stochastic else _CONFIGS[path]
+def configs(path: Path, stochastic: bool, arch: int) -> list[triton.Config]:
+    """What the autotuner may choose on an architecture such as 90."""
+    if path != "split":
+        return _CONFIGS[path]
+    # With random numbers the wide tiles would not fit in the registers.
+    return _CONFIGS[path][: 1 if stochastic else 3 if arch == 90 else 2]
 
 
 def block_r(rank: int, path: Path) -> int:
@@ -58,9 +61,9 @@ def _autotuning() -> bool:
 
 
 @functools.cache
-def _autotuned(path: Path, stochastic: bool, in_place: bool) -> Any:
+def _autotuned(path: Path, stochastic: bool, in_place: bool, arch: int) -> Any:
     tune = triton.autotune(
-        configs(path, stochastic),
+        configs(path, stochastic, arch),
         key=["M", "K", "RANK"],
         restore_value=["out_ptr"] if in_place else None,
         do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=30),
@@ -204,7 +207,9 @@ def _prepare(
         return (experts * blocks_m * triton.cdiv(columns, tiles["BLOCK_K"]), 1, 1)
 
     if config is None and _autotuning():
-        tuner = _autotuned(path, stochastic, out.data_ptr() == weight.data_ptr())
+        major, minor = torch.cuda.get_device_capability() if weight.is_cuda else (0, 0)
+        in_place = out.data_ptr() == weight.data_ptr()
+        tuner = _autotuned(path, stochastic, in_place, 10 * major + minor)
         return Known(split, Launch(tuner, grid, numbers, {}), parts, scales)
     config = config or _CONFIGS[path][0]
     numbers = (*numbers, *config.kwargs.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from dataclasses import replace
@@ -246,14 +247,15 @@ def with_sizes(request: KernelRequest, name: str, sizes: tuple[int, int, int]) -
     fields = ("D", *(field for field in size._fields if field.startswith("stride")))
     given = dict(zip(fields, sizes, strict=True))
     values = {field: 1 if value == 1 else "i32" for field, value in given.items()}
-    signature["size"] = size._replace(**values)
+    sides = [side for side in ("size", "guide_size") if side in signature]
+    signature |= {side: size._replace(**values) for side in sides}
     # Rows and columns of a chunk are whole tiles, and where a chunk lies is never specialised.
     even = [field for field, value in given.items() if value == 16]
     even += [field for field in ("rows", "columns") if field in size._fields]
     return replace(
         request,
         signature=signature,
-        divisible=tuple(f"size.{field}" for field in even),
+        divisible=tuple(f"{side}.{field}" for side in sides for field in even),
         label=f"{request.label}-{name}",
     )
 
@@ -269,6 +271,10 @@ def specialisations() -> list[KernelRequest]:
                 found.append(with_sizes(of(arch, tiles, tma=False), name, sizes))
             tiles = tiles_of(machine, ALL_OPTIONS, tma=False, guided=False, uneven=True)[0]
             found.append(with_sizes(logits(arch, tiles, ALL_OPTIONS, tma=False), name, sizes))
+            if name == "D-1":
+                found.append(
+                    with_sizes(two_heads(arch, tiles, ALL_OPTIONS, tma=False), name, sizes)
+                )
     # The copy engine takes multiples of 8.
     sizes = UNEVEN["D-odd"]
     found += [with_sizes(of(90, PRODUCT_TILES[SMALL][0]), "D-8", sizes) for of in (dh, dw)]
@@ -291,14 +297,25 @@ def test_sizes_and_strides_that_are_1_or_odd_spill_nothing_and_fit() -> None:
         kernel.assert_fits()
 
 
-@pytest.mark.parametrize("name", ["first_row", "first_v", "C"])
-def test_where_a_chunk_lies_is_never_specialised(name: str) -> None:
+def test_where_a_chunk_lies_is_never_specialised() -> None:
     """A chunk of 1 column had a kernel of its own, whose operands did not fit."""
-    request = dh(90, PRODUCT_TILES[90][0])
-    signature = {other: kind for other, kind in request.signature.items() if other != name}
-    constant = replace(request, signature=signature, constexprs={**request.constexprs, name: 1})
-    with pytest.raises(RuntimeError, match=f"arguments \\['{name}'\\] are never specialised"):
-        compile_kernels([constant])
+    place = ("first_row", "first_v", "C")
+    names = {
+        dh(90, PRODUCT_TILES[90][0]): (*place, "N"),
+        dw(90, DW_TILES[90][0]): place,
+        two_heads(90, HOPPER_TILES, LOSS): (*place, "slices", "guide_C"),
+    }
+    constants = {}
+    for request in names:
+        for name in names[request]:
+            signature = {other: kind for other, kind in request.signature.items() if other != name}
+            constexprs = {**request.constexprs, name: 1}
+            constants[replace(request, signature=signature, constexprs=constexprs)] = name
+    with contextlib.suppress(RuntimeError):
+        compile_kernels(list(constants))  # all at once, and below what came of each
+    for constant, name in constants.items():
+        with pytest.raises(RuntimeError, match=f"arguments \\['{name}'\\] are never specialised"):
+            compile_kernels([constant])
 
 
 def test_at_most_eight_candidates() -> None:

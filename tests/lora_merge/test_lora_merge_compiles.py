@@ -101,9 +101,9 @@ EVERY_CONFIGURATION = [
     _request(arch, path, config, LARGEST.get(path, {}).get(arch, 64))
     for arch in ARCHITECTURES
     for path in get_args(Path)
-    for config in configs(path, stochastic=False)
+    for config in configs(path, False, arch)
 ]
-NATIVE, SPLIT = configs("native", stochastic=False), configs("split", stochastic=False)
+NATIVE, SPLIT = configs("native", False, 90), configs("split", False, 90)
 VARIANTS = [
     *(_request(arch, "split", SPLIT[0], 128) for arch in (80, 89, 100, 120)),
     _request(90, "native", NATIVE[0], 8),
@@ -127,10 +127,14 @@ MERGES = EVERY_CONFIGURATION + VARIANTS
 
 def _with_ones(request: KernelRequest, ones: tuple[str, ...]) -> KernelRequest:
     """The request of a launch where these numbers are 1, which Triton takes as constants."""
+    signature: dict[str, Any] = {n: kind for n, kind in request.signature.items() if n not in ones}
+    fields = [name.split(".") for name in ones if "." in name]
+    for name, field in fields:
+        signature[name] = signature[name]._replace(**{field: 1})
     return replace(
         request,
-        signature={name: kind for name, kind in request.signature.items() if name not in ones},
-        constexprs={**request.constexprs, **dict.fromkeys(ones, 1)},
+        signature=signature,
+        constexprs={**request.constexprs, **{name: 1 for name in ones if "." not in name}},
         divisible=tuple(name for name in request.divisible if name not in ones),
         label=f"{request.label}-{'-'.join(ones)}-1",
     )
@@ -138,9 +142,9 @@ def _with_ones(request: KernelRequest, ones: tuple[str, ...]) -> KernelRequest:
 
 ONES = [
     *(
-        _with_ones(_request(90, path, configs(path, False)[0], 64), ones)
+        _with_ones(_request(90, path, configs(path, False, 90)[0], 64), ones)
         for path in get_args(Path)
-        for ones in (("M",), ("K",), ("M", "K"))
+        for ones in (("M",), ("K",), ("M", "K"), ("K", "w_strides.row", "out_strides.row"))
     ),
     *(_with_ones(_split_request(90, "*fp32"), ones) for ones in (("M",), ("K", "rank"))),
 ]

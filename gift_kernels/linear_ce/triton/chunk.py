@@ -4,23 +4,20 @@ N rows of the caller, D hidden, V vocabulary. `Plan` bounds a chunk's shape. Tok
 are run-time arguments of every kernel; sizes of the model may specialise it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from gift_kernels.linear_ce.triton.chunk_size import MARGIN, Plan, cdiv, logit_factors
+from gift_kernels.linear_ce.triton.chunk_size import Plan, cdiv, logit_factors
 from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
 from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
 from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
+from gift_kernels.linear_ce.triton.layout import Kind, layout_of, logits_with_guide
 from gift_kernels.linear_ce.triton.row_state import Rows, RowState
-from gift_kernels.linear_ce.triton.tiles import LogitTiles, ProductTiles, can_use_tma, operand
+from gift_kernels.linear_ce.triton.tiles import can_use_tma, operand
 from gift_kernels.linear_ce.types import LinearInputs, VocabShard
-
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class Chunk:
@@ -43,75 +40,54 @@ class Chunk:
         Without `exponentials` no E is stored. With `final` the references are known and no sums are
         computed.
         """
-        self.head, self.plan = head, plan
-        self.with_entropy, self.exponentials = with_entropy, exponentials
-        self.final = final
-        self.dtype = head.hidden.dtype
-        self.vocab_size, self.hidden_size = head.weight.shape
         tiles, device = plan.logit_tiles, head.hidden.device
+        self.head, self.plan = head, plan
+        self.exponentials, self.dtype = exponentials, head.hidden.dtype
+        self.vocab_size, self.hidden_size = head.weight.shape
         self.width = tiles.BLOCK_V
-        all_columns = cdiv(self.vocab_size, self.width) * self.width
-        self.columns = min(most[1], all_columns)
-        self.slices = self.columns // self.width
+        self.columns = min(most[1], cdiv(self.vocab_size, self.width) * self.width)
         # A step over rows in dW = Eᵀ H reads only rows of E that a tile of logits has written.
         assert tiles.BLOCK_N % plan.dw_tiles.BLOCK_K == 0, plan
         self.rows = min(most[0], cdiv(max(count, 1), plan.pad) * plan.pad)
         assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
-        self.margin, self.below = MARGIN[self.dtype] if exponentials else (0.0, 0.0)
         self.factors = logit_factors(head, temperature)
         self.hidden = torch.empty(self.rows, self.hidden_size, dtype=self.dtype, device=device)
         self.tma = can_use_tma(plan.machine, self.hidden, head.weight)
+        self.layout = layout_of(
+            Kind(
+                plan,
+                device,
+                self.dtype,
+                (self.vocab_size, self.hidden_size),
+                head.weight.stride(),
+                head.hidden.stride(),
+                head.bias is not None,
+                head.logit_softcap is not None,
+                self.factors,
+                self.rows,
+                self.columns,
+                with_entropy,
+                exponentials,
+                final,
+                self.tma,
+            )
+        )
+        self.slices = self.layout.slices
         self.partial = torch.empty(
             (2 + with_entropy) * self.slices * self.rows if not final else 0,
             dtype=torch.float32,
             device=device,
         )
-        self._exp = self.exp_stored = None
-        if exponentials:
-            self.exp = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
-        self._prepare_launches()
-
-    def _prepare_launches(self) -> None:
-        """Builds what all launches on this chunk pass alike."""
-        head, tiles, products = self.head, self.plan.logit_tiles, self.plan.product_tiles
-        strides = head.weight.stride()
         self.operands = (
             operand(self.hidden, (tiles.BLOCK_N, tiles.BLOCK_D), self.tma),
             operand(head.weight, (tiles.BLOCK_V, tiles.BLOCK_D), self.tma),
         )
         self.pointers: triton_logits.Pointers | None = None  # of the rows gathered last
-        self.sizes = triton_logits.Sizes(self.hidden_size, *strides, self.rows)
-        self.kernel_factors = triton_logits.Factors(*self.factors[:3])
-        self.flags = triton_logits.Flags(
-            HAS_BIAS=head.bias is not None,
-            HAS_CAP=head.logit_softcap is not None,
-            ENTROPY=self.with_entropy,
-            EXPONENTIALS=self.exponentials,
-            FINAL=self.final,
-            MARGIN=self.margin,
-            TMA=self.tma,
-            DTYPE=DTYPES[self.dtype],
-        )
-        self.logit_options = {"FLAGS": self.flags, **_launch_options(tiles)}
-        self.logit_programs = self._programs(tiles)
-        self.product_options = _launch_options(products)
-        self.product_programs = self._programs(products)
-        if self.exponentials:
-            block = (products.BLOCK_K, products.BLOCK_D)
-            self.head_operand = operand(head.weight, block, self.tma)
-            self.head_sizes = self._product_sizes(head.weight)
-            self.dh_flags = [
-                triton_products.ProductFlags(accumulate, self.tma) for accumulate in (False, True)
-            ]
-        self.merge_options = {
-            "BLOCK_T": min(self.plan.slice_block, triton.next_power_of_2(self.slices)),
-            "WIDTH": self.width,
-            "ENTROPY": self.with_entropy,
-            "EXPONENTIALS": self.exponentials,
-            "MARGIN": self.margin,
-            "SPLITS": self.plan.splits,
-            "BLOCK_N": self.plan.row_block[0] * 2,
-        }
+        self._exp = self.exp_stored = None
+        if exponentials:
+            products = plan.product_tiles
+            self.head_operand = operand(head.weight, (products.BLOCK_K, products.BLOCK_D), self.tma)
+            self.exp = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
 
     @property
     def exp(self) -> Tensor:
@@ -134,18 +110,17 @@ class Chunk:
         state: RowState,
         first_row: int,
         shard: VocabShard | None,
-        *,
-        guess: bool = False,
     ) -> None:
         """Copies this chunk's rows and targets; starts their state if it has target logits.
 
-        `guess` starts references at target logits.
+        With exponentials references start at target logits.
         """
-        hidden, weight = self.head.hidden, self.head.weight
-        block_n, block_d = self.plan.row_block
-        triton_rows._gather_kernel[(cdiv(self.rows, block_n),)](
+        hidden = self.head.hidden
+        self.layout.gather(
+            triton_rows._gather_kernel,
+            self.layout.gather_programs,
             hidden,
-            weight,
+            self.head.weight,
             self.head.bias,
             target,
             rows.index,
@@ -157,20 +132,6 @@ class Chunk:
             first_row,
             shard.start if shard is not None else 0,
             hidden.shape[0],
-            triton_rows.GatherSizes(
-                self.vocab_size,
-                self.hidden_size,
-                self.rows,
-                self.plan.pad,
-                *hidden.stride(),
-                *weight.stride(),
-            ),
-            self.kernel_factors,
-            GUESS=guess,
-            BELOW=self.below,
-            HAS_CAP=self.head.logit_softcap is not None,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
         )
         self.pointers = triton_logits.Pointers(
             self.head.bias,
@@ -192,9 +153,11 @@ class Chunk:
 
         With `guide` the same launch fills the guide's partial sums for all of its columns.
         """
-        columns = self._columns_from(first_v)
+        layout, columns = self.layout, self._columns_from(first_v)
         if guide is None:
-            triton_logits._logits_kernel[self.logit_programs](
+            layout.logits(
+                triton_logits._logits_kernel,
+                layout.logit_programs,
                 *self.operands,
                 self.exp_stored,
                 self.pointers,
@@ -203,14 +166,13 @@ class Chunk:
                 first_v,
                 columns,
                 self.slices,
-                self.sizes,
-                self.kernel_factors,
-                **self.logit_options,
             )
             return
         other = guide.chunk
         assert other.rows == self.rows and other.columns >= other.vocab_size
-        triton_logits._two_heads_kernel[self.logit_programs](
+        logits_with_guide(layout, other.layout)(
+            triton_logits._two_heads_kernel,
+            layout.logit_programs,
             *self.operands,
             self.exp_stored,
             self.pointers,
@@ -222,19 +184,15 @@ class Chunk:
             columns,
             self.slices,
             other.vocab_size,
-            self.sizes,
-            self.kernel_factors,
-            other.sizes,
-            other.kernel_factors,
-            GUIDE_FLAGS=other.flags,
-            **self.logit_options,
         )
 
     def merge(
         self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; brings E and dH to the new references."""
-        triton_rows._merge_kernel[(cdiv(self.rows, self.merge_options["BLOCK_N"]),)](
+        self.layout.merge(
+            triton_rows._merge_kernel,
+            self.layout.merge_programs,
             self.partial,
             state.parts,
             self._exp,
@@ -244,16 +202,13 @@ class Chunk:
             first_row,
             state.parts.shape[1],
             cdiv(self._columns_from(first_v), self.width),
-            self.slices,
-            self.rows,
-            self.hidden_size,
-            self.factors.bits,
-            **self.merge_options,
         )
 
     def add_to_dh(self, rows: Rows, dh: Tensor, first_row: int, first_v: int) -> None:
         """dH [splits, N, D] (+)= E W for this chunk's rows; the first columns overwrite."""
-        triton_products._dh_kernel[self.product_programs](
+        self.layout.dh[first_v > 0](
+            triton_products._dh_kernel,
+            self.layout.product_programs,
             self.exp_loaded,
             self.head_operand,
             dh,
@@ -263,10 +218,6 @@ class Chunk:
             first_v,
             self._columns_from(first_v),
             dh.shape[1],
-            self.head_sizes,
-            FLAGS=self.dh_flags[first_v > 0],
-            SPLITS=self.plan.splits,
-            **self.product_options,
         )
 
     def add_to_dw(
@@ -282,9 +233,10 @@ class Chunk:
 
         Weights [rows] are those of this chunk's rows, in their order.
         """
-        columns = self._columns_from(first_v)
         tiles = self.plan.dw_tiles
-        triton_products._dw_kernel[self._programs(tiles)](
+        self.layout.dw[first_row > 0](
+            triton_products._dw_kernel,
+            self.layout.dw_programs,
             operand(self.exp, (tiles.BLOCK_K, tiles.BLOCK_M), self.tma),
             operand(self.hidden, (tiles.BLOCK_K, tiles.BLOCK_D), self.tma),
             dw,
@@ -293,10 +245,7 @@ class Chunk:
             scale,
             first_row,
             first_v,
-            columns,
-            self._product_sizes(self.hidden),
-            FLAGS=triton_products.ProductFlags(first_row > 0, self.tma),
-            **_launch_options(tiles),
+            self._columns_from(first_v),
         )
 
     def add_to_db(
@@ -310,7 +259,9 @@ class Chunk:
     ) -> None:
         """db (+)= the column sums of w G."""
         columns = self._columns_from(first_v)
-        row_gradients._column_sum_kernel[(cdiv(columns, 64),)](
+        self.layout.db[first_row > 0](
+            row_gradients._column_sum_kernel,
+            (cdiv(columns, 64), 1, 1),
             self.exp,
             weights,
             db,
@@ -319,32 +270,15 @@ class Chunk:
             first_row,
             first_v,
             columns,
-            self.rows,
-            self.columns,
-            ACCUMULATE=first_row > 0,
-            BLOCK_N=32,
-            BLOCK_C=64,
         )
 
     def _columns_from(self, first_v: int) -> int:
         return min(self.columns, self.vocab_size - first_v)
 
-    def _product_sizes(self, other: Tensor) -> triton_products.ProductSizes:
-        return triton_products.ProductSizes(
-            self.hidden_size, *other.stride(), self.rows, self.columns
-        )
-
-    def _programs(self, tiles: LogitTiles | ProductTiles) -> tuple[int]:
-        return (self.plan.machine.sms * tiles.per_sm,)
-
 
 def _from(values: Tensor, first_row: int) -> Tensor:
     """The values [..., N] from one row on; views cost time, so none where it is row 0."""
     return values if first_row == 0 else values[..., first_row:]
-
-
-def _launch_options(tiles: LogitTiles | ProductTiles) -> dict[str, Any]:
-    return {"TILES": tiles, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
 class GuideSide(NamedTuple):

@@ -51,6 +51,7 @@ from gift_kernels.linear_ce.triton.head_gradient import (
     with_room_above,
 )
 from gift_kernels.linear_ce.triton.kernels import row_gradients
+from gift_kernels.linear_ce.triton.launch import Launch
 from gift_kernels.linear_ce.triton.row_state import (
     Asked,
     RowFactors,
@@ -239,7 +240,7 @@ def _add_row_chunk(
     kept: KeptRows | None = None,
 ) -> None:
     """Runs a chunk of rows over all columns; the guide's share the first launch."""
-    chunk.gather(target, rows, state, first_row, shard, guess=chunk.exponentials)
+    chunk.gather(target, rows, state, first_row, shard)
     side = None
     if guide is not None and guide_state is not None:
         side = GuideSide(_guide_chunk(guide, chunk), guide_state)
@@ -311,9 +312,10 @@ def scaled_rows(rows: Tensor, factor: Tensor, weight: Tensor | None, dtype: torc
     count, size = rows.shape
     out = torch.empty(count, size, dtype=dtype, device=rows.device)
     if out.numel() > 0:
-        block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
-        grid = (cdiv(count, block[0]), cdiv(size, block[1]))
-        row_gradients._scale_rows_kernel[grid](
+        launch, block = _scale_launch(rows.device)
+        launch(
+            row_gradients._scale_rows_kernel,
+            (cdiv(count, block[0]), cdiv(size, block[1]), 1),
             rows.contiguous(),
             factor.float(),
             weight,
@@ -321,10 +323,14 @@ def scaled_rows(rows: Tensor, factor: Tensor, weight: Tensor | None, dtype: torc
             count,
             size,
             factor.stride(0) if factor.ndim else 0,
-            BLOCK_N=block[0],
-            BLOCK_D=block[1],
         )
     return out
+
+
+@functools.cache
+def _scale_launch(device: torch.device) -> tuple[Launch, tuple[int, int]]:
+    block = INTERPRETER_ROW_BLOCK if knobs.runtime.interpret else ROW_BLOCK
+    return Launch(BLOCK_N=block[0], BLOCK_D=block[1]), block
 
 
 def contiguous(problem: Problem) -> Problem:

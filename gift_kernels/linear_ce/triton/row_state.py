@@ -3,6 +3,7 @@
 N rows of the caller, n of them valid, D hidden, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from gift_kernels.linear_ce.triton.chunk_size import Plan, cdiv, logit_factors
 from gift_kernels.linear_ce.triton.kernels import row_gradients
 from gift_kernels.linear_ce.triton.kernels import rows as triton_rows
 from gift_kernels.linear_ce.triton.kernels.logits import NO_REFERENCE
+from gift_kernels.linear_ce.triton.launch import Launch
 from gift_kernels.linear_ce.types import NO_TRANSFORM, LinearInputs, VocabShard, WeightTransform
 
 LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
@@ -94,18 +96,28 @@ def valid_tokens(
         weight=torch.empty(count, dtype=torch.float32, device=device),
         row_count=torch.empty((), dtype=torch.float32, device=device),
     )
-    triton_rows._compact_kernel[(1,)](
+    _compact_launch(device, transform, keep_zero_rows)(
+        triton_rows._compact_kernel,
+        (1, 1, 1),
         target,
         None if weight is None else weight.contiguous(),
         *rows,
         count,
         ignore_index,
+    )
+    return rows
+
+
+@functools.lru_cache(maxsize=256)
+def _compact_launch(
+    device: torch.device, transform: WeightTransform, keep_zero_rows: bool
+) -> Launch:
+    return Launch(
         triton_rows.Transform(transform.power, transform.floor, transform.threshold),
         HAS_POWER=transform.power != 1,
         KEEP_ZERO_ROWS=keep_zero_rows,
         BLOCK=LINE_BLOCK,
     )
-    return rows
 
 
 def new_state(head: LinearInputs) -> RowState:
@@ -159,7 +171,6 @@ def finish_rows(
     if shard is not None:
         combine_shards(state, shard, logits.bits)
     count, hidden_size = head.hidden.shape
-    transform = asked.confidence or NO_TRANSFORM
 
     def new(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(count, dtype=dtype, device=head.hidden.device)
@@ -174,7 +185,18 @@ def finish_rows(
     )
     factors = state.parts.new_empty(4, count) if asked.factors else None
     if count > 0:
-        triton_rows._finish_kernel[(cdiv(count, block[0]),)](
+        launch = _finish_launch(
+            head.hidden.device,
+            triton_rows.HeadSizes(hidden_size, *head.weight.stride()),
+            triton_rows.FinishFactors(logits.nats, logits.bits, head.logit_scale, logits.cap),
+            asked.confidence,
+            head.logit_softcap is not None,
+            1 if dh is None else dh.shape[0],
+            block,
+        )
+        launch(
+            triton_rows._finish_kernel,
+            (cdiv(count, block[0]), 1, 1),
             state.parts,
             state.target_logit,
             rows.place,
@@ -185,21 +207,35 @@ def finish_rows(
             state.local_target,
             head.weight,
             count,
-            triton_rows.HeadSizes(hidden_size, *head.weight.stride()),
-            triton_rows.FinishFactors(logits.nats, logits.bits, head.logit_scale, logits.cap),
-            triton_rows.Transform(transform.power, transform.floor, transform.threshold),
-            HAS_POWER=transform.power != 1,
-            CONFIDENCE=asked.confidence is not None,
-            HAS_CAP=head.logit_softcap is not None,
-            SPLITS=1 if dh is None else dh.shape[0],
-            BLOCK_N=block[0],
-            BLOCK_D=block[1],
         )
     if dh is not None and shard is not None:
         dist.all_reduce(dh[0], group=shard.group)
     if factors is None:
         return stats, None
     return stats, RowFactors(*factors.unbind(), state.local_target)
+
+
+@functools.lru_cache(maxsize=256)
+def _finish_launch(
+    device: torch.device,
+    sizes: triton_rows.HeadSizes,
+    factors: triton_rows.FinishFactors,
+    confidence: WeightTransform | None,
+    has_cap: bool,
+    splits: int,
+    block: tuple[int, int],
+) -> Launch:
+    transform = confidence or NO_TRANSFORM
+    return Launch(
+        *(sizes, factors),
+        triton_rows.Transform(transform.power, transform.floor, transform.threshold),
+        HAS_POWER=transform.power != 1,
+        CONFIDENCE=confidence is not None,
+        HAS_CAP=has_cap,
+        SPLITS=splits,
+        BLOCK_N=block[0],
+        BLOCK_D=block[1],
+    )
 
 
 def finish_dh(
@@ -216,7 +252,9 @@ def finish_dh(
     the ranks of a shard."""
     (splits, count, hidden_size), block = dh.shape, plan.row_block
     if count > 0:
-        row_gradients._finish_dh_kernel[(cdiv(count, block[0]), cdiv(hidden_size, block[1]))](
+        _finish_dh_launch(dh.device, head.weight.stride(), splits, block)(
+            row_gradients._finish_dh_kernel,
+            (cdiv(count, block[0]), cdiv(hidden_size, block[1]), 1),
             dh,
             head.weight,
             rows.place,
@@ -225,10 +263,13 @@ def finish_dh(
             target_factor,
             count,
             hidden_size,
-            *head.weight.stride(),
-            SPLITS=splits,
-            BLOCK_N=block[0],
-            BLOCK_D=block[1],
         )
     if shard is not None:
         dist.all_reduce(dh[0], group=shard.group)
+
+
+@functools.lru_cache(maxsize=256)
+def _finish_dh_launch(
+    device: torch.device, head_strides: tuple[int, ...], splits: int, block: tuple[int, int]
+) -> Launch:
+    return Launch(*head_strides, SPLITS=splits, BLOCK_N=block[0], BLOCK_D=block[1])

@@ -90,7 +90,10 @@ LOGIT_TILES = {
 # NARROW: with an entropy and a soft-cap or a guide, or with plain loads.
 CAPPED_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES,)}
 LEAN_LOGIT_TILES = LOGIT_TILES | {90: (HOPPER_TILES._replace(BLOCK_D=128, num_stages=2),)}
-NARROW_LOGIT_TILES = LOGIT_TILES | {90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),)}
+NARROW_LOGIT_TILES = LOGIT_TILES | {
+    90: (LogitTiles(128, 128, 64, 16, 8, 3, 2, 1, False),),
+    120: (LogitTiles(128, 64, 32, 16, 8, 4, 1, 1, False),),
+}
 PRODUCT_TILES = {
     SMALL: (ProductTiles(64, 64, 32, 8, 4, 3, 1, 1, False),),
     INTERPRETER: (ProductTiles(32, 64, 32, 2, 1, 1, 2, 1, False),),
