@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.turns import failure
-from gift.annotate import annotate_batch
+from gift.annotation.batches import annotate_batch
 from gift.config import TrainConfig
 from gift.data.batches import make_batch, plan_batches
 from gift.data.encoding import Example

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from gift.annotate import annotate_batch
+from gift.annotation.batches import annotate_batch
 from gift.config import TrainConfig
 from gift.data.batches import make_batch
 from gift.data.encoding import Example
