@@ -77,6 +77,7 @@ def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
     for name, row in BAD.items():
         bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
         assert gpu_summary.failures(bad) == [row], name
+    assert gpu_summary.told(BAD["tests"]) == "kernels, rc 4"
     late = {"part": "accuracy", "reason": "the budget ended; 3 cases were not begun"}
     assert gpu_summary.failures(replace(good, tables={**GOOD, "not run": [late]})) == [late]
 
