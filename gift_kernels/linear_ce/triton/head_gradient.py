@@ -5,11 +5,11 @@
 G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
-  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G on the way to
-  the product with the hidden states: three products in all. E of chunk c is stored where dW of
-  chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from the last chunk to
+  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G in registers
+  before the product with the hidden states: three products in all. E of chunk c is stored where dW
+  of chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from the last chunk to
   the first, so each chunk of dW overwrites an E that is no longer needed.
-- Again: logits of all other rows are computed a second time, with the final references: four
+- Recomputed: logits of all other rows are computed a second time, with the final references: four
   products.
 """
 
@@ -27,7 +27,7 @@ from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
 class WeightsInOrder(NamedTuple):
-    """Weights of valid tokens, in their order, and a common factor taken out of them."""
+    """Weights of valid tokens, in their order, divided by a common factor."""
 
     is_zero: Tensor  # [N] bool, taken before the division by `scale`, which may underflow
     weight: Tensor  # [N]
@@ -38,7 +38,7 @@ class WeightsInOrder(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of a trainable head's call are summed, float32; None: not wanted."""
+    """Buffers for the gradients of a call with a trainable head, float32; None: not requested."""
 
     dh: Tensor | None  # [splits, N, D] of each row's nll, without weights; their sum at the end [0]
     dw: Tensor | None  # [V, D] of the weighted sum
@@ -46,7 +46,7 @@ class Gradients(NamedTuple):
 
 
 def with_room_above(found: RowFactors, head: LinearInputs) -> RowFactors:
-    """References of rows multiplied again are their largest logits; float16 needs room above."""
+    """References for recomputed rows: their largest logits, lowered for float16's range."""
     bits = logit_factors(head).bits
     ref = found.ref - MARGIN[head.hidden.dtype][1] / bits
     return found._replace(ref=ref, share=found.share * torch.exp2((ref - found.ref) * bits))
@@ -58,8 +58,8 @@ def weights_in_order(
     """The weights [N], from the caller's order to that of valid tokens."""
     scale = torch.ones(1, dtype=torch.float32, device=weight.device)
     if head.hidden.dtype == torch.float16 and weight.numel() > 0:
-        # float16 ends at 65504, and no loss scale restores what is lost at its lower end: weights
-        # enter E so that the largest becomes 2^14.
+        # float16 ends at 65504, and a loss scale cannot restore underflow: weights are scaled so
+        # that the largest becomes 2^14.
         largest = weight.abs().amax() * max(1.0, head.logit_scale)
         usable = (largest > 0) & torch.isfinite(largest)
         scale = torch.where(usable, largest / 2**14, 1).reshape(1)
@@ -77,7 +77,7 @@ def weights_in_order(
 def kept_rows(
     head: LinearInputs, plan: Plan, count: int, with_entropy: bool, dw: Tensor
 ) -> KeptRows | None:
-    """As many rows as dW [V, D] can keep E of, or None if that is less than a tile."""
+    """Memory in dW [V, D] for E of as many rows as fit, or None if less than a tile fits."""
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())
     most = min(most // plan.pad * plan.pad, plan.kept.rows)
     if count == 0 or most == 0:
