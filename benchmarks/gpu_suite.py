@@ -309,8 +309,9 @@ def run_candidates(suite: Suite) -> None:
 
     cases = [
         CECase("llama-3.1-8b", 8192),
-        CECase("llama-3.1-8b", 512),
         CECase("llama-3.1-8b", 8192, weighting="uniform", trainable=True),
+        CECase("qwen2.5-0.5b", 8192),
+        CECase("llama-3.1-8b", 512),
         CECase("gemma-2-9b", 8192),
     ]
     for case in [CECase("toy", 40)] if suite.dry_run else cases:
