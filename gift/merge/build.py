@@ -139,7 +139,7 @@ def _transform(
 ) -> Transform | None:
     """The method's transform for one floating-point tensor; None if the tensor stays unchanged."""
     method = recipe.method
-    weight = method.sum_weight(recipe.options, tensor.base is not None)
+    weight = method.sum_weight(recipe.options, recipe.adapters, tensor.base is not None)
     if weight is not None:
         if not tensor.is_adapted:
             return None

@@ -36,7 +36,7 @@ from gift.models.memory import attempt
 from gift.storage.files import read_json, write_json
 from gift.training.gradients import accumulate_gradients
 from gift.training.micro_batches import Split, global_batches, plan_micro_batches
-from gift.weighting import GuidedRow
+from gift.weighting.targets import GuidedRow
 
 RECORD = "memory.json"
 # Fewer tokens leave a device idle; below this it is better to recompute activations.
@@ -248,7 +248,7 @@ def _measure(config: TrainOptions, model: Any, split: Split) -> tuple[int, int]:
     for tokens in (SHORT, SHORT, LONG):  # the first also has what stays for good
         row = Example(0, np.ones(tokens, np.int32), np.arange(tokens) > 0)
         known = torch.ones(row.targets)
-        _attempt(config, model, [GuidedRow(row, known, known, torch.arange(row.targets))], split)
+        _attempt(config, model, [GuidedRow(row, known, torch.arange(row.targets), known)], split)
         peaks.append(_peak_bytes(next(model.parameters()).device))
         _forget(model)
     return peaks[1], peaks[2]

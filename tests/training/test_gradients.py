@@ -24,7 +24,7 @@ from gift.models.head import last_hidden_state
 from gift.training.gradients import accumulate_gradients, flat_gradients, predicting_states
 from gift.training.memory import recompute
 from gift.training.micro_batches import Split
-from gift.weighting import guided_rows
+from gift.weighting.weights import guided_rows
 
 CONFIG = Qwen2Config(
     vocab_size=300,
