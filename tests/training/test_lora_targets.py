@@ -1,4 +1,4 @@
-"""--lora-targets: what gets a LoRA pair, and what is refused by name before anything is loaded."""
+"""--lora-targets: which weights get a LoRA pair, and what is refused before loading."""
 
 import json
 from pathlib import Path
