@@ -30,7 +30,7 @@ from gift.config import TrainConfig, TrainOptions
 from gift.console import error_console
 from gift.data.encoding import Example
 from gift.distributed.ranks import Group
-from gift.errors import InputError, lacks_memory
+from gift.errors import InputError, is_out_of_memory
 from gift.storage.files import read_json, write_json
 from gift.training.gradients import accumulate_gradients
 from gift.training.micro_batches import Split, global_batches, plan_micro_batches
@@ -103,7 +103,7 @@ def forgotten_if_short(work: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             (work / RECORD).unlink(missing_ok=True)
         raise
 
@@ -205,7 +205,7 @@ def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Sp
         _attempt(config, model, rows, split)
         del held
     except RuntimeError as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         fits = False
     _forget(model)
