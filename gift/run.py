@@ -36,7 +36,7 @@ from gift.storage.publish import (
 )
 from gift.train import train
 from gift.training.lora_targets import find_targets
-from gift.weighting import check_weighting
+from gift.weighting.weights import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}

@@ -57,12 +57,8 @@ from gift.training.lora_targets import find_targets, lora_config
 from gift.training.memory import forgotten_if_short, settle_memory
 from gift.training.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
 from gift.training.sharding import load_sharded, require_processes, whole_head
-from gift.weighting import (
-    GuidedRow,
-    check_weighting,
-    guided_rows,
-    refuse_all_zero,
-)
+from gift.weighting.targets import GuidedRow
+from gift.weighting.weights import check_weighting, guided_rows, refuse_all_zero
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"

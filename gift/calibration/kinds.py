@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.data.encoding import Example
 from gift.data.lines import token_text
-from gift.weighting import find_turn_ends
+from gift.weighting.targets import find_turn_ends
 
 # Beside Unicode's mathematical symbols.
 OPERATORS = "-*/^%·"

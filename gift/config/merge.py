@@ -95,8 +95,8 @@ class MergeConfig(MergeOptions, OutputOptions):
     )
     base: str | None = Field(
         default=None,
-        description=f"The base model: needed by {NEED_BASE}; with the other methods task "
-        "vectors are added to it, and instruct - base becomes one of them.",
+        description=f"The base model: needed by {NEED_BASE}; where a method has an origin, it is "
+        "the base model then, and instruct - base becomes one of the task vectors.",
     )
     statistics: list[str] = Field(
         default=[],

@@ -1,22 +1,28 @@
 """Options of `gift train`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Options, OutputOptions
+from gift.weighting.formulas import WEIGHTINGS
+
+if TYPE_CHECKING:
+    WeightingName = str
+else:  # the choices are the entries of WEIGHTINGS: a new one needs no change here
+    WeightingName = Literal[tuple(WEIGHTINGS)]
+Control = Literal["shuffle", "random", "invert", "constant"]
+FORMULAS = "; ".join(f"{name}: {one.formula}" for name, one in WEIGHTINGS.items())
+NEED_GUIDE = ", ".join(name for name in WEIGHTINGS if WEIGHTINGS[name].needs_guide)
 
 
 class TrainOptions(Options):
     """How the adapter is trained; defaults are the paper's settings."""
 
-    weighting: Literal["guide", "uniform", "self", "own-times-guide", "excess", "entropy"] = Field(
+    weighting: WeightingName = Field(
         default="guide",
-        description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
-        "SFT), the trained model's own confidence (DFT), the product of both confidences, 1 on the "
-        "tokens whose loss is most above the guide's (Rho-1), or the trained model's own entropy "
-        "(EAFT).",
+        description=f"Weight of each token's loss ({FORMULAS}).",
     )
     excess_share: float = Field(
         default=0.6,
@@ -30,7 +36,7 @@ class TrainOptions(Options):
         description="Which tokens share their mean confidence: none, those of a line of the "
         "response, or all of a response.",
     )
-    control: Literal["shuffle", "random", "invert", "constant"] | None = Field(
+    control: Control | None = Field(
         default=None,
         description="Control of --weighting guide: a row's confidences in a random order, "
         "confidences drawn from all rows, 1 minus each, or their mean; scaled to the same mean "
@@ -114,7 +120,7 @@ class TrainOptions(Options):
     @property
     def guided(self) -> bool:
         """Whether the weights need the guide's confidences."""
-        return self.weighting in ("guide", "own-times-guide", "excess")
+        return WEIGHTINGS[self.weighting].needs_guide
 
 
 class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
@@ -126,8 +132,7 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     )
     confidence: Path | None = Field(
         default=None,
-        description="Folder made by gift annotate from the same data; needed for guide, "
-        "own-times-guide and excess.",
+        description=f"Folder made by gift annotate from the same data; needed for {NEED_GUIDE}.",
     )
     tokenizer: str | None = Field(
         default=None,

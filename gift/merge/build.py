@@ -143,7 +143,7 @@ def _transform(
 ) -> Transform | None:
     """The method's transform for one floating-point tensor; None if the tensor stays unchanged."""
     method = settings.method
-    weight = method.sum_weight(settings.options, tensor.base is not None)
+    weight = method.sum_weight(settings.options, settings.adapters, tensor.base is not None)
     if weight is not None:
         if not tensor.is_adapted:
             return None

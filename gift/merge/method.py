@@ -79,7 +79,7 @@ def _nothing(tensor: WholeTensor, options: MergeOptions) -> Any:
     return None
 
 
-def _not_a_sum(options: MergeOptions, has_base: bool) -> float | None:
+def _not_a_sum(options: MergeOptions, adapters: int, has_base: bool) -> float | None:
     return None
 
 
@@ -93,9 +93,9 @@ class Method:
     statistics: what `gift merge-statistics` collects for every model: the diagonal of the Fisher
     information, or the Gram matrix of each linear layer's inputs.
     prepare: computes what depends on the whole tensor; its result becomes `Rows.known`.
-    sum_weight: the factor w where the result is θ_I + w Σ τ (the argument is whether a base is
-    given), else None. Tensors without an adapter then stay unchanged, and the merge can be undone
-    by subtraction.
+    sum_weight: the factor w where the result is θ_I + w Σ τ, else None, from the number of adapters
+    and whether there is a base. Tensors without an adapter then stay unchanged, and the merge can
+    be undone by subtraction.
     note: a note for the user, given the number of task vectors; empty for none.
     """
 
@@ -109,5 +109,5 @@ class Method:
     takes_dora: bool = False
     statistics: Literal["diagonal", "gram"] | None = None
     prepare: Callable[[WholeTensor, MergeOptions], Any] = _nothing
-    sum_weight: Callable[[MergeOptions, bool], float | None] = _not_a_sum
+    sum_weight: Callable[[MergeOptions, int, bool], float | None] = _not_a_sum
     note: Callable[[MergeOptions, int], str] = lambda options, vectors: ""

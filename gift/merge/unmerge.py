@@ -141,7 +141,7 @@ def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -
         )
     method = METHODS[manifest["method"]]
     options = MergeOptions(**manifest["settings"])
-    weight = method.sum_weight(options, manifest["base"] is not None)
+    weight = method.sum_weight(options, len(merged), manifest["base"] is not None)
     full = any(adapter.uses_dora or adapter.saved for adapter in adapters)
     if weight is None or manifest["dtype"] != "keep" or full:
         raise InputError(

@@ -1,5 +1,6 @@
 """Finds and loads models, chooses device and dtype, and identifies models by hashes."""
 
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> An
 
     Weights that its class does not read are named in a warning. InputError: see `model_structure`.
     """
+    gc.collect()  # PyTorch's checkpoints leave cycles, which keep the model of an earlier stage
     # Straight to a GPU, without a copy of the model in the host's memory.
     place = {"device_map": {"": device}} if device.type == "cuda" else {}
     model, unread = _load(folder, dtype=dtype, **place)

@@ -13,13 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from gift.config import ReportConfig
 from gift.config.study import INSTRUCT
 from gift.console import console
-from gift.controls import ABOUT as CONTROLS
 from gift.merge.methods import METHODS
 from gift.storage.files import read_json, read_record, replacing
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
 from gift.training.micro_batches import BAND_NAMES
-from gift.weighting import ABOUT as WEIGHTINGS
+from gift.weighting.controls import ABOUT as CONTROLS
+from gift.weighting.formulas import WEIGHTINGS
 
 REPORT_FILE = "report.html"
 SHOWN = 5  # questions won and lost; more guides than this are folded
@@ -132,9 +132,9 @@ def _choices(study: Study) -> list[tuple[str, dict[str, str]]]:
     """The study's weightings, controls and merge methods, each with a sentence."""
     methods = [study.settings["methods"][name] for name in study.methods[1:]]
     parts = (
-        ("weighting", "Weightings of tokens", WEIGHTINGS),
+        ("weighting", "Weightings of tokens", {k: one.about for k, one in WEIGHTINGS.items()}),
         ("control", "Controls: what takes the place of the guide's confidence", CONTROLS),
-        ("method", "Ways to merge", {name: method.about for name, method in METHODS.items()}),
+        ("method", "Ways to merge", {k: one.about for k, one in METHODS.items()}),
     )
     found = []
     for option, title, sentences in parts:

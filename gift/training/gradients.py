@@ -16,7 +16,9 @@ from gift.data.batches import Batch, make_batch
 from gift.models.head import LMHead, last_hidden_state, lm_head
 from gift.training.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, Split, micro_batches
 from gift.training.sharding import whole_head
-from gift.weighting import STATISTICS, GuidedRow, token_weights
+from gift.weighting.formulas import WEIGHTINGS
+from gift.weighting.targets import GuidedRow
+from gift.weighting.weights import token_weights
 from gift_kernels import weighted_ce
 
 # Sums over micro-batches; in the tensor the loss of each confidence band follows them. Tokens whose
@@ -84,7 +86,7 @@ def _token_losses(
         micro.batch.targets,
         reduction="none",
         ignore_index=IGNORE_INDEX,
-        stats=("top1", *STATISTICS[config.weighting]),
+        stats=("top1", *WEIGHTINGS[config.weighting].statistics),
         **head.options(),
     )
     assert stats.top1 is not None

@@ -28,13 +28,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gift.config import TrainConfig, TrainOptions
 from gift.console import error_console
+from gift.data.batches import size_of
 from gift.data.encoding import Example
 from gift.distributed.ranks import Group
 from gift.errors import InputError, is_out_of_memory
+from gift.models.memory import attempt
 from gift.storage.files import read_json, write_json
 from gift.training.gradients import accumulate_gradients
 from gift.training.micro_batches import Split, global_batches, plan_micro_batches
-from gift.weighting import GuidedRow
+from gift.weighting.targets import GuidedRow
 
 RECORD = "memory.json"
 # Fewer tokens leave a device idle; below this it is better to recompute activations.
@@ -192,24 +194,21 @@ def largest_micro_batch(
 
 def _size(micro: Sequence[GuidedRow], split: Split) -> int:
     """Tokens of a micro-batch, padding included."""
-    lengths = [len(row.example.input_ids) for row in micro]
-    return sum(lengths) if split.packed else len(lengths) * max(lengths, default=0)
+    return size_of([len(row.example.input_ids) for row in micro], packed=split.packed)
 
 
 def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> bool:
     """Whether a forward and backward over the rows fit into memory besides the optimizer state."""
     device = next(model.parameters()).device
-    fits = True
-    try:
-        held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
+
+    def step() -> bool:
+        _held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
         _attempt(config, model, rows, split)
-        del held
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        fits = False
+        return True
+
+    fits = attempt(step)
     _forget(model)
-    return fits
+    return fits is not None
 
 
 def _reserve(model: Any) -> int:
@@ -249,7 +248,7 @@ def _measure(config: TrainOptions, model: Any, split: Split) -> tuple[int, int]:
     for tokens in (SHORT, SHORT, LONG):  # the first also has what stays for good
         row = Example(0, np.ones(tokens, np.int32), np.arange(tokens) > 0)
         known = torch.ones(row.targets)
-        _attempt(config, model, [GuidedRow(row, known, known, torch.arange(row.targets))], split)
+        _attempt(config, model, [GuidedRow(row, known, torch.arange(row.targets), known)], split)
         peaks.append(_peak_bytes(next(model.parameters()).device))
         _forget(model)
     return peaks[1], peaks[2]

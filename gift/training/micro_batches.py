@@ -13,7 +13,8 @@ from torch import Tensor
 from gift.config import TrainOptions
 from gift.data.batches import Batch, copy_to, make_batch, plan_batches
 from gift.distributed.ranks import Group
-from gift.weighting import GuidedRow, Targets, gather_targets, known_zeros
+from gift.weighting.targets import GuidedRow, Targets, gather_targets
+from gift.weighting.weights import known_zeros
 
 BAND_EDGES = (0.1, 0.5, 0.9)
 BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")

@@ -12,17 +12,16 @@ so they do not depend on ranks, micro-batches or resuming.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gift.config.train import Control
 from gift.errors import InputError
 from gift_kernels import WeightTransform
 from gift_kernels.reference import transform_weight
 
-Control = Literal["shuffle", "random", "invert", "constant"]
 # A sentence each for a study's report.
 ABOUT: dict[str, str] = {
     "shuffle": "The guide's confidences, in a random order within each row.",
