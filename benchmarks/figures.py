@@ -1,5 +1,6 @@
 """Figures of a run: each provider's time in each case, and time and memory against tokens."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from benchmarks.report import CANDIDATES, KEY, Row
 
 COLORS = {"ours": "#41618f", "baseline": "#8c8c8c", "peer": "#b8c4d6", "floor": "#dda15e"}
+LABEL_WIDTH = 90  # characters of a title's line
 WIDEST = 4  # bars longer than this many times the fastest are cut and labelled with their time
 
 
@@ -54,7 +56,7 @@ def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
         names = [row["provider"] for row in chart]
         place.set_yticks(range(len(chart)), names, fontsize=7)
         place.invert_yaxis()
-        place.set_title(label, fontsize=8, loc="left")
+        place.set_title(textwrap.fill(label, LABEL_WIDTH), fontsize=8, loc="left")
         place.set_xlim(0, 1.12 * min(longest, chart[-1]["time_ms"]))
         place.tick_params(axis="x", labelsize=7)
         place.spines[["top", "right"]].set_visible(False)

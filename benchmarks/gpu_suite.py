@@ -26,7 +26,7 @@ import torch
 from benchmarks import figures, goals, report
 from benchmarks.cases import Case, CECase, accuracy_cases, gpu_cases, toy_cases
 from benchmarks.data import make_inputs
-from benchmarks.gpu_summary import failures, summary
+from benchmarks.gpu_summary import failures, summary, told
 from benchmarks.measure import add_case, check, gate_truth, measure_case, outputs_of
 from benchmarks.native_tests import pytest_row, run_limited
 from benchmarks.providers import floors, own_providers, providers_of
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--compile", metavar="I/N", help="only compile each N-th case, from I")
+    parser.add_argument("--commit", help="what is measured, where git does not know it")
     parser.add_argument("--resume", action="store_true", help="continue the results in --output")
     arguments = parser.parse_args()
     parts = [part for part in arguments.parts.split(",") if part]
@@ -93,13 +94,14 @@ def main() -> None:
     finally:
         finish(suite)
     if broken := failures(suite.results, measured="benchmarks" in parts):
-        print(f"{len(broken)} failures, the first: {broken[0]}")
+        print(f"{len(broken)} failures", *map(told, broken[:5]), sep="\n- ")
         sys.exit(1)
 
 
 def new_suite(arguments: argparse.Namespace, parts: list[str], device: torch.device) -> Suite:
     """The results, new or resumed, and what the parts need."""
     environment = report.environment(device)
+    environment["commit"] = arguments.commit or environment["commit"]
     output = arguments.output
     if arguments.dry_run:
         # Its times mean nothing: never among the stored results, nor in README.
@@ -307,8 +309,9 @@ def run_candidates(suite: Suite) -> None:
 
     cases = [
         CECase("llama-3.1-8b", 8192),
-        CECase("llama-3.1-8b", 512),
         CECase("llama-3.1-8b", 8192, weighting="uniform", trainable=True),
+        CECase("qwen2.5-0.5b", 8192),
+        CECase("llama-3.1-8b", 512),
         CECase("gemma-2-9b", 8192),
     ]
     for case in [CECase("toy", 40)] if suite.dry_run else cases:

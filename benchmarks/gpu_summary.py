@@ -62,6 +62,12 @@ def failures(results: report.Results, measured: bool = True) -> list[report.Row]
     return broken
 
 
+def told(row: report.Row) -> str:
+    """A failure in a line: what failed, and how."""
+    names = (*report.NAMES, "status", "verdict", "found", "reason")
+    return ", ".join(str(row[name]) for name in names if row.get(name))
+
+
 def is_bad(row: report.Row) -> bool:
     return row.get("verdict", row.get("status", "")).startswith(("wrong", "failed"))
 

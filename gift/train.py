@@ -184,8 +184,12 @@ def _fit(
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Fused on a GPU: otherwise a step makes copies of all parameters, for which no memory is kept.
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=parameters[0].is_cuda,
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
     torch.manual_seed(_dropout_seed(config.seed, group.rank))

@@ -210,9 +210,8 @@ def test_the_fused_kernel_is_called_for_the_same_attention(
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window}
-    expected, _ = packed_attention(
-        nn.Module(), query, key, value, None, row_lengths=lengths, cu_seq_lens_q=borders, **options
-    )
+    packing = {"row_lengths": lengths, "cu_seq_lens_q": borders, "max_length_q": 30}
+    expected, _ = packed_attention(nn.Module(), query, key, value, None, **packing, **options)
     found = gift.data.packing._fused(query, key, value, borders, 30, 0.3, window)
     torch.testing.assert_close(found, expected)
 

@@ -69,8 +69,8 @@ class Machine(NamedTuple):
 
 # Keys of the tables below: architectures, the interpreter, and on any GPU float32 or uneven sizes.
 INTERPRETER, SMALL = 0, -1
-# The fastest measured on an H200, with the kernels of commit c35b29c. FLATTEN would serialize the
-# products, because the epilogue of a tile changes the accumulators in place.
+# The fastest candidate on an H200 with the kernels of commit c35b29c; not timed with later ones.
+# FLATTEN would serialize the products, because the epilogue changes the accumulators in place.
 HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
 # interpreter's are small enough for several tiles in a small test.
