@@ -9,7 +9,7 @@ from benchmarks.report import CANDIDATES, KEY, Row
 
 COLORS = {"ours": "#41618f", "baseline": "#8c8c8c", "peer": "#b8c4d6", "floor": "#dda15e"}
 LABEL_WIDTH = 90  # characters of a title's line
-WIDEST = 4  # bars longer than this many times the fastest way's are cut, their time beside them
+WIDEST = 4  # bars longer than this many times the fastest are cut and labelled with their time
 
 
 def plot(output: Path, rows: Sequence[Row]) -> None:
@@ -32,7 +32,7 @@ def plot(output: Path, rows: Sequence[Row]) -> None:
 
 
 def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
-    """One bar chart a case: ours, every other and the floor, fastest first."""
+    """One bar chart per case: ours, all others and the lower bound, fastest first."""
     labels = list(dict.fromkeys(row["case"] for row in rows))
     charts = [
         sorted((row for row in rows if row["case"] == label), key=lambda row: row["time_ms"])
@@ -65,7 +65,7 @@ def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
 
 
 def _growing_family(rows: Sequence[Row]) -> list[Row]:
-    """The rows that differ in their number of tokens only, where there are most of these."""
+    """The largest set of rows that differ only in their number of tokens."""
     alike = [name for name in KEY if name not in ("case", "tokens", "provider")]
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

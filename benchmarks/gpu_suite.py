@@ -1,12 +1,12 @@
-"""`python -m benchmarks.gpu_suite`: all that needs a GPU, in one call, the most important first.
+"""`python -m benchmarks.gpu_suite`: everything that needs a GPU, in one call, most important first.
 
 Our kernels compiled by parallel processes, tests natively, stored results, accuracy against
 float64, benchmarks against all peers, whole stages on real architectures, candidates for our tile
 sizes, compute-sanitizer; then more benchmarks until the budget ends, and torch.compile's ways.
-Results are written after every step, so a run that is cut off loses nothing. The summary comes
+Results are written after every step, so a killed run loses nothing. The summary comes
 last. If a provider makes the device unusable, or does not end, the suite continues without it in a
 new process.
-`--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
+`--dry-run` runs all of it on a CPU at toy sizes; its times are meaningless.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def run_accuracy(suite: Suite) -> None:
 
 
 def run_benchmarks(suite: Suite) -> None:
-    """The most important cases, against all peers and the floors."""
+    """The most important cases, against all peers and the lower bounds."""
     keep = END_TO_END_SECONDS if "end_to_end" in suite.parts and not suite.dry_run else 0
     _run_cases(suite, _toy() if suite.dry_run else gpu_cases(quick=True), keep)
 
