@@ -28,7 +28,7 @@ from gift.merge.methods import METHODS
 from gift.models.loading import listed, model_hash, model_structure, quantisation, resolve_model
 from gift.models.tokenizer import load_tokenizer
 from gift.storage.files import hash_file, hash_folder, hash_json, read_json
-from gift.storage.lock import lock_path, owned
+from gift.storage.lock import lock_path, locked
 from gift.storage.publish import (
     check_published,
     complete,
@@ -78,7 +78,7 @@ def run(config: RunOptions) -> dict[str, str]:
     with ExitStack() as owner:
 
         def own_output() -> None:
-            owner.enter_context(owned(config.output))
+            owner.enter_context(locked(config.output))
             _refuse_other_folder(config.output, [stage.config.output for stage in stages])
 
         with ranks.process_group(on_host=True) as group:
@@ -113,7 +113,7 @@ def _refuse_other_folder(output: Path, folders: Sequence[Path]) -> None:
 
 def is_finished(output: Path, key: str, overwrite: bool) -> bool:
     """Whether a stage's folder is complete; InputError if it must be overwritten but may not."""
-    with owned(output):
+    with locked(output):
         complete(output)
     if not output.exists():
         return False
