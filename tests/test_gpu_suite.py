@@ -213,6 +213,11 @@ def test_the_time_of_the_host_is_judged() -> None:
     assert [row["met"] for row in goals.judge_host(rows)] == ["no", "yes", "not measured"]
 
 
+def test_the_tests_to_run_natively_are_there() -> None:
+    for name in (*gpu_suite.GOLDEN_TESTS, *gpu_suite.KERNEL_TESTS):
+        assert (report.ROOT / name).is_file(), name
+
+
 def test_every_goal_of_time_has_a_count() -> None:
     """And the count of a case that was measured is what was measured."""
     (folder,) = [one for one in readme.newest() if "cpu" not in one.name]
