@@ -75,7 +75,8 @@ class Suite:
         parts = parts if self.part in CASE_BY_CASE else parts[1:]
         self.results.save()
         print(f"{LOST}: {', '.join(parts) or 'nothing'} left for a new process", flush=True)
-        options = ["--resume", "--output", str(self.results.output), "--parts", ",".join(parts)]
+        options = ["--dry-run"] if self.dry_run else []
+        options += ["--resume", "--output", str(self.results.output), "--parts", ",".join(parts)]
         options += ["--budget-minutes", str(max(0.0, self.left()) / 60)]
         command = [sys.executable, "-m", "benchmarks.gpu_suite", *options]
         os.execv(command[0], command)

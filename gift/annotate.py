@@ -122,7 +122,7 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
 class Annotator:
     """A guide that annotates batches of rows: an actor class for `ray.data.Dataset.map_batches`.
 
-    It needs no Ray: an instance is a function of a batch. The model is loaded once.
+    Ray is not needed: an instance can be called with a batch. The model is loaded once.
 
     Args:
         model: the guide, a folder or a hub id; `tokenizer` names another model's tokenizer and

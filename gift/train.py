@@ -47,7 +47,7 @@ from gift.models.loading import (
 )
 from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from gift.speed import SPEED_FILE, Clock, load_and_hash, print_times, speed
-from gift.storage.files import hash_file, hash_json, naming, replacing, write_json
+from gift.storage.files import hash_file, hash_json, naming_file, replacing, write_json
 from gift.storage.publish import WORK_FOLDER
 from gift.training.checkpoint import TrainingState
 from gift.training.gradients import SUMS, accumulate_gradients, flat_gradients
@@ -118,15 +118,15 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 _write_adapter(model, tokenizer, partial, history, manifest)
             write_json(partial / SPEED_FILE, {"seconds": clock.seconds})
     if group.is_main:
-        _print_result(config, targets.left, summary, clock)
+        _print_result(config, targets.not_adapted, summary, clock)
     return summary
 
 
 def _print_result(
-    config: TrainConfig, left: Sequence[str], summary: dict[str, Any], clock: Clock
+    config: TrainConfig, not_adapted: Sequence[str], summary: dict[str, Any], clock: Clock
 ) -> None:
-    if left:
-        note = f"Note: no LoRA pair for {', '.join(left)}"
+    if not_adapted:
+        note = f"Note: no LoRA pair for {', '.join(not_adapted)}"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
     print_times(clock)
@@ -384,9 +384,9 @@ def _write_adapter(
     history: Sequence[dict[str, float]],
     manifest: dict[str, Any],
 ) -> None:
-    with naming(partial / "adapter_model.safetensors"):
+    with naming_file(partial / "adapter_model.safetensors"):
         model.save_pretrained(partial, save_embedding_layers=False)
-    with naming(partial / "tokenizer.json"):
+    with naming_file(partial / "tokenizer.json"):
         tokenizer.save_pretrained(partial)
     write_json(partial / MANIFEST_FILE, manifest)
     _write_metrics(partial, history)

@@ -1,4 +1,4 @@
-"""An evaluation asks what it says, counts what it should, and survives interruption."""
+"""An evaluation: its prompts, its metrics, and resuming after an interruption."""
 
 import itertools
 import json

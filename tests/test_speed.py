@@ -1,4 +1,4 @@
-"""Useful work agrees with PyTorch's own count; times are written and shown."""
+"""Useful operations agree with PyTorch's count; times are written and shown."""
 
 import json
 import threading

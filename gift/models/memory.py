@@ -1,4 +1,4 @@
-"""Attempts at what the memory of a device may not hold."""
+"""Attempts that may run out of memory."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,18 +7,18 @@ from typing import TypeVar
 import torch
 
 from gift.console import error_console
-from gift.errors import lacks_memory
+from gift.errors import is_out_of_memory
 
 Found = TypeVar("Found")
 Item = TypeVar("Item")
 
 
 def attempt(compute: Callable[[], Found]) -> Found | None:
-    """What the call returns; None where memory was short, after what it took is free again."""
+    """The call's result; None if memory ran out, after freeing what the call allocated."""
     try:
         return compute()
     except RuntimeError as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
     gc.collect()
     if torch.cuda.is_initialized():
