@@ -15,7 +15,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from gift.models.head import check_head
 from gift.models.loading import (
     folder_context,
     load_causal_lm,
-    model_hash,
     model_structure,
     pick_device,
     pick_dtype,
@@ -48,7 +46,7 @@ from gift.models.loading import (
     versions,
 )
 from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
-from gift.speed import SPEED_FILE, Clock, print_times, speed
+from gift.speed import SPEED_FILE, Clock, load_and_hash, print_times, speed
 from gift.storage.files import hash_file, hash_json, naming_file, replacing, write_json
 from gift.storage.publish import WORK_FOLDER
 from gift.training.checkpoint import TrainingState
@@ -88,13 +86,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         require_same_tokens("--model", folder, other, data.kept, "the data's tokenizer")
         device = _device(config, group)
         dtype = pick_dtype(config.dtype, device)
-        # The files are hashed while the model is loaded from them.
-        with ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(model_hash, folder)
-            with clock("load"):
-                model, packed = _adapted_model(config, data, dtype, device)
-            with clock("hash"):
-                weights = hashing.result()
+        (model, packed), weights = load_and_hash(
+            folder, clock, lambda: _adapted_model(config, data, dtype, device)
+        )
         made_from = {
             **_made_from(config, weights, tokenizer, store),
             "device": device.type,
