@@ -3,10 +3,10 @@
 It returns the loss, the rows' statistics and, if requested, gradients computed in the forward: dH
 of every row, unscaled, and dW and db of the weighted sum. The backward only scales them: row i of
 dH by its weight and upstream gradient, dW and db by the upstream gradient of the sum.
-Two cases leave dW and db to the backward. Triton keeps the exponentials of a call that is not
-traced, if all of its rows fit, and multiplies them there (`LinearCE.deferred`). Otherwise, where
-each row has an upstream gradient of its own (`reduction="none"`), logits are recomputed by
-`gift_kernels::linear_ce_head_gradient`.
+Two cases leave dW and db to the backward. Where each row has an upstream gradient of its own
+(`reduction="none"`), logits are recomputed by `gift_kernels::linear_ce_head_gradient`. Otherwise
+Triton keeps the exponentials of a call that is not traced, if all of its rows fit, and multiplies
+them there (`LinearCE.deferred`).
 
 `linear_ce` is registered as `gift_kernels::linear_ce` for torch.compile and other tracing. Outside
 of it `call` runs the same functions as a plain `autograd.Function`: a registered operator with so
@@ -126,8 +126,7 @@ def solve(
         keep_zero_rows=keep_zero_rows,
         shard=None,
         chunk_size=chunk_size,
-        # The gradient of each row would have the ranks meet in the backward.
-        defer=defer and not (rowwise and group_name is not None),
+        defer=defer,
     )
     vocab_sizes = {name: head.weight.shape[0] for name, head in problem.heads().items()}
     if group_name is not None:
@@ -327,7 +326,7 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
         else:
             dh = eager.scale_rows(dh, of_sum * weight).to(hidden_dtype)
     if ctx.deferred is not None:
-        dw, db = _deferred_gradients(ctx, inputs, of_sum * weight)
+        dw, db = _deferred_gradients(ctx, inputs, of_sum)
     elif ctx.recompute is not None:
         dw, db = head_gradient(*inputs, of_sum * weight, *ctx.recompute)
     elif want_dw and ctx.impl == "triton":
@@ -349,7 +348,7 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _deferred_gradients(ctx: Any, saved: list[Tensor], row_factor: Tensor) -> tuple[Any, Any]:
+def _deferred_gradients(ctx: Any, saved: list[Tensor], upstream: Tensor) -> tuple[Any, Any]:
     """dW and db of what the Triton kernels left to the backward; None where not wanted."""
     lm_head_weight, bias, *tensors = saved
     plan, logit_scale, logit_softcap = ctx.deferred
@@ -359,7 +358,7 @@ def _deferred_gradients(ctx: Any, saved: list[Tensor], row_factor: Tensor) -> tu
     head = LinearInputs(tensors[0], lm_head_weight, bias, logit_scale, logit_softcap)
     with torch.cuda.device_of(lm_head_weight):
         return triton_ce.solve_deferred(
-            head, triton_ce.Deferred(plan, tensors), row_factor, want_dw=want_dw, want_db=want_db
+            head, triton_ce.Deferred(plan, tensors), upstream, want_dw=want_dw, want_db=want_db
         )
 
 

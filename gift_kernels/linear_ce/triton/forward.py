@@ -114,14 +114,14 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     call = (head, target, rows, plan, problem.shard, asked)
     dw, db, left = None, None, None
     wanted = {"want_dw": problem.want_dw, "want_db": problem.want_db}
-    if problem.defer and problem.want_dw and 0 < target.shape[0] <= most_kept(head, plan):
-        found, dh, left = row_pass_for_later(*call, guide)
-    elif not problem.rowwise and any(wanted.values()):
-        found, (dh, dw, db) = head_gradients(*call, **wanted, guide=guide)
-    else:
-        grad = problem.want_dh or problem.want_dw or problem.want_db
+    if problem.rowwise or not any(wanted.values()):
+        grad = problem.want_dh or any(wanted.values())
         own = 1.0 if grad or problem.guide is not None else problem.temperature
         found, dh, _ = row_pass(*call, temperature=own, guide=guide)
+    elif problem.defer and problem.want_dw and 0 < target.shape[0] <= most_kept(head, plan):
+        found, dh, left = row_pass_for_later(*call, guide)
+    else:
+        found, (dh, dw, db) = head_gradients(*call, **wanted, guide=guide)
     return LinearCE(
         loss=found.loss if problem.rowwise else found.loss.sum(),
         row_count=rows.row_count,
@@ -159,11 +159,11 @@ def row_pass_for_later(
 
 
 def solve_deferred(
-    head: LinearInputs, found: Deferred, row_factor: Tensor, *, want_dw: bool, want_db: bool
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dW [V, D] in the head's dtype and db float32 [V] of Σ_i row_factor_i · nll_i, if wanted."""
+    """dW [V, D] in the head's dtype and db float32 [V], times upstream []; None: not wanted."""
     head = with_contiguous_bias(head)
-    _, dw, db = deferred_gradients(head, found, row_factor, want_dw=want_dw, want_db=want_db)
+    _, dw, db = deferred_gradients(head, found, upstream, want_dw=want_dw, want_db=want_db)
     return dw, db
 
 

@@ -7,8 +7,8 @@ G needs the log-sum-exp, which is known after the pass over all columns. There a
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
   itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G on the way to
   the product with the hidden states: three products in all.
-  If these are all rows and autograd can keep E, dW is left to the backward (`Deferred`): weights
-  and upstream gradients enter together, and dW is stored once, in the dtype of the head.
+  If these are all rows and autograd can keep E, dW is left to the backward (`Deferred`), which
+  knows the upstream gradient: dW is stored once, scaled and in the dtype of the head.
   Else it is made at once. E of chunk c is stored where dW of chunk c − 1 will be, E of chunk 0 in a
   buffer of its own. dW is computed from the last chunk to the first, so each chunk of dW overwrites
   an E that is no longer needed.
@@ -112,7 +112,7 @@ def kept_rows(
 
 
 class Deferred(NamedTuple):
-    """What dW and db of all rows are made of, once their upstream gradients are known."""
+    """What dW and db of all rows are made of, once the upstream gradient is known."""
 
     plan: Plan
     tensors: list[Tensor]  # hidden states of a chunk, references, `Rows`, `RowFactors`, and E
@@ -125,9 +125,9 @@ def deferred(kept: KeptRows, rows: Rows, found: RowFactors) -> Deferred:
 
 
 def deferred_gradients(
-    head: LinearInputs, found: Deferred, row_factor: Tensor, *, want_dw: bool, want_db: bool
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
 ) -> Gradients:
-    """dW and db of Σ_i row_factor_i · nll_i, rounded once to the dtype of the head.
+    """dW, rounded once to the dtype of the head, and db of upstream [] times the weighted sum.
 
     The hidden states of `head` are not read. What is kept stays as it is.
     """
@@ -144,7 +144,9 @@ def deferred_gradients(
         torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_dw else None,
         torch.empty(head.weight.shape[0], device=hidden.device) if want_db else None,
     )
-    order = weights_in_order(head, rows, factors, row_factor)
+    # An upstream gradient of 0 gives 0 whatever the sum is.
+    order = weights_in_order(head, rows, factors, torch.where(upstream == 0, 0, rows.weight))
+    order = order._replace(scale=order.scale * upstream)
     add_kept_rows(KeptRows(chunk, exponentials, references), rows, factors, order, into)
     return into
 
