@@ -53,7 +53,7 @@ from gift.distributed.ranks import Group
 from gift.speed import speed
 from gift.training.memory import layers_of, recompute, settle_memory
 from gift.training.micro_batches import Split
-from gift.weighting import guided_rows
+from gift.weighting.weights import guided_rows
 
 OURS = "gift"
 PADDED = "gift, padded"

@@ -142,6 +142,27 @@ def _judged(goal: Goal, head: str, row: Row | None, rows: Sequence[Row]) -> Row:
     return {"goal": goal.name, "case": case, "at most": goal.bound, "found": figure, "met": met}
 
 
+# Of calls: microseconds until they return, at most.
+HOST_GOALS = (
+    ("frozen head", 256, 800.0),
+    ("lora_merge_, bfloat16 factors", 0, 40.0),
+    ("lora_merge_, float32 factors", 0, 40.0),
+)
+
+
+def judge_host(rows: Sequence[Row]) -> list[Row]:
+    """The same for the time of the host, from the rows of `host_time`."""
+    found: list[Row] = []
+    for call, tokens, bound in HOST_GOALS:
+        times = [row["µs"] for row in rows if (row["call"], row["tokens"]) == (call, tokens)]
+        figure = times[0] if times else None
+        met = "not measured" if figure is None else "yes" if figure <= bound else "no"
+        case = f"{call}, {tokens} tokens" if tokens else call
+        row = {"goal": "host time, µs", "case": case, "at most": bound, "found": figure, "met": met}
+        found.append(row)
+    return found
+
+
 # Of stages: the way's stage, the column, how much at least, and the way it is a multiple of.
 STAGE_GOALS = (
     ("annotate", "tokens/s", 1.6, "authors' way"),

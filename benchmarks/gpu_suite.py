@@ -4,7 +4,8 @@ Our kernels compiled by parallel processes, tests natively, stored results, accu
 float64, benchmarks against all peers, whole stages on real architectures, candidates for our tile
 sizes, compute-sanitizer; then more benchmarks until the budget ends, and torch.compile's ways.
 Results are written after every step, so a run that is cut off loses nothing. The summary comes
-last. If a provider makes the device unusable, the suite continues without it in a new process.
+last. If a provider makes the device unusable, or does not end, the suite continues without it in a
+new process.
 `--dry-run` walks through all of it on a CPU at toy sizes; its times mean nothing.
 """
 
@@ -12,24 +13,25 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import figures, goals, report
-from benchmarks.cases import HEADS, Case, CECase, gpu_cases, toy_cases
+from benchmarks.cases import Case, CECase, accuracy_cases, gpu_cases, toy_cases
 from benchmarks.data import make_inputs
 from benchmarks.gpu_summary import failures, summary
 from benchmarks.measure import add_case, check, gate_truth, measure_case, outputs_of
 from benchmarks.native_tests import pytest_row, run_limited
 from benchmarks.providers import floors, own_providers, providers_of
-from benchmarks.turns import LOST, Settings, device_works, failure
+from benchmarks.suite import GRACE_SECONDS, Suite
+from benchmarks.turns import LOST, Settings, device_works, failure, free
 
 GOLDEN_TESTS = ("tests/linear_ce/test_ce_golden.py", "tests/lora_merge/test_lora_merge.py")
 KERNEL_TESTS = (
@@ -50,30 +52,9 @@ SANITIZER_SECONDS = 20  # at least, per tool
 CANDIDATES_SECONDS = 60  # per case, mostly spent in the compiler
 COMPILED = "torch.compile"  # in the names of providers that it makes
 WARM_SECONDS = 60
+# After which a step is given up: it hangs, or takes more than it is worth.
+CASE_SECONDS, STEP_SECONDS = 90, 45
 SANITIZED = "bfloat16-triton or float32-triton"
-
-
-@dataclass
-class Suite:
-    """One run: its parts, where results go, and its time budget."""
-
-    results: report.Results
-    settings: Settings
-    started: float
-    seconds: float
-    dry_run: bool
-    parts: Sequence[str]
-
-    def left(self) -> float:
-        """Seconds until the budget ends."""
-        return self.started + self.seconds - time.monotonic()
-
-    def add(self, table: str, *rows: report.Row) -> None:
-        """Adds rows to a table and writes all results."""
-        self.results.tables.setdefault(table, []).extend(rows)
-        self.results.save()
-        for row in rows:
-            print("  " + ", ".join(f"{name}: {_short(value)}" for name, value in row.items()))
 
 
 def main() -> None:
@@ -86,9 +67,11 @@ def main() -> None:
     parser.add_argument("--compile", metavar="I/N", help="only compile each N-th case, from I")
     parser.add_argument("--resume", action="store_true", help="continue the results in --output")
     arguments = parser.parse_args()
-    parts = arguments.parts.split(",")
+    parts = [part for part in arguments.parts.split(",") if part]
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    if arguments.resume and arguments.output is None:
+        parser.error("--resume: give the folder of the results as --output")
     if arguments.dry_run:
         if os.environ.get("TRITON_INTERPRET") != "1":
             # Triton asks when it is imported, which torch may have done by now.
@@ -99,41 +82,56 @@ def main() -> None:
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     if arguments.compile:
         first, count = map(int, arguments.compile.split("/"))
-        compile_cases(_first_cases(arguments.dry_run)[first::count], device)
+        compile_cases(cases_to_warm(parts, arguments.dry_run)[first::count], device)
         return
+    # Whoever ends this process gets a summary, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    suite = new_suite(arguments, parts, device)
+    try:
+        for name in parts:
+            run_part(suite, name)
+    finally:
+        finish(suite)
+    if broken := failures(suite.results, measured="benchmarks" in parts):
+        print(f"{len(broken)} failures, the first: {broken[0]}")
+        sys.exit(1)
+
+
+def new_suite(arguments: argparse.Namespace, parts: list[str], device: torch.device) -> Suite:
+    """The results, new or resumed, and what the parts need."""
     environment = report.environment(device)
     output = arguments.output
     if arguments.dry_run:
         # Its times mean nothing: never among the stored results, nor in README.
         environment["dry_run"] = True
         output = output or Path(tempfile.mkdtemp(prefix="gpu_suite_"))
-    if arguments.resume and output is None:
-        parser.error("--resume: give the folder of the results as --output")
-    if not arguments.resume:
-        output = report.new_folder(output, environment)
-    settings = Settings(device, seconds=0.0, rounds=(1, 1))
-    if not arguments.dry_run:
-        settings = Settings(device, seconds=4.0, rounds=(5, 60))
-    resumed = arguments.resume
-    results = report.read_results(output) if resumed else report.Results(output, environment)
+    if arguments.resume:
+        results = report.read_results(output)
+    else:
+        results = report.Results(report.new_folder(output, environment), environment)
+    settings = Settings(device, seconds=4.0, rounds=(5, 60))
+    if arguments.dry_run:
+        settings = Settings(device, seconds=0.0, rounds=(1, 1))
     budget = 60 * arguments.budget_minutes
-    suite = Suite(results, settings, time.monotonic(), budget, arguments.dry_run, parts)
-    try:
-        for name in parts:
-            run_part(suite, name)
-    finally:
-        stages = results.tables.get("end to end", [])
-        results.tables["goals"] = goals.judge(results.rows) + goals.judge_stages(stages)
-        results.save()
-        print(summary(results), flush=True)
-        figures.plot(output, results.rows)
-    if broken := failures(results, measured="benchmarks" in parts):
-        print(f"{len(broken)} failures, the first: {broken[0]}")
-        sys.exit(1)
+    return Suite(results, settings, time.monotonic(), budget, arguments.dry_run, parts)
+
+
+def finish(suite: Suite) -> None:
+    """Judges the goals, prints the summary and draws the figures."""
+    results = suite.results
+    results.tables["goals"] = [
+        *goals.judge(results.rows),
+        *goals.judge_host(results.tables.get("host time", [])),
+        *goals.judge_stages(results.tables.get("end to end", [])),
+    ]
+    results.save()
+    print(summary(results), flush=True)
+    figures.plot(results.output, results.rows)
 
 
 def run_part(suite: Suite, name: str) -> None:
     """Runs a part unless the budget has ended; an exception becomes a row in the results."""
+    suite.part = name
     if suite.left() <= 0:
         suite.add("not run", {"part": name, "reason": "the budget ended"})
         return
@@ -143,34 +141,24 @@ def run_part(suite: Suite, name: str) -> None:
     except Exception as error:  # GPU time is short: a failing part must not stop the others
         suite.add("not run", {"part": name, "reason": failure(error)})
     if not device_works(suite.settings.device):
-        go_on_in_a_new_process(suite, name)
-
-
-def go_on_in_a_new_process(suite: Suite, name: str) -> None:
-    """Continues with the parts after `name`, and the rest of `name` if it runs case by case."""
-    parts = suite.parts[suite.parts.index(name) :]
-    parts = parts if name in ("benchmarks", "more") else parts[1:]
-    suite.results.save()
-    print(f"{LOST}: {', '.join(parts) or 'nothing'} left for a new process", flush=True)
-    if parts:
-        options = ["--resume", "--output", str(suite.results.output), "--parts", ",".join(parts)]
-        options += ["--budget-minutes", str(max(0.0, suite.left()) / 60)]
-        command = [sys.executable, "-m", "benchmarks.gpu_suite", *options]
-        os.execv(command[0], command)
+        suite.go_on_in_a_new_process()
 
 
 def run_warm(suite: Suite) -> None:
     """Fills Triton's cache from several processes, because one process compiles on one core."""
-    cases = _first_cases(suite.dry_run)
+    cases = cases_to_warm(suite.parts, suite.dry_run)
     count = min(len(cases), 1 if suite.dry_run else 12, os.cpu_count() or 1)
     options = ["--dry-run"] if suite.dry_run else []
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *options, "--compile"]
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", *options]
+    command += ["--parts", ",".join(suite.parts), "--compile"]
     begun, limit = time.monotonic(), min(WARM_SECONDS, suite.left())
     with ThreadPoolExecutor(count) as pool:
         calls = [[*command, f"{first}/{count}"] for first in range(count)]
         found = list(pool.map(lambda call: run_limited(call, limit), calls))
-    texts = [f"rc {code}: {text[-200:]}" for code, text in found if code != 0]
-    status = "ok" if not texts else f"failed: {texts[0]}"
+    failed = [f"failed: rc {code}: {text[-200:]}" for code, text in found if code]
+    # What did not get ready compiles later.
+    stopped = [f"stopped after {limit:.0f} s" for code, _ in found if code is None]
+    status = [*failed, *stopped, "ok"][0]
     seconds = round(time.monotonic() - begun, 1)
     suite.add("compiled", {"processes": count, "status": status, "seconds": seconds})
 
@@ -178,15 +166,22 @@ def run_warm(suite: Suite) -> None:
 def compile_cases(cases: Sequence[Case], device: torch.device) -> None:
     """Our kernels once for each case, at its own size."""
     for case in cases:
-        inputs = make_inputs(case, device)
-        for provider in providers_of(case):
-            if provider.name.startswith("gift triton"):
-                outputs_of(provider, case, inputs)
-        del inputs
+        try:
+            inputs = make_inputs(case, device)
+            for provider in providers_of(case):
+                if provider.name.startswith("gift triton"):
+                    outputs_of(provider, case, inputs)
+            del inputs
+        except torch.OutOfMemoryError:  # the other processes hold it; this case compiles later
+            free(device)
 
 
-def _first_cases(dry_run: bool) -> list[Case]:
-    return _toy()[:1] if dry_run else gpu_cases(quick=True)
+def cases_to_warm(parts: Sequence[str], dry_run: bool) -> list[Case]:
+    """What the first parts will run."""
+    if dry_run:
+        return _toy()[:1]
+    cases: list[Case] = gpu_cases(quick=True) if "benchmarks" in parts else []
+    return [*cases, *(accuracy_cases(dry_run) if "accuracy" in parts else [])] or gpu_cases(True)
 
 
 def run_tests(suite: Suite) -> None:
@@ -209,11 +204,14 @@ def run_tests(suite: Suite) -> None:
 def run_accuracy(suite: Suite) -> None:
     """Errors of the Triton kernels and of full logits in the same dtype, against float64."""
     ours = next(provider for provider in own_providers() if provider.name == "gift triton")
-    for case in accuracy_cases(suite.dry_run):
+    cases = accuracy_cases(suite.dry_run)
+    for number, case in enumerate(cases):
         if suite.left() <= 0:
+            _not_begun(suite, len(cases) - number)
             return
-        inputs, truth, baseline_errors = gate_truth(case, suite.settings)
-        status, errors = check(ours, case, inputs, truth, baseline_errors)
+        with suite.limited(STEP_SECONDS):
+            inputs, truth, baseline_errors = gate_truth(case, suite.settings)
+            status, errors = check(ours, case, inputs, truth, baseline_errors)
         del inputs, truth
         suite.add(
             "accuracy against float64",
@@ -230,22 +228,6 @@ def run_accuracy(suite: Suite) -> None:
         )
         if not device_works(suite.settings.device):
             return
-
-
-def accuracy_cases(dry_run: bool) -> list[CECase]:
-    """Every head, confidences and gradients, on peaked and flat data."""
-    heads = ("toy-softcap",) if dry_run else list(HEADS)[:6]
-    dtypes = ("bfloat16",) if dry_run else ("bfloat16", "float16")
-    cases = []
-    for head in heads:
-        for data in ("peaked", "flat"):
-            confidence = CECase(
-                head, 128 if dry_run else 1024, data=data, weighting="uniform",
-                direction="forward", op="token_confidence",
-            )  # fmt: skip
-            cases += [confidence, CECase(head, confidence.tokens, data=data, trainable=True)]
-    more = [CECase(heads[0], 128 if dry_run else 1024, dtype) for dtype in dtypes[1:]]
-    return cases + more
 
 
 def run_benchmarks(suite: Suite) -> None:
@@ -270,8 +252,7 @@ def _run_cases(suite: Suite, cases: Sequence[Case], keep: float = 0) -> None:
         if case.label in done:
             continue
         if suite.left() <= keep:
-            reason = f"the budget ended; {len(cases) - number} cases were not begun"
-            suite.add("not run", {"part": "benchmarks", "reason": reason})
+            _not_begun(suite, len(cases) - number)
             return
         print(f"  [{number + 1}/{len(cases)}] {case.label}", flush=True)
         providers = [one for one in providers_of(case) if one.name not in lost]
@@ -279,23 +260,45 @@ def _run_cases(suite: Suite, cases: Sequence[Case], keep: float = 0) -> None:
         if suite.dry_run:
             # Peers' kernels take seconds in the interpreter; tests/test_benchmarks.py runs them.
             providers = [one for one in providers if one.package in (None, "peft")]
-        if not add_case(results, case, suite.settings, providers):
+        with suite.limited(CASE_SECONDS, case):
+            works = add_case(results, case, suite.settings, providers)
+        if not works:
             return
 
 
+def _not_begun(suite: Suite, count: int) -> None:
+    reason = f"the budget ended; {count} cases were not begun"
+    suite.add("not run", {"part": suite.part, "reason": reason})
+
+
 def _toy() -> list[Case]:
-    wanted = ("guide weights, frozen", "token_confidence", "float32 factors")
+    wanted = ("offline weights, frozen", "token_confidence", "float32 factors")
     return [next(case for case in toy_cases() if text in case.label) for text in wanted]
 
 
-def run_end_to_end(suite: Suite) -> None:
-    """Whole stages on real architectures."""
-    from benchmarks import end_to_end  # needs gift's packages; the parts above do not
+def run_host(suite: Suite) -> None:
+    """Time until calls return, the device working meanwhile."""
+    from benchmarks import host_time
 
+    with suite.limited(STEP_SECONDS):
+        suite.add("host time", *host_time.on_device(suite.settings.device, suite.dry_run))
+
+
+def run_end_to_end(suite: Suite) -> None:
+    """Whole stages on real architectures, in a process of their own: they may take long to end."""
     size = "toy" if suite.dry_run else "gpu"
     seconds = min(suite.left(), max(0.35 * suite.left(), END_TO_END_SECONDS))
-    for row in end_to_end.measure_all(size, suite.settings.device, seconds):
-        suite.add("end to end", row)
+    command = [sys.executable, "-m", "benchmarks.end_to_end", "--size", size]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--seconds", f"{seconds:.0f}", "--output", folder]
+        limit = min(seconds + STEP_SECONDS, suite.left() + GRACE_SECONDS)
+        code, text = run_limited(command, limit)
+        if (Path(folder) / report.RESULTS_FILE).exists():
+            suite.add("end to end", *report.read_results(Path(folder)).tables["end to end"])
+    if code != 0:
+        last = " ".join(text.split())[-200:]
+        reason = f"stopped after {limit:.0f} s" if code is None else f"failed: rc {code}: {last}"
+        suite.add("not run", {"part": "end_to_end", "reason": reason})
 
 
 def run_candidates(suite: Suite) -> None:
@@ -314,10 +317,11 @@ def run_candidates(suite: Suite) -> None:
             suite.add("not run", {"part": "candidates", "reason": reason})
             return
         providers = candidates(case, make_inputs(case, suite.settings.device))
-        providers = providers[:3] if suite.dry_run else providers
+        providers = providers[:2] if suite.dry_run else providers
         bare = [provider for provider in floors() if case.op in provider.ops]
         label = report.CANDIDATES + case.label
-        rows = measure_case(case, suite.settings, [*providers, *bare])
+        with suite.limited(2 * CANDIDATES_SECONDS):
+            rows = measure_case(case, suite.settings, [*providers, *bare])
         suite.results.rows += [{"case": label, **row} for row in rows]
         suite.results.save()
         if not device_works(suite.settings.device):
@@ -336,7 +340,8 @@ def run_compiled(suite: Suite) -> None:
             for one in providers_of(case)
             if COMPILED in one.name or one.name == "gift triton" or one.kind == "floor"
         ]
-        rows = measure_case(case, suite.settings, providers)
+        with suite.limited(2 * CANDIDATES_SECONDS):
+            rows = measure_case(case, suite.settings, providers)
         label = f"{case.label} ({COMPILED})"
         suite.results.rows += [{"case": label, **row} for row in rows]
         suite.results.save()
@@ -374,16 +379,13 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "tests": run_tests,
     "accuracy": run_accuracy,
     "benchmarks": run_benchmarks,
+    "host": run_host,
     "end_to_end": run_end_to_end,
     "candidates": run_candidates,
     "sanitizer": run_sanitizer,
     "more": run_more,
     "compiled": run_compiled,
 }
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _has(package: str) -> bool:

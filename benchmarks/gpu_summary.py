@@ -6,12 +6,13 @@ from benchmarks import report
 
 SUMMARY_CHARACTERS = 10_000
 OURS = "gift"  # the way of `end_to_end` that is ours
+REQUIRED = ("tests", "accuracy")  # parts without which a run proves nothing
 
 
 def summary(results: report.Results) -> str:
     """What was found, in at most SUMMARY_CHARACTERS characters."""
     lines = [f"# {results.environment['device']}, {results.environment['date']}"]
-    for title in ("tests", "goals", "compute-sanitizer", "not run", "end to end"):
+    for title in ("tests", "goals", "host time", "compute-sanitizer", "not run", "end to end"):
         if results.tables.get(title):
             lines += ["", f"## {title}", *report.plain_table(results.tables[title])]
     wrong = [row for row in results.tables.get("accuracy against float64", []) if is_bad(row)]
@@ -51,7 +52,7 @@ def failures(results: report.Results, measured: bool = True) -> list[report.Row]
     broken += [
         row
         for row in tables.get("not run", [])
-        if row["reason"].startswith(("failed", "not installed"))
+        if row["reason"].startswith(("failed", "not installed")) or row["part"] in REQUIRED
     ]
     broken += [row for row in tables.get("compiled", []) if is_bad(row)]
     if measured and not any(

@@ -4,13 +4,14 @@
 
 Prints, for Llama 3.1 8B's head and for merges, launches, calls of PyTorch and microseconds
 of the calling thread. What the CUDA driver takes for a launch, and its allocator for memory, is not
-in them.
+in them. `on_device` takes the time until calls return on a GPU, in which all of that is.
 """
 
 import ctypes
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.report import Row
 from gift_kernels import Guide, checks, lora_merge_, token_confidence, weighted_ce
 from gift_kernels.linear_ce import api
 from gift_kernels.linear_ce.triton import chunk_size
@@ -27,6 +29,7 @@ from gift_kernels.linear_ce.triton.tiles import Machine
 from gift_kernels.lora_merge import api as merge_api
 
 HIDDEN_SIZE, VOCAB_SIZE = 4096, 128256
+CPU = torch.device("cpu")
 TOKENS = (256, 512, 1024, 2048, 8192)
 REPEATS = 100
 
@@ -77,11 +80,16 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def cases(tokens: int) -> dict[str, Callable[[], Any]]:
-    """Calls by name."""
-    head = torch.empty(VOCAB_SIZE, HIDDEN_SIZE, dtype=torch.bfloat16)
-    hidden = torch.zeros(1, tokens, HIDDEN_SIZE, dtype=torch.bfloat16, requires_grad=True)
-    target, weight = torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens)
+def cases(
+    tokens: int, device: torch.device, sizes: tuple[int, int] = (VOCAB_SIZE, HIDDEN_SIZE)
+) -> dict[str, Callable[[], Any]]:
+    """Calls by name, for a head of `sizes` [V, D]."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    # On a CPU nothing reads it, and it takes no memory.
+    head = (torch.empty if device.type == "cpu" else torch.zeros)(*sizes, **options)
+    hidden = torch.zeros(1, tokens, sizes[1], **options, requires_grad=True)
+    target = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    weight = torch.ones(1, tokens, device=device)
     guide = Guide(hidden.detach(), head)
 
     def step(**weights: Any) -> None:
@@ -95,10 +103,10 @@ def cases(tokens: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def merges() -> dict[str, Callable[[], Any]]:
+def merges(device: torch.device) -> dict[str, Callable[[], Any]]:
     """Merges of rank 64 by name."""
-    weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    a, b = torch.zeros(64, 1024), torch.zeros(1024, 64)
+    weight = torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device)
+    a, b = torch.zeros(64, 1024, device=device), torch.zeros(1024, 64, device=device)
     a16, b16 = a.bfloat16(), b.bfloat16()
     return {
         "lora_merge_, bfloat16 factors": lambda: lora_merge_(weight, a16, b16, 2.0),
@@ -118,6 +126,27 @@ def measure(call: Callable[[], Any]) -> tuple[int, int, float]:
         call()
         times.append(time.thread_time() - start)
     return launches, calls.count, min(times) * 1e6
+
+
+def on_device(device: torch.device, toy: bool = False) -> Iterator[Row]:
+    """Microseconds until each call returns, the median of many, its kernels running meanwhile."""
+    sizes = (320, 48) if toy else (VOCAB_SIZE, HIDDEN_SIZE)
+    for tokens in (16,) if toy else (256, 1024, 8192):
+        for name, call in cases(tokens, device, sizes).items():
+            yield {"call": name, "tokens": tokens, "µs": _until_return(call, device)}
+    for name, call in merges(device).items():
+        yield {"call": name, "tokens": 0, "µs": _until_return(call, device)}
+
+
+def _until_return(call: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(23):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * median(times[3:])
 
 
 def keep_freed_memory() -> None:
@@ -142,10 +171,10 @@ def main() -> None:
     ):
         print("| call | tokens | launches | calls | µs |\n|---|---|---|---|---|")
         for tokens in TOKENS:
-            for name, call in cases(tokens).items():
+            for name, call in cases(tokens, CPU).items():
                 launches, calls, time_taken = measure(call)
                 print(f"| {name} | {tokens} | {launches} | {calls} | {time_taken:.0f} |")
-        for name, call in merges().items():
+        for name, call in merges(CPU).items():
             launches, calls, time_taken = measure(call)
             print(f"| {name} | | {launches} | {calls} | {time_taken:.0f} |")
 

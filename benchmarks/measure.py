@@ -60,12 +60,14 @@ def measure_case(
     of it.
     """
     providers = providers if providers is not None else providers_of(case)
-    rows = {provider.name: _empty_row(case, provider) for provider in providers}
+    rows = {provider.name: empty_row(case, provider) for provider in providers}
     torch.compiler.reset()  # else torch.compile reaches the process's recompilation limit
     try:
         _fill_rows(rows, case, settings, providers)
     except DeviceLost as lost:
         return [{**rows[lost.provider], "status": lost.status}]
+    finally:
+        settings.running = None
     add_ratios(list(rows.values()))
     return list(rows.values())
 
@@ -82,6 +84,7 @@ def _fill_rows(
             row["status"] = reason if reason == "not installed" else f"not run: {reason}"
             continue
         if provider.kind != "floor":
+            settings.running = provider
             status, errors = check(provider, case, gate_inputs, truth, baseline_errors)
             row["status"] = status
             row |= {f"error_{name}": error for name, error in errors.items()}
@@ -91,11 +94,13 @@ def _fill_rows(
                 continue
         passed.append(provider)
     del gate_inputs, truth
+    settings.running = None
     free(settings.device)
     contenders = _contenders(case, passed, settings, rows)
     take_turns(contenders, settings)
     for contender in contenders:
         row = rows[contender.provider.name]
+        settings.running = contender.provider
         if not contender.failed:
             row["peak_mb"] = peak_megabytes(contender, settings.device)
         if contender.failed:
@@ -267,7 +272,7 @@ def _contenders(
     ]
     contenders = []
     for provider in providers:
-        status = "ok"
+        status, settings.running = "ok", provider
         try:
             calls = [make_call(provider, case, inputs) for inputs in sets]
             for call in (*calls, calls[0]):
@@ -332,7 +337,8 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
         row["ratio_best_peer"] = row["time_ms"] / min(others) if others else None
 
 
-def _empty_row(case: Case, provider: Provider) -> dict[str, Any]:
+def empty_row(case: Case, provider: Provider) -> dict[str, Any]:
+    """What a result row of a provider says before anything has run."""
     # A provider's own error budget applies to gradients only.
     approximate = provider.budget is not None and case.describe()["direction"] != "forward"
     notes = ["approximate" if approximate else "", provider.note(case)]

@@ -25,6 +25,7 @@ from gift.study.report import REPORT_FILE
 from gift.study.results import RESULTS_FILE
 from gift.study.run import study
 from gift.train import train
+from gift.weighting.formulas import WEIGHTINGS
 
 SEEDS, QUESTIONS = 3, 100
 # Seed and recipe of each pair.
@@ -53,7 +54,8 @@ def methods(guides: Path) -> dict[str, dict[str, Any]]:
         "GIFT-BaseT": DEMO_METHODS["GIFT-BaseT"],
         **{
             f"weighting {name}": {"weighting": name}
-            for name in ("self", "own-times-guide", "excess", "entropy")
+            for name in WEIGHTINGS
+            if name not in ("guide", "uniform")
         },
         **{
             f"control {name}": {"control": name}

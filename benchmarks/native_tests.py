@@ -12,13 +12,22 @@ from pathlib import Path
 from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
+HANGS_SECONDS = 60  # after which a test's stack is printed
+SHOWN_FAILURES = 20
 
 
 def pytest_row(name: str, selected: Sequence[str], limit: float, output: Path) -> report.Row:
-    """Counts of one pytest run; its output goes to tests.txt. Stopped at `limit` seconds."""
+    """Counts of one pytest run; its output goes to tests.txt. Stopped at `limit` seconds.
+
+    A file that cannot be imported, for want of a package say, stops no other. Failures are printed.
+    """
     begun = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *selected]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={HANGS_SECONDS}"]
+    command += selected
     code, text = run_limited(command, limit)
+    for line in re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)[:SHOWN_FAILURES]:
+        print(f"  {line}", flush=True)
     output.mkdir(parents=True, exist_ok=True)
     with (output / "tests.txt").open("a", encoding="utf-8") as file:
         file.write(f"{' '.join(command[1:])}\n{text}\n")
@@ -32,7 +41,10 @@ def pytest_row(name: str, selected: Sequence[str], limit: float, output: Path) -
 def run_limited(
     command: Sequence[str], limit: float, variables: dict[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Exit status (None if stopped at the limit) and output of a command run in the project."""
+    """Exit status (None if stopped at the limit) and output of a command run in the project.
+
+    It ends with whatever it started, also if this process is interrupted.
+    """
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, env={**os.environ, **(variables or {})},
@@ -42,6 +54,9 @@ def run_limited(
         return process.returncode, text
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     try:
         text, _ = process.communicate(timeout=10)
     except subprocess.TimeoutExpired:

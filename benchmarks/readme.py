@@ -1,7 +1,7 @@
 """`python -m benchmarks readme`: writes the generated sections of README.md and docs/.
 
-Performance and studies come from folders of results, merge methods from their registry. A test
-checks that the files hold what this makes.
+Performance and studies come from folders of results, merge methods and weightings from their
+registries. A test checks that the files hold what this makes.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,14 @@ from pathlib import Path
 
 from benchmarks import goals, report, study_tables
 from gift.merge.methods import METHODS
+from gift.weighting.formulas import WEIGHTINGS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 MERGE_METHODS = ROOT / "docs" / "merge-methods.md"
+PIPELINE = ROOT / "docs" / "pipeline.md"
 STUDY = ROOT / "docs" / "study.md"
 BEGIN = "<!-- made by python -m benchmarks readme -->"
 BEGIN_STUDY = "<!-- of a study, made by python -m benchmarks readme -->"
@@ -22,7 +24,7 @@ END = "<!-- end -->"
 NOT_ON_A_GPU = """**Not measured on a GPU yet.** `python -m benchmarks.gpu_suite` measures accuracy,
 times beside the peers and whole stages in one call."""
 SHOWN_HEAD = "llama-3.1-8b"  # the only head in README's table
-WEIGHTINGS = {
+CASES = {
     "offline": "a weight tensor",
     "uniform": "no weights",
     "guide": "guide's confidence",
@@ -45,6 +47,7 @@ def sections(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         README: [_short(one) for one in gpu] or [NOT_ON_A_GPU],
         BENCHMARKS: [*([] if gpu else [NOT_ON_A_GPU]), *map(_device, results)],
         MERGE_METHODS: [merge_methods()],
+        PIPELINE: [weightings()],
     }
     study = study_tables.newest(RESULTS)
     return [
@@ -52,6 +55,15 @@ def sections(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         (README, "\n\n".join([BEGIN_STUDY, study_tables.short(study), END])),
         (STUDY, "\n\n".join([BEGIN_STUDY, study_tables.full(study), END])),
     ]
+
+
+def weightings() -> str:
+    """The table of weightings."""
+    table = [
+        {"`--weighting`": f"`{name}`", "weight of a token": one.formula, "known as": one.source}
+        for name, one in WEIGHTINGS.items()
+    ]
+    return "\n".join(report.plain_table(table))
 
 
 def merge_methods() -> str:
@@ -151,7 +163,7 @@ def _measured(results: report.Results) -> list[report.Row]:
 
 def _order(row: report.Row) -> tuple:
     """README's order: similar cases next to each other."""
-    weighting = list(WEIGHTINGS).index(row["weighting"]) if row["weighting"] else 0
+    weighting = list(CASES).index(row["weighting"]) if row["weighting"] else 0
     flat = row["data"] == "flat"
     return row["op"] != "weighted_ce", row["rank"], weighting, row["trainable"], flat, row["tokens"]
 
@@ -162,7 +174,7 @@ def _brief(row: report.Row) -> str:
         return f"lora_merge, rank {row['rank']}, {row['factor_dtype']} factors"
     parts = [row["op"], f"{row['tokens']} tokens"]
     if row["op"] == "weighted_ce":
-        parts.append(WEIGHTINGS[row["weighting"]])
+        parts.append(CASES[row["weighting"]])
     parts += ["trainable head"] if row["trainable"] else []
     parts += ["flat logits"] if row["data"] == "flat" else []
     again = row["case"].find(" (again")

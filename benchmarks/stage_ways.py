@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.turns import failure
-from gift.annotate import annotate_batch
+from gift.annotation.batches import annotate_batch
 from gift.config import TrainConfig
 from gift.data.batches import make_batch, plan_batches
 from gift.data.encoding import Example
@@ -17,7 +17,7 @@ from gift.models.head import last_hidden_state
 from gift.training.gradients import accumulate_gradients
 from gift.training.memory import layers_of
 from gift.training.micro_batches import Split
-from gift.weighting import GuidedRow, gather_targets
+from gift.weighting.targets import GuidedRow, gather_targets
 
 
 @dataclass(frozen=True)

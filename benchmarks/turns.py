@@ -22,12 +22,13 @@ LOST = "(the device was lost)"
 
 @dataclass
 class Settings:
-    """`seconds` of timing a case; `rounds` at least and at most."""
+    """`seconds` of timing a case; `rounds` at least and at most; whose call is `running`."""
 
     device: torch.device
     seconds: float = 8.0
     rounds: tuple[int, int] = (5, 60)
     seed: int = 0
+    running: Provider | None = None
 
 
 @dataclass
@@ -74,6 +75,7 @@ def take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
                 continue
             call = contender.calls[turn % len(contender.calls)]
             turn += 1
+            settings.running = contender.provider
             try:
                 contender.samples.append(once(call, settings.device))
             except Exception as error:  # other people's code may raise anything

@@ -15,15 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
-from gift.confidence_store import STATISTICS, GuideStatistics, write_store
+from gift.annotation.batches import Guide, Plan, fewer, note_tokens, settle_batches
+from gift.annotation.parts import collect_parts, split_by_row, write_part
+from gift.confidence_store import GuideStatistics, write_store
 from gift.config import AnnotateConfig, DataOptions
 from gift.config.annotate import AnnotateOptions
 from gift.console import error_console, print_summary, progress
-from gift.data.batches import Batch, make_batch, plan_batches
 from gift.data.encoding import (
     EncodedData,
     Example,
@@ -41,7 +39,7 @@ from gift.data.token_ids import require_same_tokens, tokenizer_for
 from gift.distributed import ranks
 from gift.distributed.ranks import Group
 from gift.errors import InputError
-from gift.models.head import check_head, last_hidden_state, lm_head
+from gift.models.head import check_head
 from gift.models.loading import (
     folder_context,
     load_causal_lm,
@@ -54,11 +52,8 @@ from gift.models.loading import (
 )
 from gift.models.tokenizer import template_hash, tokenizer_hash
 from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
-from gift.storage.files import hash_json, replacing, sealed_files, write_json
+from gift.storage.files import hash_json, write_json
 from gift.storage.publish import Output
-from gift_kernels import token_confidence
-
-PART = "part-"  # begins the names of files with what was found of some rows
 
 
 def annotate(config: AnnotateConfig, key: str = "") -> dict[str, Any]:
@@ -89,20 +84,20 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
     # The files are hashed while the model is loaded from them.
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(model_hash, folder)
-        model, packed = _load_guide(config, folder, data, clock)
+        guide = _load_guide(config, folder, data, clock)
         with clock("hash"):
             weights = hashing.result()
-    made_from = _made_from(config, weights, tokenizer, packed)
+    made_from = _made_from(config, weights, tokenizer, guide.packed)
     ranks.begin_shared(group, output, made_from)
-    batches = _plan(config, packed, data)
-    missing = group.from_main(lambda: _unfinished(batches, output.work))
-    _annotate_batches(config, model, packed, batches, missing, output.work, group, clock)
+    with clock("compute"):
+        plan = settle_batches(guide, data.kept, config.batch_tokens, group, output.work)
+    _annotate_batches(config, guide, plan, output.work, group, clock)
     if group.size > 1:
         with clock("others"):
             group.barrier()
     if not group.is_main:
         return {}
-    values = _collect(data, output.work)
+    values = collect_parts(data, output.work)
     confidence = [row[0] for row in values]
     largest, top1, entropy = np.concatenate(values, axis=1)[1:]
     statistics = GuideStatistics(largest, top1.astype(bool), entropy)
@@ -118,8 +113,11 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
     }
     with clock("save"):
         write_store(output.partial, data, confidence, tokenizer, manifest, statistics)
-    rows = [example for number in missing for example in batches[number]]
-    speed = stage_speed(clock, model, rows, devices=group.size)
+    rows = [example for number in plan.missing for example in plan.batches[number]]
+    speed = {
+        "batch_tokens": plan.tokens,
+        **stage_speed(clock, guide.model, rows, devices=group.size),
+    }
     write_json(output.partial / SPEED_FILE, {"seconds": clock.seconds, **speed})
     print_summary(f"Annotated {config.data.name}: {config.output}", {**summary, **speed})
     print_times(clock)
@@ -154,18 +152,17 @@ class Annotator:
         guide_temperature: float = 1.0,
     ) -> None:
         self._rows = DataOptions(max_length=max_length, overlong=overlong, ignore_keys=ignore_keys)
-        self._options = AnnotateOptions(
-            batch_tokens=batch_tokens, guide_temperature=guide_temperature
-        )
+        options = AnnotateOptions(batch_tokens=batch_tokens, guide_temperature=guide_temperature)
+        self._tokens = options.batch_tokens
         place = pick_device(device)
         folder = resolve_model(model)
         self._name, self._context = model, folder_context(folder)
         self._tokenizer, self._other = tokenizer_for(folder, tokenizer)
         self._folder, self._whose = folder, tokenizer
-        self._model = load_causal_lm(folder, pick_dtype(dtype, place), place)
-        trial = _trial_rows(self._model, max_length)
-        check_head(self._model, torch.from_numpy(trial[0].input_ids).long().to(place))
-        self._packed = enable_packing(self._model, trial)
+        model = load_causal_lm(folder, pick_dtype(dtype, place), place)
+        trial = _trial_rows(model, max_length)
+        check_head(model, torch.from_numpy(trial[0].input_ids).long().to(place))
+        self._guide = Guide(model, enable_packing(model, trial), options.guide_temperature)
         self._noted: set[str] = set()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +170,8 @@ class Annotator:
 
         Args:
             batch: columns by name, which hold the keys of `gift annotate`'s rows:
-                instruction/response, prompt/completion or messages. None is no value, inside
-                objects too.
+                instruction/response, prompt/completion or messages. None counts as absent, also
+                inside objects.
 
         Returns:
             All columns, and three object arrays of lists, as `gift.datasets.with_confidence` makes
@@ -218,7 +215,7 @@ class Annotator:
         return {**batch, **{name: _object_array(rows) for name, rows in found.items()}}
 
     def _note(self, notes: Sequence[str]) -> None:
-        """Prints what no earlier batch said."""
+        """Prints the notes that no earlier batch printed."""
         for note in notes:
             if note not in self._noted:
                 self._noted.add(note)
@@ -227,13 +224,19 @@ class Annotator:
     def _annotate(self, data: EncodedData) -> dict[int, np.ndarray]:
         """The confidences of the rows that are kept, by row."""
         if data.kept:
-            require_vocabulary(self._model, data, self._name)
-        confidence = {}
-        for rows in _plan(self._options, self._packed, data):
-            made = make_batch(rows, packed=self._packed).to(self._model.device)
-            found = annotate_batch(self._model, made, self._options.guide_temperature)
-            by_row = _by_row(rows, found.cpu().numpy())
+            require_vocabulary(self._guide.model, data, self._name)
+        confidence: dict[int, np.ndarray] = {}
+        pending = data.kept
+        while pending:
+            rows, *others = self._guide.plan(self._tokens, pending)
+            found = self._guide.attempt(rows)
+            if found is None:
+                self._tokens = fewer(self._tokens, rows)
+                note_tokens(self._tokens)
+                continue
+            by_row = split_by_row(rows, found.cpu().numpy())
             confidence |= {int(row): values[0] for row, values in by_row.items()}
+            pending = [example for batch in others for example in batch]
         return confidence
 
 
@@ -274,66 +277,38 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _load_guide(
-    config: AnnotateConfig, folder: Path, data: EncodedData, clock: Clock
-) -> tuple[Any, bool]:
-    """The guide, checked, and whether it reads packed rows."""
+def _load_guide(config: AnnotateConfig, folder: Path, data: EncodedData, clock: Clock) -> Guide:
     device = pick_device(config.device)
     with clock("load"):
         model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
-    return model, enable_packing(model, data.kept)
-
-
-def _plan(config: AnnotateOptions, packed: bool, data: EncodedData) -> list[list[Example]]:
-    """The batches of all rows; one is computed as a whole by one rank, however many there are."""
-    lengths = [len(example.input_ids) for example in data.kept]
-    plan = plan_batches(lengths, config.batch_tokens, packed=packed)
-    return [[data.kept[number] for number in batch] for batch in plan]
-
-
-def _unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
-    """Numbers of the batches that an interrupted run did not finish."""
-    finished: set[str] = set()
-    for path in _parts(work):
-        with safe_open(path, "numpy") as part:
-            finished |= set(part.keys())
-    return [number for number, rows in enumerate(batches) if str(rows[0].row) not in finished]
+    return Guide(model, enable_packing(model, data.kept), config.guide_temperature)
 
 
 def _annotate_batches(
-    config: AnnotateConfig,
-    model: Any,
-    packed: bool,
-    batches: Sequence[Sequence[Example]],
-    missing: Sequence[int],
-    work: Path,
-    group: Group,
-    clock: Clock,
+    config: AnnotateConfig, guide: Guide, plan: Plan, work: Path, group: Group, clock: Clock
 ) -> None:
-    """Annotates this rank's share of the missing batches; some of them become a file in `work`."""
-    share = group.share(missing)
-    done = (len(batches) - len(missing)) // group.size
-    with progress("annotate", done + len(share), done) as bar:
-        for start in range(0, len(share), config.part_batches):
-            part = share[start : start + config.part_batches]
-            found = []
+    """Annotates this rank's share of the missing batches; saves several per file in `work`."""
+    done = (len(plan.batches) - len(plan.missing)) // group.size
+    found = list(plan.found)
+    with progress("annotate", done + len(plan.share), done + len(found)) as bar:
+        for start in range(0, len(plan.share), config.part_batches):
+            part = plan.share[start : start + config.part_batches]
             with clock("compute"):
-                for number in part:
-                    made = make_batch(batches[number], packed=packed).to(model.device)
-                    found.append(annotate_batch(model, made, config.guide_temperature))
+                for number in part[len(found) :]:
+                    found.append(guide.annotate(plan.batches[number]))
                     bar.advance()
             with clock("wait"):
                 values = torch.cat(found, dim=1).cpu().numpy()
-            rows = [example for number in part for example in batches[number]]
-            path = work / f"{PART}{part[0]:06d}.safetensors"
-            with clock("save"), replacing(path, sealed=True) as temporary:
-                save_file(_by_row(rows, values), temporary)
+            rows = [example for number in part for example in plan.batches[number]]
+            with clock("save"):
+                write_part(work, part[0], rows, values)
+            found.clear()
 
 
 def _trial_rows(model: Any, max_length: int) -> list[Example]:
-    """Rows of any tokens to try a model with: two short ones, one longer than its window if any."""
+    """Arbitrary rows to test packing: two short ones, one longer than the window if any."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     lengths = [5, 8] + ([window + 2] if window is not None and window < max_length else [])
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -344,7 +319,7 @@ def _trial_rows(model: Any, max_length: int) -> list[Example]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, at any depth, as the lists and numbers that JSON has."""
+    """Arrays, at any depth, as lists and numbers for JSON."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):
@@ -357,53 +332,3 @@ def _object_array(rows: Sequence[list[Any]]) -> np.ndarray:
     array = np.empty(len(rows), object)
     array[:] = rows
     return array
-
-
-@torch.no_grad()
-def annotate_batch(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Of the batch's targets float32 [4, N]: the confidence, and `GuideStatistics`."""
-    head = lm_head(model)
-    hidden = last_hidden_state(model, **batch.inputs).flatten(0, 1)  # [B · T, D]
-    confidence, stats = token_confidence(
-        hidden.index_select(0, batch.predicts).to(head.weight.dtype),
-        head.weight,
-        batch.targets,
-        temperature=temperature,
-        stats=STATISTICS,
-        **head.options(),
-    )
-    found = [confidence, *(getattr(stats, name) for name in STATISTICS)]
-    return torch.stack([values.float() for values in found])
-
-
-def _by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's part of what `annotate_batch` found; InputError where one is not finite."""
-    ends = np.cumsum([example.targets for example in rows])
-    by_row = {
-        str(example.row): np.ascontiguousarray(row)
-        for example, row in zip(rows, np.split(values, ends[:-1], axis=1), strict=True)
-    }
-    if bad := [int(row) for row, of_row in by_row.items() if not np.isfinite(of_row).all()]:
-        raise InputError(f"--model: the guide's confidence is not finite in rows {sorted(bad)}")
-    return by_row
-
-
-def _collect(data: EncodedData, work: Path) -> list[np.ndarray]:
-    """What `annotate_batch` found, in row order, from the parts of all ranks."""
-    values: dict[str, np.ndarray] = {}
-    for path in _parts(work):
-        values |= load_file(path)
-    if len(values) != len(data.kept):
-        raise OSError(
-            f"{work}: parts are missing or differ from what was written; the disk is failing or "
-            "another program changed them"
-        )
-    return [
-        values[str(example.row)] if example else np.zeros((4, 0), np.float32)
-        for example in data.examples
-    ]
-
-
-def _parts(work: Path) -> list[Path]:
-    """The whole parts in the work folder."""
-    return [path for name, path in sealed_files(work).items() if name.startswith(PART)]

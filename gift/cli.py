@@ -47,8 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     invoke_without_command=True,
     help="Guided fine-tuning: annotate data with an instruct model, train an adapter on its base "
-    "model, merge it into the instruct model, evaluate. Every option can also come from "
-    "--config recipe.yaml; flags win.",
+    "model, merge it into the instruct model, evaluate. Every option can also come from --config "
+    "recipe.yaml; flags win.",
 )
 
 
@@ -62,9 +62,9 @@ def _options(
 
 
 CONFIGS: dict[str, type[Options]] = {}
-# The commands whose work several processes share.
+# Commands that share their work among processes.
 SHARED = ("annotate", "train", "merge", "evaluate")
-# Options that say how much is computed at once.
+# Options that determine the memory of a forward pass.
 SIZES = ("batch_tokens", "batch_size", "micro_batch_tokens", "eval_batch_size")
 
 
@@ -171,9 +171,9 @@ _add_command(
     "annotate",
     AnnotateConfig,
     "gift.annotate:annotate",
-    "Stage 1: find the instruct model's confidence in the data. Writes it for every target token. "
-    "Costs one forward pass of the model over the data and holds no logits; a killed run resumes "
-    "where it stopped. Under torchrun each process takes a share of the batches.",
+    "Stage 1: find the instruct model's confidence in the data. Writes it for every target "
+    "token. Costs one forward pass of the model over the data and stores no logits; a killed run "
+    "resumes where it stopped. Under torchrun each process takes a share of the batches.",
 )
 _add_command(
     "import-scores",
@@ -185,8 +185,8 @@ _add_command(
     "calibration",
     CalibrationConfig,
     "gift.calibration.command:calibration",
-    "Show how far the guide's confidence can be trusted. Reliability, confidence by kind of token, "
-    "examples and, where rows say whether they are correct, how well confidence tells. Reads a "
+    "Show how far the guide's confidence can be trusted. Reliability, confidence by kind of "
+    "token, examples and, if rows say whether they are correct, the AUROC of confidence. Reads a "
     "store and its data; loads no model.",
     positional=("store",),
 )
@@ -194,10 +194,10 @@ _add_command(
     "train",
     TrainConfig,
     "gift.train:train",
-    "Stage 2: train a LoRA adapter on the base model. Confidence weights the loss. Costs "
-    "about three forward passes per epoch and memory for the frozen model, the adapter and one "
-    "micro-batch. Under torchrun each process takes a share of every batch, and with --shard "
-    "of the model.",
+    "Stage 2: train a LoRA adapter on the base model. Confidence weights the loss. Costs about "
+    "three forward passes per epoch and memory for the frozen model, the adapter and one "
+    "micro-batch. Under torchrun each process takes a share of every batch, and with --shard of "
+    "the model.",
 )
 
 
@@ -205,9 +205,9 @@ _add_command(
     "merge",
     MergeConfig,
     "gift.merge.command:merge",
-    "Stage 3: merge adapters into the instruct model. Streams the model through the memory of a "
-    "few tensors; reads and writes its weights once; a killed merge resumes where it stopped. "
-    "Under torchrun each process takes a share of the files.",
+    "Stage 3: merge adapters into the instruct model. Reads and writes the weights once, with a "
+    "few tensors in memory; a killed merge resumes where it stopped. Under torchrun each process "
+    "takes a share of the files.",
 )
 _add_command(
     "merge-statistics",
@@ -229,8 +229,8 @@ _add_command(
     "unmerge",
     UnmergeConfig,
     "gift.merge.unmerge:unmerge",
-    "Undo a merge. Bit for bit if it was made with --save-residual, else to within one rounding "
-    "error. Costs as much as the merge.",
+    "Undo a merge. Bitwise exact if it was made with --save-residual, else to within one "
+    "rounding error. Costs as much as the merge.",
 )
 _add_command(
     "evaluate",
@@ -244,31 +244,32 @@ _add_command(
     "run",
     RunConfig,
     "gift.run:run",
-    "All stages in one folder. Finished stages are skipped while their settings and inputs stay "
-    "the same; a killed run resumes where it stopped. Options of the evaluation begin with eval-.",
+    "Run all stages in one folder. Finished stages are skipped while their settings and inputs "
+    "stay the same; a killed run resumes where it stopped. Options of the evaluation begin with "
+    "eval-.",
 )
 _add_command(
     "study",
     StudyConfig,
     "gift.study.run:study",
     "Compare methods over seeds, pairs and evaluations. The file names pairs, settings, methods, "
-    "evaluations and tuning (docs/study.md); every run is annotate, train, merge, evaluate, and "
-    "shares what is equal. Finished stages are kept; a killed study resumes where it stopped.",
+    "evaluations and tuning (docs/study.md); every run is annotate, train, merge, evaluate; runs "
+    "share equal stages. Finished stages are kept; a killed study resumes where it stopped.",
 )
 _add_command(
     "report",
     ReportConfig,
     "gift.study.report:report",
-    "Write a study's report, one HTML file. It needs no network.",
+    "Write a study's report, one HTML file. It needs no network to view.",
     positional=("study",),
 )
 _add_command(
     "demo",
     DemoConfig,
     "gift.demo.main:demo",
-    "Make tiny models, adapt them in four ways and compare. Base and instruct pairs, made on this "
-    "machine and adapted by the real stages. Costs a few minutes of two CPU cores; needs no "
-    "network.",
+    "Make tiny models, adapt them in four ways and compare. Pairs of base and instruct models "
+    "are trained from scratch and adapted by the real stages. Takes a few minutes on two CPU "
+    "cores; needs no network.",
 )
 
 

@@ -1,10 +1,10 @@
 """The confidence store: one float32 per target token, and what it was made from.
 
 `confidence.safetensors` holds `confidence` float32 [all target tokens, row after row] and `offsets`
-int64 [rows + 1]; a dropped row has length 0. `statistics.safetensors` holds what else the guide's
-softmax says of the same tokens, see `GuideStatistics`; imported scores have none. `manifest.json`
-names model, tokenizer and template by hash and every row by a digest of its tokens; `tokenizer/` is
-the tokenizer that made them.
+int64 [rows + 1]; a dropped row has length 0. `statistics.safetensors` holds further values of the
+guide's softmax at the same tokens, see `GuideStatistics`; imported scores have none.
+`manifest.json` names model, tokenizer and template by hash and every row by a digest of its tokens;
+`tokenizer/` is the tokenizer that made them.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class ConfidenceStore:
 
 
 class GuideStatistics(NamedTuple):
-    """What a store knows of the guide's softmax at each target token, [all target tokens]."""
+    """Values of the guide's softmax at each target token, all [targets]."""
 
     largest: np.ndarray  # float32, the largest probability
     top1: np.ndarray  # bool, whether the target has it
@@ -100,7 +100,7 @@ def write_store(
 def load_store(folder: Path, option: str = "--confidence") -> ConfidenceStore:
     """Reads a store; InputError where a file is missing, damaged or does not fit the others.
 
-    `option` is what the user calls the folder.
+    `option` names the folder in error messages.
     """
     manifest_path = folder / MANIFEST_FILE
     if not manifest_path.is_file():

@@ -53,7 +53,7 @@ def progress(description: str, total: int, done: int = 0, shown: bool = True) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses console output in the block, for stages that run as part of another command."""
+    """Suppresses console output in the block, for stages that run within another command."""
     before = console.quiet, error_console.quiet
     console.quiet = error_console.quiet = True
     try:

@@ -26,18 +26,17 @@ def with_confidence(
     *,
     missing: Literal["error", "drop"] = "error",
 ) -> "Dataset":
-    """The rows as tokens, with the guide's confidence in each of them that is a target.
+    """Tokenises the rows and adds the guide's confidence in each target token.
 
     Rows are tokenised with the store's tokenizer, chat template, `max_length`, `overlong` and
-    `ignore_keys`, and found in the store by a hash of their tokens and targets: they may be in any
-    order, and some of those that were annotated.
+    `ignore_keys`, and found in the store by a hash of their tokens and targets: they may be a
+    subset of the annotated rows, in any order.
 
     Args:
         dataset: rows in a format of `gift annotate`: instruction/response, prompt/completion or
-            messages. None, at any depth, is no value.
-        store: what `gift annotate` wrote, or its folder.
-        missing: what happens where rows have no confidence. "error" names them; "drop" leaves them
-            out, and says on stderr which they are.
+            messages. None, at any depth, counts as absent.
+        store: what `gift annotate` wrote, or its folder. missing: what happens where rows have no
+        confidence. "error" names them; "drop" leaves them out and lists them on stderr.
 
     Returns:
         A data set of three columns, lists of one length: `input_ids`; `labels`, -100 where a token
@@ -81,7 +80,7 @@ def with_confidence(
 def _encode(
     dataset: "Dataset", store: ConfidenceStore
 ) -> tuple[Sequence[Example | None], dict[int, str]]:
-    """The rows as they were annotated, None where they are lost, and why by number."""
+    """The rows tokenised as in annotation, None where dropped, with reasons by row number."""
     settings: dict[str, Any] = store.manifest["settings"]
     options = DataOptions(**{k: v for k, v in settings.items() if k in DataOptions.model_fields})
     conversations: list[Conversation] = []

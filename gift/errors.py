@@ -1,6 +1,6 @@
-"""Errors that the user can mend."""
+"""Errors the user can fix."""
 
-# What errors of PyTorch, cuBLAS, cuDNN and Triton say where memory is short.
+# Messages of PyTorch, cuBLAS, cuDNN and Triton when memory runs out.
 OUT_OF_MEMORY = (
     "outofmemoryerror",
     "out of memory",
@@ -19,6 +19,6 @@ class InputError(ValueError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether the error says that memory is short; PyTorch has a type for GPUs only."""
+    """Whether memory ran out; PyTorch has an error type for GPUs only."""
     said = repr(error).lower()
     return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)

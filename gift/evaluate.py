@@ -1,8 +1,8 @@
 """Evaluates a model on questions with known answers: generate and check, or choose; average.
 
-A reply that did not end counts as wrong unless `unfinished` says otherwise: it has not committed to
-an answer, and math-verify would take the last expression before the cut. `unfinished_correct`
-reports the share of replies that match the reference but did not end: what this rule costs.
+A reply that did not end counts as wrong unless `unfinished` says otherwise: it has no final answer,
+and math-verify would take the last expression before the cut. `unfinished_correct` reports the
+share of replies that match the reference but did not end.
 """
 
 import itertools
@@ -119,7 +119,7 @@ def _ask_model(
     output: Output,
     group: Group,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Loads the model and asks it: the rows of samples.jsonl, and metrics; nothing but on main."""
+    """Loads the model and asks it: the rows of samples.jsonl, and metrics; empty on other ranks."""
     assert config.model is not None, "checked with the options"
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
@@ -129,8 +129,8 @@ def _ask_model(
     model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     inputs = _token_ids(tokenizer, prompts)
     require_embeddings(model, max(max(ids, default=0) for ids in inputs), config.model)
-    # Everything that determines what the model says. Not the batch size, so that a run that
-    # went out of memory can resume with a smaller one; nor the answers and the check.
+    # Everything that determines the replies. Not the batch size, so that a run that ran out of
+    # memory can resume with a smaller one; nor the answers and the check.
     made_from = {
         "model": weights,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -183,7 +183,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> li
 
 
 def asked_questions(config: EvaluateConfig, check: str) -> tuple[list[Question], dict[str, Any]]:
-    """The questions, and where they come from; InputError where neither option says it."""
+    """The questions, and their source; InputError where neither option is given."""
     suffix, group = config.prompt_suffix, config.group_by
     if config.benchmark is not None:
         benchmark = BENCHMARKS[config.benchmark]
@@ -210,7 +210,7 @@ def asked_questions(config: EvaluateConfig, check: str) -> tuple[list[Question],
 
 
 def check_evaluation(config: EvaluateConfig) -> None:
-    """InputError where `evaluate` could not ask or check these questions, whatever the model."""
+    """InputError where `evaluate` could not ask or check these questions with any model."""
     check = config.check_by()
     if check != "choice":
         _checker(config, check)
@@ -222,7 +222,7 @@ def _checker(config: EvaluateConfig, check: Literal["exact", "math"]) -> Checker
 
 
 def _count_unreadable(checker: Checker, questions: Sequence[Question]) -> int:
-    """Counts, and warns of, references in which math-verify finds no expression to compare."""
+    """Counts the references in which math-verify finds no expression, with a warning."""
     unreadable = [question for question in questions if not checker.can_read(question.answer)]
     if unreadable:
         warn(
@@ -236,7 +236,7 @@ def _count_unreadable(checker: Checker, questions: Sequence[Question]) -> int:
 def _count_short(
     config: EvaluateConfig, model: PreTrainedModel, inputs: Sequence[Sequence[int]]
 ) -> int:
-    """Counts, and warns of, questions that leave less than `max_new_tokens` in the context."""
+    """Counts the questions that leave less than `max_new_tokens` in the context, with a warning."""
     limits = reply_limits(model, inputs, config.max_new_tokens)
     short = sum(limit < config.max_new_tokens for limit in limits)
     if short:
@@ -257,7 +257,7 @@ def _choose(
     output: Output,
     group: Group,
 ) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl of multiple choices: loads finished batches, rates the rest."""
+    """Multiple choice: the rows of samples.jsonl, from finished batches and new ones."""
     options = [len(question.choices or ()) for question in questions]
     ranks.begin_shared(group, output, {**made_from, "options": options})
     done = {row["row"]: row["scores"] for row in _finished(output, group)}
@@ -351,7 +351,7 @@ def _generate(
 
 
 def _finished(output: Output, group: Group) -> list[dict[str, Any]]:
-    """The lines of the finished batches, as the main rank finds them before any rank adds one."""
+    """The lines of the finished batches, read by the main rank before any rank adds one."""
     return group.from_main(lambda: list(read_json_lines(sealed_files(output.work).values())))
 
 

@@ -44,9 +44,9 @@ def plot_training(metrics: Path, output: Path) -> None:
 def draw_reliability(
     panel: Any, guides: Sequence[tuple[str, Sequence[Mapping[str, float]]]], colors: Sequence[str]
 ) -> None:
-    """A line a guide: its largest probability against how often its first choice is it.
+    """One line per guide: how often its likeliest token is the target, against its probability.
 
-    Each guide is its label and the bands of `calibration.measures.reliability`.
+    A guide is given by its label and the bands of `calibration.measures.reliability`.
     """
     panel.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
     for color, (label, bands) in zip(colors, guides, strict=True):

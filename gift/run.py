@@ -1,8 +1,8 @@
 """All stages in one folder: annotate → train → merge → evaluate.
 
-A stage's folder appears only when it is complete, and its list holds the stage's key, a hash of its
-settings and of the content of its inputs (`gift.storage.publish`): a folder with the right key is
-finished and skipped, and a killed run resumes where it stopped.
+A stage's folder appears only when it is complete, and its `gift_files.json` holds the stage's key,
+a hash of its settings and of the content of its inputs (`gift.storage.publish`): a folder with the
+right key is finished and skipped, and a killed run resumes where it stopped.
 """
 
 import re
@@ -36,7 +36,7 @@ from gift.storage.publish import (
 )
 from gift.train import train
 from gift.training.lora_targets import find_targets
-from gift.weighting import check_weighting
+from gift.weighting.weights import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     inputs: Callable[[], list[str]]
 
     def key(self) -> str:
-        """Hash of the settings and of the inputs' content."""
+        """Hash of the settings and of the content of the inputs."""
         settings = self.config.model_dump(mode="json", exclude=PATH_FIELDS)
         return hash_json([self.name, settings, self.inputs()])
 
@@ -124,7 +124,7 @@ def check_pair(config: RunOptions) -> None:
 
 
 def _refuse_other_shapes(config: RunOptions, base: Any, instruct: Any) -> None:
-    """InputError where the models differ beside their vocabulary: the merge would not fit."""
+    """InputError where shapes differ in more than the vocabulary: the merge would fail."""
 
     def shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -157,7 +157,7 @@ def _check_model(config: RunOptions, option: str, name: str) -> Any:
 
 
 def _stages(config: RunOptions) -> list[Stage]:
-    """The stages in order; each takes the run's options of the same names."""
+    """The stages in order; each gets the run's options of the same names."""
     confidence, adapter, merged = (
         config.output / name for name in ("confidence", "adapter", "merged")
     )
@@ -245,7 +245,7 @@ def _hash_of(folder: Path, name: str) -> str:
 
 
 def pick(kind: type[Config], config: BaseModel, /, prefix: str = "", **given: Any) -> Config:
-    """A stage's config from the options of the same names, and what is given."""
+    """A stage's config from the run's options of the same names and the given values."""
     values = {**given, "overwrite": False}
     for name in kind.model_fields:
         source = f"{prefix}{name}" if f"{prefix}{name}" in type(config).model_fields else name

@@ -1,7 +1,7 @@
 """Where a stage's time goes, and how much of the device's arithmetic it uses.
 
-Useful work counts what the data needs once: products of the blocks for every token, causal
-attention within each row, the head for every target. Not padding, not what is computed again.
+Useful operations are counted once: products of the blocks for every token, causal attention within
+each row, the head for every target; neither padding nor recomputation.
 """
 
 import time
@@ -15,14 +15,14 @@ from gift.console import print_table
 from gift.data.encoding import Example
 
 SPEED_FILE = "speed.json"
-# Dense 16-bit products by the makers' data sheets, in TFLOP/s, by a part of the device's name.
+# Dense 16-bit TFLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}
 
 
 class Clock:
     """Seconds of a stage by kind: load, hash, compute, wait (for the device), others, save.
 
-    `others` is the wait of several processes for each other.
+    `others` is the time spent waiting for other processes.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ def useful_flops(
 ) -> float:
     """Floating-point operations that rows of these lengths with so many targets need.
 
-    Training needs the gradients of all inputs beside the forward, and of the adapter's weights.
+    Training needs, besides the forward, gradients of all inputs and of the adapter's weights.
     """
     config = model.config.get_text_config()
     tokens, layers = sum(lengths), config.num_hidden_layers
@@ -66,7 +66,7 @@ def useful_flops(
 
 
 def _active_share(config: Any) -> float:
-    """Share of the experts that a token passes."""
+    """Share of the experts that a token is routed to."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     return config.num_experts_per_tok / experts if experts else 1.0
 
@@ -74,7 +74,7 @@ def _active_share(config: Any) -> float:
 def stage_speed(
     clock: Clock, model: Any, rows: Sequence[Example], *, devices: int = 1
 ) -> dict[str, float]:
-    """`speed` of a stage that read these rows, over its seconds of compute and waiting."""
+    """`speed` of a stage over these rows, in its seconds of compute and waiting."""
     seconds = sum(clock.seconds.get(kind, 0.0) for kind in ("compute", "wait", "others"))
     if not rows or not seconds:
         return {}

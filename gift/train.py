@@ -57,18 +57,14 @@ from gift.training.lora_targets import find_targets, lora_config
 from gift.training.memory import forgotten_if_short, settle_memory
 from gift.training.micro_batches import BAND_NAMES, Split, global_batches, idle_rows, token_limit
 from gift.training.sharding import load_sharded, require_processes, whole_head
-from gift.weighting import (
-    GuidedRow,
-    check_weighting,
-    guided_rows,
-    refuse_all_zero,
-)
+from gift.weighting.targets import GuidedRow
+from gift.weighting.weights import check_weighting, guided_rows, refuse_all_zero
 
 MANIFEST_FILE = "gift_train.json"
 METRICS_FILE = "metrics.jsonl"
 RATES = ("tokens_per_second", "useful_tflops", "share_of_peak")
 DIVISORS = {"tokens": "tokens", "weights": "weight"}
-# Options that divide a step's work and leave its update as it is; a run may resume with others.
+# Options that divide a step's work without changing its update; a resumed run may change them.
 SPLIT = ("micro_batch_tokens", "micro_batch_size", "gradient_checkpointing")
 
 
@@ -145,7 +141,7 @@ def _print_result(
 def _read_rows(
     config: TrainConfig, folder: Path, store: ConfidenceStore | None, tokenizer: Any
 ) -> tuple[EncodedData, list[GuidedRow]]:
-    """The data as tokens, and its kept rows with what the guide says of them."""
+    """The data as tokens, and its kept rows with the guide's confidences."""
     context = folder_context(folder)
     if store is not None:
         context = store.shorter_context(context)
@@ -236,7 +232,7 @@ def _fit(
 
 
 def _dropout_seed(seed: int, rank: int) -> int:
-    """Every seed and rank draw masks of their own, unlike what the adapter began with."""
+    """A seed of its own for every seed and rank, not the one of the adapter's initialisation."""
     return int(np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(1, np.uint64)[0])
 
 
@@ -247,7 +243,7 @@ def _reduce(
     parameters: Sequence[Tensor],
     group: ranks.Group,
 ) -> Tensor:
-    """Sums over the ranks, divides the gradients once and clips them, in place; their norm."""
+    """All-reduces sums and gradients; divides and clips the gradients, returns their norm."""
     group.all_reduce_(sums)
     group.all_reduce_(gradients)
     divisor = sums[SUMS.index(DIVISORS[config.normalization])].float()
@@ -294,7 +290,7 @@ def _require_weights(config: TrainConfig, history: Sequence[dict[str, float]]) -
 
 
 def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, float]:
-    """Means of a step over its tokens; the loss as it is divided."""
+    """Means of a step over its tokens; the loss over its own divisor."""
     counted = totals["counted"] or 1.0
     return {
         "loss": totals["loss"] / (totals[DIVISORS[config.normalization]] or 1.0),
@@ -306,7 +302,7 @@ def _step_metrics(config: TrainConfig, totals: dict[str, float]) -> dict[str, fl
 
 
 def _device(config: TrainConfig, group: ranks.Group) -> torch.device:
-    """Under torchrun with GPUs this process's own; NCCL does not exchange what is on a CPU."""
+    """The device: with GPUs the process's own, since NCCL cannot reduce CPU tensors."""
     if group.device and pick_device(config.device).type != group.device.type:
         raise InputError(
             f"--device: {config.device} under torchrun on a machine with GPUs; hide them from the "
@@ -346,14 +342,14 @@ def _adapted_model(
     torch.manual_seed(config.seed)
     try:
         with warnings.catch_warnings():
-            # PEFT asks the model by a name that Transformers is about to give up.
+            # PEFT uses an attribute that Transformers deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             adapted = get_peft_model(model, lora_config(config, find_targets(config, model)))
     except ValueError as error:
         raise InputError(f"--lora-targets: {error}") from error
     lora: Any = adapted.peft_config["default"]
     lora.base_model_name_or_path = config.model
-    # PEFT puts the names through sets, and would write them in an order that differs by run.
+    # PEFT collects the names in sets, whose order would differ between runs.
     lora.target_modules = sorted(lora.target_modules)
     lora.target_parameters = sorted(lora.target_parameters or []) or None
     return adapted, packed
@@ -400,7 +396,7 @@ def _write_adapter(
 
 
 def _write_metrics(partial: Path, history: Sequence[dict[str, float]]) -> None:
-    """Writes the metrics of all steps; during training, a copy of the checkpoint's to look at."""
+    """Writes the metrics of all steps; during training a readable copy of the checkpoint's."""
     with replacing(partial / METRICS_FILE) as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
@@ -419,7 +415,7 @@ def _run_summary(history: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _over_time(history: Sequence[dict[str, float]], rate: str) -> float:
-    """The mean of a rate, each step counting by its seconds."""
+    """The mean of a rate, weighted by the seconds of each step."""
     seconds = sum(entry["seconds"] for entry in history)
     return sum(entry["seconds"] * entry[rate] for entry in history) / seconds
 

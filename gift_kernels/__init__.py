@@ -1,6 +1,6 @@
 """Fused kernels for guided fine-tuning: weighted linear cross-entropy, confidence, LoRA merge.
 
-Imports without a GPU and without Triton; needs torch alone. See each function's docstring.
+Importing it needs neither a GPU nor Triton, only torch. See each function's docstring.
 """
 
 from gift_kernels.linear_ce.api import token_confidence, weighted_ce

@@ -1,7 +1,7 @@
 """Argument checks of the public functions.
 
-Every check raises TypeError (a value of another type or dtype) or ValueError (any other fault);
-the message begins with the argument's name, or with both names where two do not match.
+Every check raises TypeError (wrong type or dtype) or ValueError (anything else); the message begins
+with the argument's name, or with both names if two do not fit together.
 """
 
 import numbers
@@ -105,7 +105,7 @@ def choice(name: str, value: object, known: Sequence[str]) -> Any:
 
 
 def _scalar_of(name: str, value: Tensor) -> object:
-    # Any dtype passes here; the caller checks the Python value.
+    # Any dtype is accepted here; the caller checks the Python value.
     tensor(name, value, (value.dtype,))
     if value.ndim != 0 or value.is_meta:
         raise ValueError(f"{name}: expected a single number, got {_kind(value)}")
@@ -136,10 +136,10 @@ def linear_inputs(
     *,
     sliced: bool,
 ) -> LinearInputs:
-    """One model's side: hidden [*B, D], head [V, D], bias [V], cast as torch.autocast would.
+    """One model's inputs: hidden [*B, D], head [V, D], bias [V], cast as torch.autocast would.
 
     A head without rows is an error here, unless it is a slice of a sharded head: for slices
-    `check_agreement` raises on all ranks together.
+    `agreement.agree` raises on all ranks together.
     """
     names = [f"{prefix}{name}" for name in ("hidden", "lm_head_weight", "bias")]
     h, w = tensor(names[0], hidden), tensor(names[1], lm_head_weight)
@@ -174,7 +174,7 @@ def target(value: object, hidden: Tensor) -> Tensor:
 
 
 def guide_inputs(guide: object, hidden: Tensor, *, sliced: bool) -> tuple[LinearInputs, float]:
-    """The guide's side, detached, and its temperature."""
+    """The guide's inputs, detached, and its temperature."""
     if not isinstance(guide, Guide):
         raise TypeError(f"guide: expected a Guide, got {_kind(guide)}")
     head = linear_inputs(
@@ -239,7 +239,7 @@ def vocab_parallel(value: object) -> VocabParallel | None:
 
 
 def normalizer(value: object, reduction: str, device: torch.device) -> Tensor | float | None:
-    """A number or a tensor of one, for the reductions that divide."""
+    """A number or a one-element tensor, for the reductions that divide."""
     if value is None:
         return None
     if reduction not in ("mean", "weighted_mean"):
@@ -255,7 +255,7 @@ def normalizer(value: object, reduction: str, device: torch.device) -> Tensor | 
 
 
 def statistics(value: object) -> frozenset[str] | None:
-    """Names of the statistics that are asked for; None: no statistics."""
+    """Names of the requested statistics; None: no statistics."""
     if value is None:
         return None
     known = get_args(Statistic)
@@ -326,7 +326,7 @@ def merge_arguments(
     stochastic_rounding_seed: object,
     impl: object,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[float], bool, int | None, str]:
-    """The operator's arguments: W, a list each of A, B and scales, flags; tensors detached."""
+    """The operator's arguments: W, lists of A, B and scales, flags; tensors detached."""
     w = tensor("weight", weight)
     if w.ndim not in (2, 3):
         raise ValueError(f"weight: expected shape [M, K] or [E, M, K], got {list(w.shape)}")
@@ -364,7 +364,7 @@ def own_memory(weight: Tensor) -> None:
         reach += stride * (size - 1)
     if nested or weight.numel() == 0:
         return
-    # Rare: interleaved dimensions need not overlap.
+    # Rare: interleaved dimensions may not overlap.
     offsets = torch.zeros((), dtype=torch.int64)
     for stride, size in steps:
         offsets = offsets.unsqueeze(-1) + stride * torch.arange(size)

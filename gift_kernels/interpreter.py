@@ -2,8 +2,8 @@
 
 The interpreter keeps bfloat16 as its 16 bits in NumPy's uint16. As of Triton 3.9 it multiplies
 those integers in `tl.dot`, and truncates float32 instead of rounding it to the nearest bfloat16.
-Other arithmetic on bfloat16 tensors stays wrong, so the kernels compute in float32. Does nothing
-when kernels are compiled.
+Other arithmetic on bfloat16 tensors stays wrong, so kernels compute in float32. Compiled kernels
+are not affected.
 """
 
 from typing import Any

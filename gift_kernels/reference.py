@@ -5,7 +5,7 @@
     loss = Σ_i w_i · nll_i / normalizer
 
 Letters: N tokens, D hidden, V vocabulary, R LoRA rank, K in, M out. Every function computes in the
-dtype of its inputs, so float64 inputs give the truth that implementations are measured against.
+dtype of its inputs, so float64 inputs give the reference values for the implementations.
 
 Source of the weighted loss: GIFT, ACL 2026 (arXiv 2605.01256); of `token_weight="self"`: DFT
 (arXiv 2508.05629); of the merge: LoRA (arXiv 2106.09685).

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import gift.annotate as annotate_module
+import gift.annotation.batches as annotation_batches
 from gift.annotate import annotate
 from gift.confidence_store import CONFIDENCE_FILE, load_store
 from gift.config import AnnotateConfig, ImportScoresConfig
@@ -117,7 +118,7 @@ def test_interrupted_annotation_gives_the_same_bytes(folder, tmp_path, monkeypat
     options = {"batch_tokens": 60, "part_batches": 2}
     annotate(config(folder, tmp_path / "whole", **options))
     calls = []
-    real = annotate_module.annotate_batch
+    real = annotation_batches.annotate_batch
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -125,7 +126,7 @@ def test_interrupted_annotation_gives_the_same_bytes(folder, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(annotate_module, "annotate_batch", failing)
+    monkeypatch.setattr(annotation_batches, "annotate_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         annotate(config(folder, tmp_path / "cut", **options))
     assert not (tmp_path / "cut").exists() and partial_path(tmp_path / "cut").exists()
@@ -152,7 +153,7 @@ def encode_rows(folder: Path):
 
 def test_parts_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch):
     options = {"batch_tokens": 60, "part_batches": 1}
-    real = annotate_module.annotate_batch
+    real = annotation_batches.annotate_batch
     calls = []
 
     def failing(*args, **kwargs):
@@ -161,7 +162,7 @@ def test_parts_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(annotate_module, "annotate_batch", failing)
+    monkeypatch.setattr(annotation_batches, "annotate_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         annotate(config(folder, tmp_path / "store", **options))
     monkeypatch.undo()
@@ -197,7 +198,7 @@ def test_parts_of_padded_rows_are_not_reused_for_packed_ones(folder, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(annotate_module, "enable_packing", lambda *_: False)
-        patch.setattr(annotate_module, "_collect", cut)
+        patch.setattr(annotate_module, "collect_parts", cut)
         with pytest.raises(KeyboardInterrupt):
             annotate(config(folder, tmp_path / "store"))
     annotate(config(folder, tmp_path / "store"))

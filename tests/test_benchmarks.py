@@ -3,9 +3,7 @@
 import csv
 import importlib
 import json
-import math
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +17,6 @@ from benchmarks import (
     end_to_end,
     figures,
     goals,
-    gpu_suite,
     gpu_summary,
     kernel_kinds,
     measure,
@@ -39,7 +36,7 @@ from benchmarks.data import make_inputs
 from benchmarks.measure import add_ratios, check, gate_truth, measure_case
 from benchmarks.provider import needs_triton
 from benchmarks.providers import own_providers, providers_of
-from benchmarks.turns import LOST, Settings
+from benchmarks.turns import Settings
 
 KERNEL_MODULES = ("logits", "matmul", "rows", "row_gradients")
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
@@ -189,81 +186,6 @@ def test_figures_need_matplotlib_and_nothing_else_does(
     assert capsys.readouterr().out == "figures not made: matplotlib is not installed\n"
 
 
-def test_the_suite_for_a_gpu_runs_dry(tmp_path: Path) -> None:
-    output = tmp_path / "suite"
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--output", output]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 45, "seconds of a processor"
-    summary = finished.stdout[finished.stdout.index("# CPU") :]
-    assert len(summary) <= 10_001
-    for part in ("stored results | ok", "8 of 8 within budget", "candidates: ", "train step"):
-        assert part in summary, part
-    written = report.read_results(output)
-    assert written.tables["goals"] and written.tables["end to end"]
-    assert {row["status"] for row in written.rows if row["kind"] == "ours"} == {"ok"}
-    assert {row["status"] for row in written.rows if row["kind"] == "candidate"} == {"ok"}
-
-
-GOOD = {
-    "tests": [{"tests": "kernels", "status": "ok", "passed": 3, "failed": 0, "error": 0}],
-    "accuracy against float64": [{"case": "c", "verdict": "ok"}],
-    "compute-sanitizer": [
-        {"tool": "memcheck", "found": "ERROR SUMMARY: 0 errors"},
-        {
-            "tool": "racecheck",
-            "found": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
-        },
-    ],
-    "end to end": [{"way": "gift", "status": "ok"}, {"way": "Liger", "status": "failed: no"}],
-    "not run": [{"part": "sanitizer", "reason": "the budget ended"}],
-}
-BAD = {
-    "tests": {"tests": "kernels", "status": "rc 4", "passed": 0, "failed": 0, "error": 0},
-    "accuracy against float64": {"case": "c", "verdict": "wrong: d_hidden off by 1"},
-    "compute-sanitizer": {"tool": "memcheck", "found": "ERROR SUMMARY: 10 errors"},
-    "end to end": {"way": "gift", "status": "wrong"},
-    "not run": {"part": "accuracy", "reason": "failed: RuntimeError: no"},
-}
-
-
-def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
-    rows = [{"kind": "ours", "status": "ok"}, {"kind": "peer", "status": "wrong: loss"}]
-    rows += [{"kind": "candidate", "status": "failed: out of shared memory"}]
-    good = report.Results(tmp_path, {}, rows=rows, tables=GOOD)
-    assert not gpu_summary.failures(good)
-    assert gpu_summary.failures(replace(good, rows=[]))
-    assert gpu_summary.failures(replace(good, rows=[*rows, {"kind": "ours", "status": "wrong: q"}]))
-    absent = {"kind": "ours", "status": "not installed: No module named 'gift_kernels'"}
-    assert gpu_summary.failures(replace(good, rows=[*rows, absent])) == [absent]
-    for name, row in BAD.items():
-        bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
-        assert gpu_summary.failures(bad) == [row], name
-
-
-def test_goals_are_judged_for_every_head_they_name() -> None:
-    case = CECase("llama-3.1-8b", 8192)
-    row = {**case.describe(), "provider": "gift triton", "status": "ok", "data": "peaked"}
-    measured = {"ratio_floor": 1.05, "ratio_best_peer": 1.2, "peak_mb": 200.0}
-    others = [
-        {**row, "provider": "gift eager", "time_ms": 13.0},
-        {**row, "provider": "full logits", "time_ms": 10.0},
-    ]
-    judged = goals.judge([{**row, **measured}, *others])
-    verdicts = {(one["goal"], one["case"]): one["met"] for one in judged}
-    assert verdicts["frozen head, × lower bound", "llama-3.1-8b, peaked"] == "yes"
-    assert verdicts["frozen head, 8192 tokens, × the fastest other", "llama-3.1-8b, peaked"] == "no"
-    assert verdicts["frozen head, × lower bound", "gemma-2-9b"] == "not measured"
-    assert verdicts["eager, × full logits", "llama-3.1-8b, peaked"] == "no"
-    assert (
-        verdicts["merge, bfloat16 factors, rank to 64, × a copy", "llama-3.1-8b up"]
-        == "not measured"
-    )
-
-
 def test_a_zero_gradient_disagrees_whatever_the_loss_is() -> None:
     loss, gradient = torch.tensor([3.0]), torch.full((8,), 1e-3)
     assert stage_compare.disagreement([loss, gradient], [loss, gradient]) == 0
@@ -389,45 +311,6 @@ def test_ratios_are_over_the_floor_and_the_fastest_exact_peer() -> None:
     (alone,) = [{"kind": "ours", "time_ms": 6.0}]
     add_ratios([alone])
     assert alone["ratio_floor"] is None and alone["ratio_best_peer"] is None
-
-
-def test_the_suite_goes_on_without_who_took_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(case, inputs):
-        raise RuntimeError("an illegal memory access")
-
-    case = toy_cases()[0]
-    ours = next(provider for provider in own_providers() if provider.name == "gift eager")
-    monkeypatch.setattr(turns, "device_works", lambda device: False)
-    rows = measure_case(case, CPU, [ours, replace(ours, name="culprit", prepare=fail), ours])
-    status = f"failed: RuntimeError: an illegal memory access {LOST}"
-    assert [(row["provider"], row["status"]) for row in rows] == [("culprit", status)]
-
-    environment = {"device": "GPU", "date": "d"}
-    results = report.Results(tmp_path, environment, rows=[{"case": case.label, **rows[0]}])
-    parts = ("tests", "benchmarks", "more")
-    suite = gpu_suite.Suite(results, CPU, 0.0, math.inf, False, parts)
-    started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
-    gpu_suite.go_on_in_a_new_process(replace(suite, seconds=0.0), "benchmarks")
-    assert started[0][-6:] == [
-        "--output", str(tmp_path), "--parts", "benchmarks,more", "--budget-minutes", "0.0",
-    ]  # fmt: skip
-
-    measured: list[str] = []
-    known = [ours, replace(ours, name="culprit")]
-    monkeypatch.setattr(gpu_suite, "providers_of", lambda case: known)
-
-    def add_case(results, case, settings, providers) -> bool:
-        measured.extend(provider.name for provider in providers)
-        results.rows.append({"case": case.label, "provider": "gift eager", "status": "ok"})
-        return True
-
-    monkeypatch.setattr(gpu_suite, "add_case", add_case)
-    for _ in range(2):  # the second time there is nothing left to do
-        gpu_suite._run_cases(suite, [case])
-    assert measured == ["gift eager"]
 
 
 def test_freeing_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import miniature, readme, study_tables
 from benchmarks.study_tables import StoredStudy
 from gift.config import StudyConfig, TrainOptions
-from gift.controls import Control
+from gift.config.train import Control
 from gift.merge.methods import METHODS
 from gift.storage.files import read_json
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-import gift.annotate as annotate_module
+import gift.annotation.batches
 import gift.train as train_module
 from gift.config import RunConfig
 from gift.errors import InputError
@@ -131,7 +131,7 @@ def test_changed_input_content_is_noticed(folder, tmp_path):
 def _run_slowly(settings: RunConfig) -> None:
     torch.set_num_threads(1)
     for module, name in (
-        (annotate_module, "annotate_batch"),
+        (gift.annotation.batches, "annotate_batch"),
         (train_module, "accumulate_gradients"),
     ):
         _slow_down(module, name)

@@ -1,4 +1,4 @@
-"""`gift calibration`: what a confidence store says of its guide."""
+"""`gift calibration`: how well the guide of a confidence store is calibrated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +49,10 @@ def calibration(config: CalibrationConfig, key: str = "") -> dict[str, Any]:
 
 
 def measure(config: CalibrationConfig) -> dict[str, Any]:
-    """The figures of `measures`, examples of tokens and, with `correct_field`, AUROCs of rows.
+    """The results of `measures`, examples of tokens and, with `correct_field`, AUROCs of rows.
 
-    InputError: the store has no statistics or is of other data; `correct_field` is in no row, or
-    not true or false.
+    InputError: the store has no statistics or belongs to other data; `correct_field` is in no row,
+    or neither true nor false.
     """
     store = load_store(config.store, "STORE")
     statistics = load_statistics(store, "STORE")
@@ -76,7 +76,7 @@ def measure(config: CalibrationConfig) -> dict[str, Any]:
 
 
 def _encode(config: CalibrationConfig, store: ConfidenceStore) -> EncodedData:
-    """The store's rows as tokens, by the options that it was made with."""
+    """The store's rows as tokens, with the options of their annotation."""
     settings = store.manifest["settings"]
     options = DataOptions(**{name: settings[name] for name in DataOptions.model_fields})
     also_read = () if config.correct_field is None else (config.correct_field,)
@@ -88,9 +88,9 @@ def _encode(config: CalibrationConfig, store: ConfidenceStore) -> EncodedData:
 
 
 def read_correct(data: Path, field: str) -> dict[int, bool]:
-    """Of each row that has the field whether it is true, by the row's number from 0.
+    """The field's values by row number from 0, for the rows that have it.
 
-    InputError: no row has it, or one has neither true nor false.
+    InputError: no row has it, or a value is neither true nor false.
     """
     said: dict[int, bool] = {}
     for row, (place, _, content) in enumerate(json_lines(data)):
@@ -107,7 +107,7 @@ def read_correct(data: Path, field: str) -> dict[int, bool]:
 def _correctness(
     config: CalibrationConfig, field: str, store: ConfidenceStore, data: EncodedData
 ) -> dict[str, Any]:
-    """How well a row's mean and lowest confidence tell a correct response from a wrong one."""
+    """How well a row's mean and lowest confidence separate correct from wrong responses."""
     said = read_correct(config.data, field)
     rows = [example.row for example in data.kept if example.row in said]
     if not rows:
@@ -131,7 +131,7 @@ def _correctness(
 def _examples(
     count: int, store: ConfidenceStore, statistics: GuideStatistics, examples: Sequence[Example]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Where the guide is surest of another token, and least sure of a target it would choose."""
+    """Where the guide is surest of another token, and least sure of a target it finds likeliest."""
     largest, top1 = statistics.largest, statistics.top1
     others, own = np.flatnonzero(~top1), np.flatnonzero(top1)
     chosen = {

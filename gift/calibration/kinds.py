@@ -1,4 +1,4 @@
-"""What kind of token a target is, by its text."""
+"""The kind of a target token, from its text."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.data.encoding import Example
 from gift.data.lines import token_text
-from gift.weighting import find_turn_ends
+from gift.weighting.targets import find_turn_ends
 
 # Beside Unicode's mathematical symbols.
 OPERATORS = "-*/^%·"
@@ -30,8 +30,8 @@ def token_kinds(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
 def kind_of(text: str) -> str:
     """A token's kind: line break, number, operator, word or other.
 
-    A token with a line break is that; a word has a letter, a number a digit and no letter, and an
-    operator nothing but mathematical signs.
+    A line break contains one; a word has a letter, a number a digit and no letter, and an operator
+    only mathematical signs.
     """
     stripped = text.strip()
     if "\n" in text:

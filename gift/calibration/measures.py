@@ -1,8 +1,8 @@
 """How far a guide's probabilities can be trusted.
 
-- Reliability: tokens in bands of the guide's *largest* probability, against how often its first
-  choice is the target. Bands of the target's own probability would be circular: a token whose
-  probability is high is the first choice by definition.
+- Reliability: for tokens in bands of the guide's *largest* probability, how often the likeliest
+  token is the target. Bands of the target's own probability would be circular: a token of high
+  probability is the likeliest by definition.
 - Expected calibration error: Σ n_b / N · |share_b − mean_b| over the bands (Guo et al. 2017,
   arXiv 1706.04599, equation 3).
 - AUROC of a score for right and wrong rows: the chance that a right row's is larger, a tie counting
@@ -25,7 +25,7 @@ def reliability(largest: np.ndarray, top1: np.ndarray, bands: int) -> list[dict[
     `top1` bool [N] says where the first choice is the target.
     """
     edges = np.linspace(0, 1, bands + 1)
-    # From the edges themselves, so that a probability of exactly 0.3 is in the band that begins so.
+    # By comparison with the edges, so that a probability of exactly 0.3 is in the band from 0.3.
     number = np.clip(np.searchsorted(edges, largest, side="right") - 1, 0, bands - 1)
     found = []
     for band in np.unique(number):
@@ -52,7 +52,7 @@ def calibration_error(bands: Sequence[dict[str, float]]) -> float:
 
 
 def by_kind(kinds: np.ndarray, confidence: np.ndarray, top1: np.ndarray) -> list[dict[str, Any]]:
-    """Of each kind of token, and of all: its share, mean confidence and share by confidence.
+    """For each kind of token, and for all: its share, mean confidence and share by confidence.
 
     All [N]: `kinds` are names, `confidence` the target's probability.
     """
@@ -81,7 +81,7 @@ def auroc(
 ) -> dict[str, float] | None:
     """AUROC of `score` float [rows] for `correct` bool [rows], and the ends of its 95 % interval.
 
-    None with fewer than two right or two wrong rows. Right and wrong rows are resampled apart.
+    None with fewer than two right or two wrong rows. Right and wrong rows are resampled separately.
     """
     right, wrong = score[correct], score[~correct]
     if len(right) < 2 or len(wrong) < 2:

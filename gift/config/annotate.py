@@ -15,7 +15,7 @@ from gift.config.options import (
 
 
 class AnnotateOptions(Options):
-    """How the guide reads the data."""
+    """How the data is annotated."""
 
     batch_tokens: int = Field(
         default=16384, ge=1, description="Tokens per forward pass; lower it to save memory."
@@ -68,21 +68,24 @@ class ImportScoresConfig(DataOptions, OutputOptions):
 class CalibrationConfig(Options):
     """Options of `gift calibration`."""
 
-    store: Path = Field(description="Folder that gift annotate made.")
-    data: Path = Field(description="The JSONL rows that it was made from.")
+    store: Path = Field(description="Folder written by gift annotate.")
+    data: Path = Field(description="The JSONL rows that were annotated.")
     correct_field: str | None = Field(
         default=None,
         description="Key of a row that says whether its response is correct, true or false; rows "
-        "without it are left out. Without the option nothing is said of correctness.",
+        "without it are left out. By default there is no AUROC.",
     )
     bands: int = Field(
-        default=10, ge=1, le=1000, description="Bands of the largest probability, equally wide."
+        default=10,
+        ge=1,
+        le=1000,
+        description="Number of equally wide bands of the largest probability.",
     )
-    examples: int = Field(default=5, ge=0, description="Tokens to show of each kind of example.")
+    examples: int = Field(default=5, ge=0, description="Examples to show of each kind.")
     resamples: int = Field(
         default=2000, ge=100, description="Bootstrap samples of rows for the intervals."
     )
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of these samples.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the bootstrap.")
     output: Path | None = Field(
         default=None,
         description="Folder for calibration.json and, with matplotlib, calibration.png; default "

@@ -10,9 +10,9 @@ from gift.config.options import OutputOptions
 class DemoConfig(OutputOptions):
     """Options of `gift demo`."""
 
-    output: Path = Field(description="The demo's folder; what is finished there is kept.")
+    output: Path = Field(description="The demo's folder; finished parts are kept.")
     overwrite: bool = Field(
-        default=False, description="Make anew what has other settings or was damaged."
+        default=False, description="Repeat parts that have other settings or were damaged."
     )
     pairs: int = Field(
         default=2, ge=1, description="Base/instruct pairs to make, each from its own seed."
@@ -30,5 +30,5 @@ class DemoConfig(OutputOptions):
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the pair's training steps; less is only a trial.",
+        description="Factor on the models' training steps; below 1 for a quick trial.",
     )

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     BenchmarkName = str
 else:
     BenchmarkName = Literal[(*BENCHMARKS, *HARNESS_TASKS)]
-# What only generated replies have.
+# Options of generated replies only.
 GENERATION = (
     *("answer_pattern", "check_timeout", "unfinished", "samples", "temperature", "top_p"),
     *("max_new_tokens", "seed"),
 )
-# What lm-eval's tasks leave open.
+# Options that lm-eval's tasks take.
 HARNESS = (
     *("lm_eval", "benchmark", "include_path", "limit", "system_prompt", "seed", "batch_size"),
     *("model", "output", "overwrite", "device", "dtype"),
 )
-# What only this process's own model has, and what only a server has.
+# Options of a local model only, and of a server only.
 LOCAL = ("device", "dtype", "batch_size")
 SERVED = ("served_model", "concurrency", "retries", "request_timeout", "extra_body")
 
@@ -60,7 +60,7 @@ class EvaluateOptions(RowOptions):
     samples: int = Field(
         default=4,
         ge=1,
-        description="Replies to every question (k of avg@k; the GIFT paper uses 16).",
+        description="Replies per question (k of avg@k; the GIFT paper uses 16).",
     )
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(
@@ -76,7 +76,9 @@ class EvaluateOptions(RowOptions):
     batch_size: int = Field(
         default=32, ge=1, description="Replies generated at a time; changes speed and memory only."
     )
-    limit: int | None = Field(default=None, ge=1, description="Evaluate the first rows only.")
+    limit: int | None = Field(
+        default=None, ge=1, description="Evaluate only this many rows, the first."
+    )
     system_prompt: str | None = Field(
         default=None, description="System turn put before every question."
     )
@@ -89,11 +91,12 @@ class EvaluateOptions(RowOptions):
         "problem, question and prompt, or the turns in messages.",
     )
     group_by: str | None = Field(
-        default=None, description="Field of the data whose values get an accuracy each."
+        default=None,
+        description="Field of the data; accuracy is also reported for each of its values.",
     )
 
     def check_by(self) -> Literal["exact", "math", "choice"]:
-        """The check in effect; InputError where an option has no part in it."""
+        """The check in effect; InputError where an option does not apply to it."""
         if self.benchmark in HARNESS_TASKS:
             raise InputError(
                 f"--benchmark: {self.benchmark} is asked by lm-eval, in gift evaluate alone"
@@ -115,18 +118,16 @@ class EvaluateOptions(RowOptions):
 
 
 class EndpointOptions(Options):
-    """Which server to ask, and how."""
+    """The server to evaluate through."""
 
     endpoint: str | None = Field(
         default=None,
         description="Ask an OpenAI-compatible server at this URL, such as "
         "http://localhost:8000/v1 (needs the extra `endpoint`; the key is OPENAI_API_KEY).",
     )
-    served_model: str | None = Field(
-        default=None, description="The name under which the server has the model."
-    )
+    served_model: str | None = Field(default=None, description="The server's name for the model.")
     concurrency: int = Field(
-        default=16, ge=1, le=1000, description="Requests to the server at a time."
+        default=16, ge=1, le=1000, description="Concurrent requests to the server."
     )
     retries: int = Field(
         default=5,
@@ -147,15 +148,15 @@ class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOpti
 
     model: str | None = Field(
         default=None,
-        description="Model to evaluate: a local folder or a hub id. With --endpoint not needed: "
-        "its tokenizer then counts the tokens of prompts, to find a second BOS, and an interrupted "
-        "call resumes for the same weights only.",
+        description="Model to evaluate: a local folder or a hub id. Optional with "
+        "--endpoint: its tokenizer is then used to detect a second BOS, and an interrupted call "
+        "resumes only for the same weights.",
     )
     data: Path | None = Field(
         default=None,
         description="JSONL rows: a question (instruction, problem, question, prompt or messages) "
         "and its `answer`, a text or a number; for --check choice also `choices`, a list of texts, "
-        "and the answer's letter or its place counted from 0.",
+        "and the answer's letter or its index from 0.",
     )
     lm_eval: str | None = Field(
         default=None,
@@ -167,13 +168,13 @@ class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOpti
     )
 
     def harness_tasks(self) -> list[str]:
-        """The tasks that lm-eval is to ask; none where the questions are asked here."""
+        """The tasks of lm-eval; none for an evaluation without it."""
         if self.benchmark in HARNESS_TASKS:
             return [HARNESS_TASKS[self.benchmark]]
         return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
 
     def refuse_unread_settings(self) -> None:
-        """InputError where options do not go together, or one has no part in the evaluation."""
+        """InputError where options contradict each other, or one does not apply."""
         if self.harness_tasks():
             unread = [name for name in type(self).model_fields if name not in HARNESS]
             unread += ["benchmark"] * (self.lm_eval is not None)
@@ -198,7 +199,7 @@ class EvaluateConfig(EvaluateOptions, EndpointOptions, DeviceOptions, OutputOpti
 
 
 def refuse_given(options: Options, names: Iterable[str], reason: str) -> None:
-    """InputError with `reason` for the first of the named options that has not its default."""
+    """InputError with `reason` for the first of the named options that is not at its default."""
     for name in names:
         if getattr(options, name) != type(options).model_fields[name].default:
             raise InputError(f"--{name.replace('_', '-')}: {reason}; leave it out")

@@ -19,7 +19,7 @@ from gift.merge.methods import METHODS
 
 if TYPE_CHECKING:
     MergeMethod = StatisticsMethod = str
-else:  # the choices are the files in `methods`: a new method needs no change here
+else:  # the choices are the files in `methods`
     MergeMethod = Literal[tuple(METHODS)]
     StatisticsMethod = Literal[tuple(name for name in METHODS if METHODS[name].statistics)]
 NEED_BASE = " and ".join(name for name in METHODS if METHODS[name].needs_base)
@@ -27,7 +27,7 @@ NEED_STATISTICS = " and ".join(name for name in METHODS if METHODS[name].statist
 
 
 def _setting(description: str, name: str, **field: Any) -> Any:
-    """A field that methods read as a setting; its description names them."""
+    """A field that is a setting of merge methods; its description names them."""
     readers = ", ".join(key for key, method in METHODS.items() if name in method.settings)
     return Field(description=f"{description} ({readers}).", **field)
 
@@ -87,15 +87,16 @@ class MergeConfig(MergeOptions, OutputOptions):
 
     model: str = Field(description="The instruct model to merge into: a folder or a hub id.")
     adapter: list[str] = Field(
-        min_length=1, description="PEFT LoRA adapter, a folder or a hub id; repeat for several."
+        min_length=1,
+        description="PEFT LoRA adapter, a folder or a hub id; repeat the option for several.",
     )
     scale: list[str] = Field(
         default=[], description="Coefficient of each --adapter, in their order; default 1."
     )
     base: str | None = Field(
         default=None,
-        description=f"The base model: needed by {NEED_BASE}; with the other methods task "
-        "vectors are added to it, and instruct - base becomes one of them.",
+        description=f"The base model: needed by {NEED_BASE}; where a method has an origin, it is "
+        "the base model then, and instruct - base becomes one of the task vectors.",
     )
     statistics: list[str] = Field(
         default=[],
@@ -116,7 +117,7 @@ class MergeConfig(MergeOptions, OutputOptions):
         return [str(item) for item in value] if isinstance(value, list | tuple) else value
 
     def coefficients(self) -> list[float]:
-        """One number per adapter; InputError if one is no number or their count differs."""
+        """One number per adapter; InputError for another count or a value that is not a number."""
         if not self.scale:
             return [1.0] * len(self.adapter)
         try:

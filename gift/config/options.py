@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gift.errors import InputError
 
 AnyOptions = TypeVar("AnyOptions", bound=BaseModel)
-# Stages make seeds of 64 bits from it, an epoch's or a rank's.
+# Stages derive 64-bit seeds from it, for an epoch or a rank.
 LARGEST_SEED = 2**32 - 1
 
 
@@ -66,7 +66,7 @@ class DeviceOptions(Options):
 
 
 class RowOptions(Options):
-    """Which keys of a row are read."""
+    """Which keys of a row are ignored."""
 
     ignore_keys: str = Field(
         default="",
@@ -86,7 +86,7 @@ class DataOptions(RowOptions):
         default=2048, ge=2, description="Longest row in tokens, prompt included."
     )
     overlong: Literal["drop", "truncate"] = Field(
-        default="drop", description="What happens to longer rows."
+        default="drop", description="Whether longer rows are dropped or truncated."
     )
     max_dropped: float = Field(
         default=0.01,
@@ -94,6 +94,4 @@ class DataOptions(RowOptions):
         le=1,
         description="Largest share of rows that may be dropped or truncated before it is an error.",
     )
-    limit: int | None = Field(
-        default=None, ge=1, description="Use only the first rows of the data."
-    )
+    limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first.")

@@ -1,6 +1,6 @@
 """Options of `gift study` and `gift report`.
 
-A study's file has parts that no flag can give: pairs, methods and evaluations by name.
+Pairs, methods, evaluations and tuning come from the study's file only, not from flags.
 """
 
 from pathlib import Path
@@ -27,16 +27,18 @@ class MethodOptions(RunStages):
     """One way to adapt: options of annotation, training and merge, and which model is trained."""
 
     data: str = Field(
-        description="JSONL rows to adapt to; {pair} and {seed} in it stand for those of the run."
+        description="JSONL training rows; {pair} and {seed} in it are replaced by those of the run."
     )
     trained: Literal["base", "instruct"] = Field(
         default="base", description="The model that the adapter is trained on."
     )
-    about: str | None = Field(default=None, description="A sentence for the report: what it is.")
+    about: str | None = Field(
+        default=None, description="A sentence for the report that describes the method."
+    )
     guide: str = Field(
         default="instruct",
         description="The model that annotates: instruct, base, or another's folder or hub id; "
-        "{pair} in it stands for that of the run.",
+        "{pair} in it is replaced by that of the run.",
     )
 
 
@@ -45,9 +47,11 @@ class EvaluationOptions(EvaluateOptions, DeviceOptions):
 
     data: str | None = Field(
         default=None,
-        description="JSONL questions with answers; {pair} in it stands for that of the run.",
+        description="JSONL questions with answers; {pair} in it is replaced by that of the run.",
     )
-    about: str | None = Field(default=None, description="A sentence for the report: what is asked.")
+    about: str | None = Field(
+        default=None, description="A sentence for the report that describes the questions."
+    )
     retention: bool = Field(
         default=False,
         description="Whether this measures what the instruct model could do before, not the task.",
@@ -55,14 +59,14 @@ class EvaluationOptions(EvaluateOptions, DeviceOptions):
 
 
 class TuningOptions(EvaluateOptions, DeviceOptions):
-    """The learning rates that are tried for every method, and the questions that decide."""
+    """The learning rates to try for every method, and the questions that decide."""
 
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
         min_length=1, description="The rate with the best accuracy is taken, per pair and method."
     )
     data: str | None = Field(
         default=None,
-        description="JSONL questions that no evaluation asks; {pair} stands for that of the run.",
+        description="JSONL questions of no evaluation; {pair} is replaced by that of the run.",
     )
 
 
@@ -73,41 +77,40 @@ class StudyConfig(OutputOptions):
     pairs: dict[str, PairOptions] = Field(
         min_length=1, description="Base and instruct models, by name."
     )
-    settings: dict[str, Any] = Field(
-        default={}, description="Options that all methods have if they do not give their own."
-    )
+    settings: dict[str, Any] = Field(default={}, description="Default options of all methods.")
     methods: dict[str, MethodOptions] = Field(
-        min_length=1, description="Ways to adapt, by name; the instruct model as it is is added."
+        min_length=1, description="Ways to adapt, by name; the unadapted instruct model is added."
     )
     evaluations: dict[str, EvaluationOptions] = Field(
-        min_length=1, description="What every model is asked, by name."
+        min_length=1, description="Evaluations of every model, by name."
     )
     tuning: TuningOptions | None = Field(
-        default=None, description="Learning rates to choose from, by held-out questions."
+        default=None,
+        description="Learning rates to choose from, and held-out questions that decide.",
     )
     reference: str | None = Field(
         default=None,
         description="The method that the others are compared with; default the first.",
     )
-    output: Path = Field(description="The study's folder; stages that are finished there are kept.")
+    output: Path = Field(description="The study's folder; finished stages are kept.")
     overwrite: bool = Field(
-        default=False, description="Make stages anew whose folders are not what was written."
+        default=False, description="Repeat stages whose folders were changed or damaged."
     )
     seeds: list[int] = Field(
         default=[0], min_length=1, description="Seeds of training; one run per seed."
     )
     correct_field: str | None = Field(
         default=None,
-        description="Key of the rows to adapt to that says whether their response is correct, true "
-        "or false; the report then says whether the guide's confidence tells.",
+        description="Key of the training rows that says whether their response is correct, true or "
+        "false; the report then has an AUROC of the guide's confidence.",
     )
     workers: int | None = Field(
         default=None,
         ge=1,
-        description="Stages at a time, each in a process with one GPU; default one per GPU, or 1.",
+        description="Concurrent stages, each in a process with one GPU; default one per GPU, or 1.",
     )
     keep_models: bool = Field(
-        default=True, description="Keep merged models when their evaluations are done."
+        default=True, description="Keep merged models after their evaluations."
     )
 
     @model_validator(mode="before")

@@ -1,36 +1,42 @@
 """Options of `gift train`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from gift.config.options import LARGEST_SEED, DataOptions, DeviceOptions, Options, OutputOptions
+from gift.weighting.formulas import WEIGHTINGS
+
+if TYPE_CHECKING:
+    WeightingName = str
+else:  # the choices are the entries of WEIGHTINGS: a new one needs no change here
+    WeightingName = Literal[tuple(WEIGHTINGS)]
+Control = Literal["shuffle", "random", "invert", "constant"]
+FORMULAS = "; ".join(f"{name}: {one.formula}" for name, one in WEIGHTINGS.items())
+NEED_GUIDE = ", ".join(name for name in WEIGHTINGS if WEIGHTINGS[name].needs_guide)
 
 
 class TrainOptions(Options):
     """How the adapter is trained; defaults are the paper's settings."""
 
-    weighting: Literal["guide", "uniform", "self", "own-times-guide", "excess", "entropy"] = Field(
+    weighting: WeightingName = Field(
         default="guide",
-        description="Weight of each token's loss: the annotated confidence (GIFT), 1 (Shadow-FT, "
-        "SFT), the trained model's own confidence (DFT), the product of both confidences, 1 on the "
-        "tokens whose loss is most above the guide's (Rho-1), or the trained model's own entropy "
-        "(EAFT).",
+        description=f"Weight of each token's loss ({FORMULAS}).",
     )
     excess_share: float = Field(
         default=0.6,
         gt=0,
         le=1,
-        description="Share of each row's tokens that --weighting excess learns from; half a token "
-        "rounds up, and one is the least.",
+        description="Share of each row's tokens that --weighting excess selects; half a token "
+        "rounds up, at least one.",
     )
     confidence_level: Literal["token", "step", "sequence"] = Field(
         default="token",
         description="Which tokens share their mean confidence: none, those of a line of the "
         "response, or all of a response.",
     )
-    control: Literal["shuffle", "random", "invert", "constant"] | None = Field(
+    control: Control | None = Field(
         default=None,
         description="Control of --weighting guide: a row's confidences in a random order, "
         "confidences drawn from all rows, 1 minus each, or their mean; scaled to the same mean "
@@ -46,7 +52,7 @@ class TrainOptions(Options):
     )
     confidence_power: float = Field(default=1.0, ge=0, description="Exponent of the weights.")
     confidence_threshold: float = Field(
-        default=0.0, ge=0, le=1, description="Smaller weights become 0."
+        default=0.0, ge=0, le=1, description="Weights below it become 0."
     )
     end_weight: float | None = Field(
         default=None,
@@ -59,15 +65,15 @@ class TrainOptions(Options):
         default="linear", description="Learning-rate schedule after the warm-up."
     )
     warmup_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="Share of steps with rising rate."
+        default=0.1, ge=0, le=1, description="Share of steps in the warm-up."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
     micro_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens per forward pass, a longer row alone; default 8192 on CUDA, 1024 "
-        "elsewhere. Changes memory and speed, not the update.",
+        description="Most tokens per forward pass; a longer row is computed alone. Default 8192 on "
+        "CUDA, 1024 elsewhere. Changes memory and speed, not the update.",
     )
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="Most rows per forward pass; default no limit."
@@ -95,9 +101,9 @@ class TrainOptions(Options):
     gradient_checkpointing: str = Field(
         default="auto",
         pattern="^(auto|on|off|[1-9][0-9]*)$",
-        description="Which activations are recomputed in the backward, to save memory: on (all), "
-        "off (none), those of the first N layers, or auto: none if the largest micro-batch, tried "
-        "before the first step, fits so, with fewer tokens while the device stays busy, else all.",
+        description="Layers that recompute their activations in the backward, to save memory: on "
+        "(all), off (none), a number (the first N), or auto: before the first step the largest "
+        "micro-batch is tried without recomputation, with fewer tokens if needed, then with it.",
     )
     checkpoint_steps: int = Field(
         default=10,
@@ -114,7 +120,7 @@ class TrainOptions(Options):
     @property
     def guided(self) -> bool:
         """Whether the weights need the guide's confidences."""
-        return self.weighting in ("guide", "own-times-guide", "excess")
+        return WEIGHTINGS[self.weighting].needs_guide
 
 
 class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
@@ -126,8 +132,7 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
     )
     confidence: Path | None = Field(
         default=None,
-        description="Folder made by gift annotate from the same data; needed for guide, "
-        "own-times-guide and excess.",
+        description=f"Folder made by gift annotate from the same data; needed for {NEED_GUIDE}.",
     )
     tokenizer: str | None = Field(
         default=None,

@@ -63,6 +63,11 @@ def plan_batches(
     return batches
 
 
+def size_of(lengths: Sequence[int], *, packed: bool) -> int:
+    """Tokens of a batch of rows of these lengths, padding included."""
+    return sum(lengths) if packed else len(lengths) * max(lengths, default=0)
+
+
 def make_batch(examples: Sequence[Example], *, packed: bool) -> Batch:
     """A batch on the host.
 

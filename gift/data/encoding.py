@@ -73,7 +73,7 @@ class LostRow:
 class EncodedData:
     """All rows in file order (None where dropped), what was lost, and notes for the user.
 
-    `context` is the model's maximum length in tokens, None without a limit.
+    `context` is the model's context length in tokens, None without a limit.
     """
 
     examples: tuple[Example | None, ...]
@@ -135,7 +135,7 @@ def encode_rows(
 ) -> EncodedData:
     """Tokens and targets of every conversation.
 
-    Rows in which no assistant turn says anything are dropped; rows longer than `max_length` or
+    Rows without any assistant text are dropped; rows longer than `max_length` or
     the model's `context`, in tokens, are dropped or, with `overlong="truncate"`, cut.
 
     Raises:
@@ -183,7 +183,7 @@ def encode_file(
 ) -> EncodedData:
     """Reads and encodes a data file as the options say, and prints the notes.
 
-    `context` is the model's, in tokens; `also_read` are keys of the rows that the caller reads.
+    `context` is the model's context length in tokens; `also_read` are keys that the caller reads.
     """
     conversations, unread = read_conversations(
         path, limit=options.limit, ignore={*options.ignored_keys(), *also_read}
@@ -207,9 +207,9 @@ def encode_file(
 def token_columns(
     example: Example, confidence: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`input_ids`, `labels` and `token_weight` of a row, all of its length, as trainers read them.
+    """`input_ids`, `labels` and `token_weight` of a row, all of one length, as trainers read them.
 
-    A token that is no target has the label -100 and the weight 0.
+    Tokens that are not targets have the label -100 and the weight 0.
     """
     weight = np.zeros(len(example.input_ids), np.float32)
     weight[example.is_target] = confidence
@@ -235,13 +235,13 @@ def require_vocabulary(model: Any, data: EncodedData, name: str) -> None:
 
 
 def prompt_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that ask for the next assistant turn; special tokens come from the template."""
+    """Token ids of a prompt for the next assistant turn; special tokens come from the template."""
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
 
 
 def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokens and targets of a rendered row; InputError names the row where they are unstable.
+    """Tokens and targets of a rendered row; InputError where tokenisation is ambiguous.
 
     The text is tokenised in one piece if every prompt and target boundary is a token boundary, as
     at inference, where the prompt is tokenised alone; otherwise piece by piece.
@@ -270,7 +270,7 @@ def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
     is_target = np.zeros(len(tokens), dtype=bool)
     for target in rendering.targets:
         is_target[position[target.start] : position[target.end]] = True
-    # The first token of a sequence has nothing before it that could predict it.
+    # Nothing precedes the first token of a sequence that could predict it.
     is_target[:1] = False
     if not is_target.any():
         raise InputError(f"row {row}: the chat template renders no assistant token to learn from")
@@ -280,7 +280,7 @@ def _tokenise(row: int, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
 def _fit_length(
     example: Example, max_length: int, context: int | None, overlong: str
 ) -> tuple[Example | None, LostRow | None]:
-    """Cuts or drops an example to fit both limits; returns it (None if dropped) and the loss."""
+    """Cuts or drops an example to fit both limits; returns it (None if dropped) and the reason."""
     length = len(example.input_ids)
     limit, name = max_length, "--max-length"
     if context is not None and context < max_length:

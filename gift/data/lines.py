@@ -1,4 +1,4 @@
-"""Where the lines of a response begin, among its tokens."""
+"""The tokens of a response at which its lines begin."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def line_starts(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token's text; bytes that are no text by themselves become U+FFFD."""
+    """One token's text; incomplete UTF-8 becomes U+FFFD."""
     text = tokenizer.decode([token])
     assert isinstance(text, str), "one sequence decodes to one text"
     return text

@@ -33,14 +33,14 @@ UNREAD_KEYS = {
 
 
 class Conversation(NamedTuple):
-    """The turns of a row, and the tools that its chat template is to list."""
+    """The turns of a row, and the tools for its chat template."""
 
     turns: list[Message]
     tools: list[dict[str, Any]] | None = None
 
 
 def json_lines(path: Path, option: str = "--data") -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Each row of a JSONL file with its place, "FILE, line N", and N; blank lines are passed over.
+    """Each row of a JSONL file with its place, "FILE, line N", and N; blank lines are skipped.
 
     Raises:
         InputError: a file that cannot be read, or a line that is no JSON object of valid texts.
@@ -64,7 +64,7 @@ def read_conversations(
     ignore: Collection[str] = (),
     option: str = "--data",
 ) -> tuple[list[Conversation], Counter[str]]:
-    """The conversations of a JSONL file, and in how many rows each key of metadata has a value.
+    """The conversations of a JSONL file, and the number of rows with each metadata key.
 
     Raises:
         InputError: names the file and the line that is wrong.
@@ -85,7 +85,7 @@ def read_conversations(
 def read_conversation(
     row: dict[str, Any], place: str, ignore: Collection[str] = ()
 ) -> tuple[Conversation, list[str]]:
-    """One row's conversation, and the keys with a value that it does not read.
+    """One row's conversation, and the keys with a value that are ignored.
 
     InputError begins with `place` where the row cannot be used.
     """

@@ -22,7 +22,7 @@ END_OF_REASONING = "</think>"
 
 
 class Target(NamedTuple):
-    """One assistant turn in the text: `prompt` is where its prompt ends, [start, end) its words."""
+    """One assistant turn in the text: its prompt ends at `prompt`, its targets are [start, end)."""
 
     prompt: int
     start: int
@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """A conversation's text, its targets in order, and what a user should know about them."""
+    """A conversation's text, its targets in order, and notes for the user."""
 
     text: str
     targets: list[Target]
@@ -44,12 +44,12 @@ class _Word:
     turn: int
     kind: str  # reply, reasoning, or call: the name of a tool
     text: str
-    lead: str | None = None  # None where the template decides what stands before
+    lead: str | None = None  # None: the template determines the text before it
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a word stands in the text, and what the template writes after it."""
+    """The position of a word in the text, and the template's text after it."""
 
     mark: str
     word: _Word
@@ -214,7 +214,7 @@ def _mark_text(
     """The text with marks for its words; tags stay, since templates search for `</think>`."""
     pieces, position = [], 0
     lead = None if is_reasoning else ""
-    # A reply of nothing but tags is one word.
+    # A reply that consists of tags only is one word.
     has_words = bool(TAG.sub("", text).strip())
     for piece in TAG.split(text) if has_words else [text]:
         position += len(piece)
@@ -259,7 +259,7 @@ def _missing_words(
 def _locate(
     name: str, text: str, pieces: Sequence[str], words: Mapping[str, _Word]
 ) -> list[_Place]:
-    """The places of the words in the text, which equals `pieces` except for the marks."""
+    """The positions of the words in the text, which equals `pieces` except for the marks."""
     position = len(pieces[0])
     places = []
     for mark, following in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -276,7 +276,7 @@ def _locate(
 
 
 def _end_of(word: str, text: str, start: int, following: str) -> int | None:
-    """Where a word that stands at `start` ends; the template may strip its white space."""
+    """The end of a word that starts at `start`; the template may strip its white space."""
     core = word.strip()
     leading = len(word) - len(word.lstrip())
     at = text.find(core, start, start + leading + len(core))
@@ -296,7 +296,7 @@ def _start(
     before: Conversation,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """Where the targets of a turn begin: after everything that the template itself adds."""
+    """The start of a turn's targets: after everything that the template adds by itself."""
     gap = text[len(prompt) : first.start]
     lead = first.word.lead
     if lead is not None:
@@ -307,7 +307,7 @@ def _start(
         return len(prompt) + len(added)
     if not gap.strip():
         return len(prompt)
-    # What the template writes before any reply is its own.
+    # Text that the template writes before every reply is no target.
     reply = hash_bytes(text.encode())[:16]
     bare = before._replace(turns=[*before.turns, {"role": "assistant", "content": reply}])
     header = render(bare, tokenizer, "").partition(reply)[0]
@@ -318,7 +318,7 @@ def _start(
 
 
 def _until_difference(following: str, other: str, ends: re.Pattern[str]) -> str:
-    """What two texts begin with alike, without the beginning of a special token."""
+    """The common beginning of two texts, without a partial special token."""
     common = _common_length(following, other)
     torn = (match.start() for match in ends.finditer(following) if match.end() > common)
     return following[: min(common, next(torn, common))]
@@ -343,13 +343,13 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _is_in(value: str, text: str) -> bool:
-    """Whether the text holds the value, white space around it aside, as it is or within JSON."""
+    """Whether the text contains the value, stripped of white space, plain or JSON-escaped."""
     value = value.strip()
     return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts inside a value of JSON."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []

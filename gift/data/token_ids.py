@@ -1,4 +1,4 @@
-"""Whether the same ids stand for the same tokens in two tokenizers.
+"""Checks that two tokenizers give the same tokens the same ids.
 
 Only tokens that a model's own `tokenizer.json` knows can differ: a base model may lack those of
 chats, and a folder without the file is not compared. An added token may have another name at the
@@ -17,7 +17,7 @@ from gift.errors import InputError
 from gift.models.loading import resolve_model
 from gift.models.tokenizer import load_tokenizer
 
-SHARED = 0.5  # share of the plain tokens that two models of one family have at least in common
+SHARED = 0.5  # least share of plain tokens that two models of one family have in common
 
 
 def tokenizer_for(folder: Path, name: str | None) -> tuple[PreTrainedTokenizerBase, dict[int, str]]:
@@ -29,20 +29,20 @@ def tokenizer_for(folder: Path, name: str | None) -> tuple[PreTrainedTokenizerBa
 
 
 def own_ids(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Ids by token of the folder's `tokenizer.json`: of all, and of those that are not added."""
+    """Ids by token in `tokenizer.json`: of all tokens, and of those that are not added ones."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return {}, {}
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more exact
+    except Exception as error:  # the library has no type of its own
         raise InputError(f"{path}: not a tokenizer ({error})") from error
     ids, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
     return ids, {token: number for token, number in ids.items() if number not in added}
 
 
 def other_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Ids of `tokenizer` that stand for other tokens in the folder, and how the two differ."""
+    """Ids of `tokenizer` that are other tokens in the folder, each with a description."""
     ids, plain = own_ids(folder)
     named = {number: token for token, number in plain.items()}
     differing = {}

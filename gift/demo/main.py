@@ -1,4 +1,4 @@
-"""`gift demo`: a world small enough for a laptop, and a study of four methods in it."""
+"""`gift demo`: tiny models and synthetic data, and a study of four methods on them."""
 
 from collections.abc import Mapping
 from concurrent.futures import as_completed
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "GIFT-BaseT": {"guide": "base", "about": "GIFT with the base model's weights."},
 }
 GREEDY = {"samples": 1, "temperature": 0.0}
-# Each with its file in the world and the name of its pattern there.
+# Evaluations, each with its file and the name of its answer pattern in `world`.
 EVALUATIONS: dict[str, dict[str, Any]] = {
     "task": {
         "about": "Programs over one digit, the task that all were adapted to; answers are sampled.",
@@ -90,9 +90,9 @@ INTRODUCTION = (
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Makes the world, runs the study and returns its results; the last line names the report.
+    """Makes models and data, runs the study and returns its results; prints the report's path last.
 
-    InputError: the output has other files, or pairs with other settings.
+    InputError: the output has unknown files, or pairs with other settings.
     """
     place = config.output / WORLD_FOLDER
     with owned(config.output):
@@ -114,7 +114,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def _pairs(config: DemoConfig) -> dict[str, int]:
-    """The pairs' seeds by their names."""
+    """The pairs' seeds by name."""
     seeds = range(FIRST_PAIR_SEED, FIRST_PAIR_SEED + config.pairs)
     return {f"pair-{seed}": seed for seed in seeds}
 
@@ -149,9 +149,9 @@ def _make_pair(folder: Path, seed: int, scale: float, overwrite: bool) -> None:
 def write_data(
     folder: Path, pair: str, pair_seed: int, *, seeds: int, questions: int, noise: world.Noise
 ) -> None:
-    """A task set per seed, and questions that are in none of them.
+    """Writes a task set per seed, and questions that are in none of them.
 
-    The noise of the references changes neither the task sets' prompts nor the questions.
+    The noise of the references does not change the task sets' prompts or the questions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()

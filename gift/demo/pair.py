@@ -42,7 +42,7 @@ from gift.storage.publish import output_folder, published_key
 BOS, EOS, PAD, UNKNOWN = "<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, UNKNOWN, BOS, EOS, TURN_START, TURN_END)
-# Replies end with the end of the turn, so that is where generation stops.
+# Generation stops at the end of the turn.
 TOKEN_IDS: dict[str, Any] = {
     "bos_token_id": SPECIAL_TOKENS.index(BOS),
     "eos_token_id": SPECIAL_TOKENS.index(TURN_END),
@@ -101,15 +101,15 @@ def make_pair(
 ) -> Pair:
     """Makes both models in `folder`/base and `folder`/instruct.
 
-    A pair that is there with the same settings is kept; a call that was killed between the two
-    models resumes with the second. Training runs on one thread, which is as fast as two here and
-    gives the same files on any number of cores.
+    An existing pair with the same settings is kept; a call killed between the two models resumes
+    with the second. Training runs on one thread, which is as fast as two here and gives the same
+    files on any number of cores.
 
     Args:
         folder: a folder with other files in it is an error without `overwrite`.
         seed: of initial weights and all data.
         steps_scale: scales the numbers of training steps; below 1 for a quick, unskilled pair.
-        recipe: all other settings; by default those that the demo was tuned with.
+        recipe: all other settings.
     """
     recipe = recipe or Recipe()
     settings = {"seed": seed, "steps_scale": steps_scale, "recipe": asdict(recipe)}

@@ -1,4 +1,4 @@
-"""A world small enough for a laptop: running-digit programs, puzzles, and noisy references.
+"""Synthetic data for tiny models: running-digit programs, puzzles, and noisy references.
 
 A program starts from one digit and adds to it, `calc a 7 b -1 c -8`; the worked answer is
 `b 7 -1 = 6 ; c 6 -8 = 8 ; answer 8`. A result outside 0…9 has two conventions: wrap around
@@ -7,7 +7,7 @@ than post-training conversations do, so the instruct model knows more of the tas
 There are also list puzzles and key-value look-ups, both with format constraints after `|`; they
 measure whether the model still follows instructions.
 
-Everything is drawn from the `random.Random` that the caller passes in.
+All randomness comes from the `random.Random` that the caller passes.
 """
 
 import json
@@ -56,7 +56,7 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Noise:
-    """How far references are from clean worked steps; every field is a probability.
+    """Noise of references compared with clean worked steps; every field is a probability.
 
     `full_steps` and `some_steps` are shares of replies, the rest are answers only. `filler` is per
     piece (a step or the answer), `wrong_convention` per step that leaves 0…9, `slip` per step.
@@ -78,7 +78,7 @@ TASK_NOISE = Noise(
 
 @dataclass(frozen=True)
 class Mixture:
-    """What documents and conversations are made of; every field is a probability or a noise."""
+    """The composition of documents and conversations; every field is a probability or a noise."""
 
     document_programs: float = 0.55
     document_wrap: float = 0.30
@@ -116,14 +116,14 @@ class Program:
     changes: tuple[int, ...]
 
     def prompt(self) -> str:
-        """The program as its reader sees it."""
+        """The program as text."""
         values = (self.start, *self.changes)
         return " ".join(
             ["calc", *(f"{name} {value}" for name, value in zip(NAMES, values, strict=False))]
         )
 
     def result(self, convention: Convention = "wrap") -> int:
-        """The last digit under one convention throughout."""
+        """The last digit under one convention."""
         digit = self.start
         for change in self.changes:
             digit = _within(digit + change, convention)
@@ -135,7 +135,7 @@ def _within(value: int, convention: Convention) -> int:
 
 
 def draw_program(rng: Random, values: tuple[int, int]) -> Program:
-    """A program with a number of values between the two given, both included."""
+    """A program with a number of values between the two given, inclusive."""
     length = rng.randint(*values)
     return Program(rng.randint(0, 9), tuple(rng.randint(-9, 9) for _ in range(length - 1)))
 
@@ -145,7 +145,7 @@ def write_steps(
 ) -> tuple[str, ...]:
     """The pieces of a reply, steps then answer, as an annotator with this noise writes them.
 
-    A wrong step is carried on, so that the answer follows from the steps.
+    A wrong step is not corrected later, so the answer follows from the steps.
     """
     other: Convention = "stop" if convention == "wrap" else "wrap"
     digit, pieces = program.start, []
@@ -212,7 +212,7 @@ def _draw_constraint(
 
 
 def draw_copy_drill(rng: Random) -> Sample:
-    """A list of words and its copy, from which induction heads are learned."""
+    """A list of words and its copy, to train induction heads."""
     words = rng.sample((*ITEMS, *DIGITS, *NEGATIVES, *NAMES), rng.randint(4, 10))
     return Sample(" ".join(words), " ".join(words), chat=False)
 
@@ -231,7 +231,7 @@ def _draw_convention(rng: Random, wrap: float) -> Convention:
 
 
 def draw_document(rng: Random, mixture: Mixture) -> Sample:
-    """A document: a program as people write them, or a puzzle."""
+    """A document: a noisy program, or a puzzle."""
     chat = rng.random() < mixture.document_chat
     if rng.random() < mixture.document_programs:
         program = draw_program(rng, (2, 5))
@@ -243,7 +243,7 @@ def draw_document(rng: Random, mixture: Mixture) -> Sample:
 
 
 def draw_conversation(rng: Random, mixture: Mixture) -> Sample:
-    """A post-training sample: a clean program or a puzzle, now and then an old document."""
+    """A post-training sample: a clean program or a puzzle, sometimes a document."""
     if rng.random() < mixture.replay:
         return draw_document(rng, mixture)
     if rng.random() < mixture.conversation_programs:
@@ -282,17 +282,17 @@ def distinct_programs(rng: Random, count: int, taken: Collection[str] = ()) -> l
 
 
 def task_questions(programs: Iterable[Program]) -> list[Row]:
-    """What the programs give; `ANSWER` finds it in a reply."""
+    """Questions for the programs' results; `ANSWER` finds them in a reply."""
     return [{"instruction": p.prompt(), "answer": str(p.result())} for p in programs]
 
 
 def style_questions(programs: Iterable[Program]) -> list[Row]:
-    """Whether they are answered in worked steps, right or wrong; `WORKED` finds the last one."""
+    """Questions that test worked steps, right or wrong; `WORKED` finds the last step."""
     return [{"instruction": p.prompt(), "answer": NAMES[len(p.changes)]} for p in programs]
 
 
 def constraint_questions(rng: Random, programs: Iterable[Program]) -> list[Row]:
-    """Whether a format is kept, whatever the answer; `MARK` finds the one that a reply has."""
+    """Questions that test the format, whatever the answer; `MARK` finds a reply's format."""
     rows = []
     for program in programs:
         constraint = rng.choice(PROGRAM_CONSTRAINTS)
@@ -302,13 +302,13 @@ def constraint_questions(rng: Random, programs: Iterable[Program]) -> list[Row]:
 
 
 def puzzle_questions(rng: Random, count: int, constrained: float = 0.6) -> list[Row]:
-    """The other tasks with their exact replies, a constraint in a share of them."""
+    """Questions of the other tasks with exact replies, a share of them with a constraint."""
     puzzles = (draw_puzzle(rng, _draw_constraint(rng, constrained)) for _ in range(count))
     return [{"instruction": puzzle.prompt, "answer": puzzle.reply} for puzzle in puzzles]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a task set or questions as JSON lines, whole or not at all."""
+    """Writes a task set or questions as JSON lines, atomically."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

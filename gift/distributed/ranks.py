@@ -1,8 +1,8 @@
 """Several processes under torchrun: the group, shares of work, one output folder, who prints.
 
 Each process takes a share; only the main one (rank 0) prints, owns the output folder and publishes
-it. A process that fails tells the others why, and they end with the same message. torchrun ends
-the others where one was killed; without it they notice at their next exchange.
+it. A process that fails tells the others why, and they end with the same message. If one is killed,
+torchrun ends the others; without torchrun they notice at their next collective.
 """
 
 import os
@@ -26,7 +26,7 @@ from gift.storage.publish import MADE_FROM_FILE, Output, output_folder
 
 Item = TypeVar("Item")
 FAILED = "gift/failed"
-# What gloo says where another process has ended; NCCL's errors are a type of their own.
+# Messages of gloo when another process has ended; NCCL's errors have a type of their own.
 GONE = "by peer"
 # How long a process waits for the others to start, and for their shares.
 START_WAIT = timedelta(minutes=30)
@@ -82,7 +82,7 @@ class Group:
         return values[0]
 
     def require_equal(self, given: Mapping[str, Any]) -> None:
-        """InputError on every rank where one was given other values, which names them."""
+        """InputError on every rank that names the values in which ranks differ."""
         first, *others = self.gather([dict(given)])
         for rank, other in enumerate(others, 1):
             if differing := sorted(name for name in first if other.get(name) != first[name]):
@@ -107,12 +107,11 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
     """The group torchrun describes in the environment; one process without it.
 
     Args:
-        on_host: the ranks exchange Python objects only, and wait for each other's shares.
+        on_host: the ranks exchange only Python objects, and may wait long for each other.
 
     Raises:
-        InputError: the environment lacks a variable, or has one that cannot be: no number, a rank
-            or GPU that is not there, a port that is taken.
-        LostProcess: another rank failed or was killed.
+        InputError: a variable of the environment is missing or invalid: not a number, a rank or GPU
+        that does not exist, a port in use. LostProcess: another rank failed or was killed.
     """
     if "WORLD_SIZE" not in os.environ:
         yield ALONE
@@ -129,10 +128,10 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
         timeout=LONGEST_WAIT if on_host else None,
     )
     try:
-        # A sharded model and its checkpoints have exchanges of PyTorch's.
+        # A sharded model and its checkpoints use collectives of PyTorch's.
         with nullcontext() if group.is_main else quiet(), _exchange(alone=False):
             yield group
-            group.barrier()  # so that all are told where one fails at the end
+            group.barrier()  # so that all learn of a failure at the end
     except BaseException as error:
         _tell(store, group, error)
         raise
@@ -161,7 +160,7 @@ def _common_store(group: Group) -> dist.Store:
 
 
 def _await_all(store: dist.Store, group: Group) -> None:
-    """LostProcess where a rank does not start; without this one, all would wait for its share."""
+    """LostProcess where a rank does not start; otherwise all would wait for its share."""
     names = [f"gift/started/{rank}" for rank in range(group.size)]
     store.set(names[group.rank], "")
     try:
@@ -189,10 +188,10 @@ def _own_gpu() -> torch.device | None:
 
 @contextmanager
 def _exchange(*, alone: bool = True) -> Iterator[None]:
-    """LostProcess where an exchange between processes breaks off.
+    """LostProcess where a collective fails.
 
     Args:
-        alone: the block does nothing else, so that any error is the exchange's.
+        alone: the block does nothing else, so any error is the collective's.
     """
     try:
         yield
@@ -207,14 +206,14 @@ def _exchange(*, alone: bool = True) -> Iterator[None]:
 
 
 def _tell(store: dist.Store, group: Group, error: BaseException) -> None:
-    """Leaves the first failure in the store; LostProcess with it where the error is its echo."""
+    """Stores the first failure; LostProcess with it where this error only follows from it."""
     message = (str(error).splitlines() or [""])[0] or type(error).__name__
     if not isinstance(error, InputError | OSError):
         message = f"{type(error).__name__}: {message}"
     own = f"process {group.rank} of {group.size}: {message}"
     try:
         first = store.compare_set(FAILED, "", own).decode()
-    except RuntimeError:  # the process that kept the store has ended
+    except RuntimeError:  # the process that hosts the store has ended
         return
     # torchrun ends the others by a signal, which arrives as an interruption.
     if first != own and isinstance(error, LostProcess | dist.DistError | KeyboardInterrupt):

@@ -1,10 +1,10 @@
 """Extracts the answer from a reply and compares it with the reference answer.
 
-Two checks: `exact` compares text, ignoring differences in white space; `math` asks math-verify
-whether two answers are mathematically equal. math-verify uses SymPy, which can hang or use
-unbounded memory on a model's output, and its own timeout works in the main thread only (its issues
-55 and 65). So `math` runs in a worker process that is killed and restarted when an answer takes too
-long. Linux and macOS.
+Two checks: `exact` compares text, ignoring differences in white space; `math` uses math-verify to
+test mathematical equality. math-verify uses SymPy, which can hang or use unbounded memory on a
+model's output, and its own timeout works in the main thread only (its issues 55 and 65). So `math`
+runs in a worker process that is killed and restarted when an answer takes too long. Linux and
+macOS.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ WORKER_MEMORY = 4 << 30  # bytes of address space
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a reply is right, the answer found in it, and why it could not be checked, if so."""
+    """Whether a reply is right, the answer found in it, and a problem of the check if any."""
 
     correct: bool
     extracted: str | None
@@ -50,12 +50,12 @@ class Checker(Protocol):
 
 
 def normalize(text: str) -> str:
-    """The text with every run of white space as one space, and none at its ends."""
+    """The text with white space collapsed to single spaces and stripped."""
     return " ".join(text.split())
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
-    """Compiles `--answer-pattern`; InputError when it is no regular expression or has no group."""
+    """Compiles `--answer-pattern`; InputError if it is not a regular expression with a group."""
     if pattern is None:
         return None
     try:
@@ -75,7 +75,7 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
 def extract(pattern: re.Pattern[str] | None, reply: str) -> str | None:
     """The first group of the last match, the whole reply without a pattern, None without a match.
 
-    A group that took no part in the match counts as no match.
+    An unmatched group counts as no match.
     """
     if pattern is None:
         return reply
@@ -229,7 +229,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def _parse(text: str, is_answer: bool) -> list[Any]:
-    """math-verify's reading of a text: [expression, its text], [text], or [] for nothing found.
+    """math-verify's parse of a text: [expression, its text], [text], or [] if nothing is found.
 
     An answer such as `6 - 5i` is parsed as if it were boxed, because in running text math-verify
     would take only its last number. If that gives no expression, it is parsed as running text.
@@ -263,14 +263,14 @@ def _serve(timeout_seconds: float) -> None:
     """Answers questions from standard input until it closes."""
     logging.disable(logging.CRITICAL)
     _limit_memory()
-    # What SymPy or the LaTeX parser print must not mix with the answers.
+    # Output of SymPy and the LaTeX parser must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     # Warm up: imports and compiled patterns must not count toward the first answer's time limit.
     _judge({"answer": r"\frac{1}{2}", "reply": r"so $\boxed{0.5}$ or 1", "is_answer": False})
     print("ready", file=answers, flush=True)
-    os.dup2(nowhere, 2)  # not earlier: the message of a failed start goes there
+    os.dup2(nowhere, 2)  # not earlier: messages of a failed start go there
     for line in sys.stdin:
         # If the parent has died, the default action of SIGALRM ends a hanging process.
         signal.alarm(int(timeout_seconds) + 2)

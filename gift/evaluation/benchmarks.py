@@ -1,4 +1,4 @@
-"""Benchmarks by name: data set, split, how its rows become questions, how they are checked.
+"""Benchmarks by name: data set, split, conversion of rows to questions, and check.
 
 A benchmark's rows are downloaded with `datasets`, or come from a JSONL file with the data set's own
 fields. Field names and splits are those of lm-evaluation-harness 0.4.13 where it has the benchmark.
@@ -29,7 +29,7 @@ MEDICAL_SUBJECTS = (
 
 
 class Benchmark(NamedTuple):
-    """One benchmark; `question` makes a row of questions from one of the data set's, or None."""
+    """One benchmark; `question` converts a row of the data set to a question, or to None."""
 
     dataset: str
     split: str
@@ -149,12 +149,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         group="subject",
     ),
 }
-# Benchmarks that lm-eval asks, and its tasks.
+# Benchmarks that lm-eval evaluates, and its tasks.
 HARNESS_TASKS = {"ifeval": "ifeval"}
 
 
 def benchmark_rows(name: str, data: Path | None) -> tuple[Iterator[PlacedRow], Row]:
-    """The benchmark's rows as questions, and a record of where they come from.
+    """The benchmark's rows as questions, and a record of their source.
 
     From `data`, JSONL with the data set's own fields, or downloaded where it is None.
 

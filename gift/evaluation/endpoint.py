@@ -1,9 +1,9 @@
 """Questions asked of an OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`.
 
-Every reply is a chat completion of its own, so the server applies its chat template, with a seed of
-its own, because not every server takes `n`. The `openai` client repeats requests that find no
-connection, time out or get 408, 409, 429 or 5xx; replies that are cut off or hold no choice are
-repeated here. A question is kept once all its replies are there.
+Every reply is a separate chat completion (so the server applies its chat template) with its own
+seed, because not every server supports `n`. The `openai` client repeats requests without a
+connection, with a timeout or with status 408, 409, 429 or 5xx; truncated or empty responses are
+repeated here. A question is saved once it has all its replies.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from gift.storage.files import hash_json, read_json_lines, sealed_files, write_j
 from gift.storage.publish import Output, warn
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds, as the client's own
-CONNECT_TIMEOUT = 10.0  # seconds; a server that is busy still takes connections
+CONNECT_TIMEOUT = 10.0  # seconds; a busy server still accepts connections
 OUR_FIELDS = {
     *("model", "messages", "temperature", "top_p", "max_tokens", "seed"),
-    *("n", "stream"),  # a request is one reply, whole
+    *("n", "stream"),  # a request is one reply
 }
 KEPT = "finished questions are kept, and the same command resumes"
 
@@ -43,16 +43,16 @@ class ServedReply:
     length: int | None
     prompt_tokens: int | None
     model: str | None
-    reasoning: str | None = None  # what a server's reasoning parser took out of the text
+    reasoning: str | None = None  # reasoning that the server's parser separated from the text
 
     @property
     def finished(self) -> bool:
-        """Whether the model ended the reply: not a limit, a filter or a failure."""
+        """Whether the model ended the reply, rather than a limit, a filter or a failure."""
         return self.finish_reason in ("stop", "tool_calls")
 
 
 def require_client(config: EvaluateConfig) -> None:
-    """InputError for bad options or a bad key, without the client, or under torchrun."""
+    """InputError for bad options or a bad key, a missing client, or several processes."""
     if not _is_url(config.endpoint or ""):
         raise InputError(
             f"--endpoint: {config.endpoint!r} is no URL such as http://localhost:8000/v1 (a key "
@@ -98,12 +98,12 @@ def ask_server(
     lengths: Sequence[int] | None = None,
     weights: str | None = None,
 ) -> list[list[ServedReply]]:
-    """All replies [row][sample]: loads those in the work folder, asks for and saves the rest.
+    """All replies [row][sample]: loads those in the work folder, requests and saves the rest.
 
     Args:
         lengths: how many tokens each prompt should have, to compare with the server's count.
-        weights: hash of the model that the server should have. Replies in the work folder are only
-            taken with equal lengths and weights; what the server has cannot be seen.
+        weights: hash of the model that the server should have. Replies in the work folder are
+        reused only with equal lengths and weights; the server's weights cannot be checked.
 
     Raises:
         InputError: a question has tools, the server cannot be reached or refuses a request, or its
@@ -164,7 +164,7 @@ def ask_server(
 def summarize_server(
     config: EvaluateConfig, replies: Sequence[Sequence[ServedReply]]
 ) -> dict[str, Any]:
-    """What the server said beside the texts, for metrics.json; warns where it does not sample."""
+    """The server's metadata for metrics.json; warns if it does not seem to sample."""
     flat = [reply for of_question in replies for reply in of_question]
     alike = all(len({reply.text for reply in of_question}) == 1 for of_question in replies)
     if alike and config.samples > 1 and any(reply.text for reply in flat):
@@ -196,7 +196,7 @@ async def _ask(
     questions: dict[int, Question],
     on_question: Callable[[int, list[ServedReply]], None],
 ) -> None:
-    """Asks the questions by row, `concurrency` requests at a time; the first failure ends all."""
+    """Requests replies by row, `concurrency` at a time; the first failure ends all."""
     from openai import AsyncOpenAI, Timeout
 
     seconds = config.request_timeout
@@ -262,7 +262,7 @@ async def _request(
 
 
 def request_seed(seed: int, row: int, sample: int) -> int:
-    """The seed of one request, from 0 to 2^31 - 1, which every server takes."""
+    """The seed of one request, from 0 to 2^31 - 1, which every server accepts."""
     return int(numpy.random.SeedSequence((seed, row, sample)).generate_state(1)[0]) >> 1
 
 
@@ -291,7 +291,7 @@ def _count(usage: Any, name: str) -> int | None:
 
 
 def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
-    """The client's error as one line that says what to do."""
+    """The client's error as one line with a remedy."""
     import openai
 
     said, cause = _said(error), type(error.__cause__).__name__
@@ -300,7 +300,7 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
         case openai.APITimeoutError() if cause != "ConnectTimeout":
             problem = f"gave no reply in --request-timeout {config.request_timeout:g} s, {times}"
         case openai.APIConnectionError():
-            # The texts of other causes may hold the headers, and so the key.
+            # Other messages may contain the headers, and with them the key.
             reason = error.__cause__ if cause == "ConnectError" else cause
             problem = f"cannot be reached ({reason}); is the server running?"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
@@ -318,7 +318,7 @@ def _named(error: Exception, config: EvaluateConfig, place: str) -> InputError:
 
 
 def _said(error: Exception) -> str:
-    """The error's text, and the body of the answer, as one line without the key."""
+    """The error's text and the response body as one line without the key."""
     said, body = str(error), getattr(error, "body", None)
     if body and not (isinstance(body, dict) and "message" in body):
         said += f": {body}"

@@ -24,8 +24,8 @@ from gift.distributed.ranks import ALONE, Group
 from gift.errors import InputError
 from gift.models.loading import context_length
 
-# Taking finished sequences out of the batch copies the cache once, which costs about as much as one
-# step of the whole batch; it pays when at least this share of the batch is finished.
+# Removing finished sequences from the batch copies the cache, which costs about as much as a step
+# of the whole batch; it pays off if at least this share of the batch is finished.
 DROP_SHARE = 0.2
 
 
@@ -85,7 +85,7 @@ def generate_replies(
     replies = dict(done or {})
     own: list[FinishedReply] = []
     with _evaluating(model):
-        # Whole batches, so that several ranks give the replies that one gives.
+        # Whole batches, so that several ranks give the same replies as one.
         for batch in group.share(_pending_batches(prompts, samples, replies, batch_size)):
             tokens = _decode_batch(
                 model,
@@ -111,9 +111,9 @@ def _pending_batches(
     done: Collection[tuple[int, int]],
     batch_size: int,
 ) -> list[list[tuple[int, int]]]:
-    """The (row, sample) that are not done, longest prompts first, `batch_size` at a time.
+    """The unfinished (row, sample), longest prompts first, in batches of `batch_size`.
 
-    The sort is stable, so the order and with it the batches do not depend on what was done.
+    The sort is stable, so the order does not depend on which are done.
     """
     pending = [
         (row, sample)
@@ -159,7 +159,7 @@ def _check_options(
 
 
 def refuse_equal_samples(samples: int, temperature: float) -> None:
-    """InputError where several greedy replies to a question are asked for."""
+    """InputError where several greedy replies per question are requested."""
     if temperature == 0 and samples > 1:
         raise InputError(
             f"samples: got {samples} at temperature 0, where all are the same; "
@@ -235,7 +235,7 @@ class _Sampler:
         if self._top_p < 1:
             probabilities = _nucleus(probabilities, self._top_p)
         # Cumulated in the order of token ids: in the order of probabilities, near ties could swap
-        # places and change the draw.
+        # and change the draw.
         cumulative = probabilities.to(self._dtype).cumsum(-1)
         total = cumulative[:, -1:]
         # Rounding may raise the product to the total, past the last token.

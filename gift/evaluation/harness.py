@@ -1,8 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, asked of a model that is loaded as for any stage.
+"""Evaluates a model on tasks of EleutherAI's lm-evaluation-harness.
 
-Prompts, sampling, filters and metrics are the task's. The chat template is applied, and gives all
-special tokens, as in every stage; few-shot examples are turns of it and those that lm-eval draws by
-default.
+Prompts, sampling, filters and metrics are the task's. The chat template is applied and writes all
+special tokens, as in every stage; few-shot examples are lm-eval's default ones, as turns.
 """
 
 import importlib.metadata
@@ -36,11 +35,11 @@ MISSING = "install gift-tuning[harness]"
 def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
     """Runs the tasks and writes samples.jsonl and metrics.json; returns the metrics.
 
-    An interrupted call starts anew. `key`: see `publish.output_folder`.
+    An interrupted call starts over. `key`: see `publish.output_folder`.
 
     Raises:
-        InputError: no lm-eval, unknown tasks or tasks whose data cannot be had, a bad model, a
-            failure of lm-eval, or an existing output.
+        InputError: lm-eval is missing or fails, unknown tasks or tasks without their data, a bad
+        model, or an existing output.
     """
     _require_harness(config)
     from lm_eval.tasks import TaskManager
@@ -82,14 +81,14 @@ def evaluate_tasks(config: EvaluateConfig, key: str = "") -> dict[str, Any]:
 def _ask(
     config: EvaluateConfig, manager: Any, tasks: list[Any], model: Any, tokenizer: Any
 ) -> tuple[Any, int]:
-    """What lm-eval found, and how many prompts it cut to fit the context; warns of these."""
+    """The results of lm-eval, and the number of prompts that it truncated, with a warning."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models import huggingface
 
     base: Any = huggingface.HFLM
 
     class CountingModel(base):
-        """Counts the prompts whose first tokens lm-eval leaves out."""
+        """Counts the prompts that lm-eval truncates at their beginning."""
 
         cut = 0
 
@@ -154,7 +153,7 @@ def _require_harness(config: EvaluateConfig) -> None:
 
 
 def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
-    """The tasks and groups named, with their data; InputError where one cannot be had."""
+    """The named tasks and groups with their data; InputError where one is unavailable."""
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
             f"--lm-eval: no task, group or tag is named {listed(unknown)}; `lm-eval ls tasks` "
@@ -181,7 +180,7 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _plain(content: Any) -> Any:
-    """The content as JSON has it."""
+    """The content as plain JSON types."""
     from lm_eval.utils import handle_non_serializable
 
     return json.loads(json.dumps(content, default=handle_non_serializable))

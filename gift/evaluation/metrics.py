@@ -1,8 +1,8 @@
-"""Figures of an evaluation, computed and printed.
+"""Metrics of an evaluation, computed and printed.
 
-Figures, all with questions as the independent units (the samples of one question are not):
+All metrics take questions as the independent units (samples of one question are not):
 - avg@k: the mean share of right samples, with its standard error over questions (Miller 2024,
-  "Adding Error Bars to Evals", arXiv 2411.00640: with as many samples for every question, its
+  "Adding Error Bars to Evals", arXiv 2411.00640: with equally many samples per question, its
   clustered standard error is that of the question means);
 - pass@n for n = 1…k: the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, equation 1).
 """
@@ -79,7 +79,7 @@ def summarize(
 def summarize_choices(
     samples: Sequence[dict[str, Any]], groups: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """Metrics of rows of samples.jsonl of multiple choices, one a question; `groups` likewise."""
+    """Metrics of the rows of samples.jsonl of multiple choices, one per question."""
     accuracies = [float(sample["correct"]) for sample in samples]
     right = [sample["probabilities"][sample["answer"]] for sample in samples]
     return {

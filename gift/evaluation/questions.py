@@ -48,7 +48,7 @@ def read_questions(
     prompt_suffix: str | None = None,
     ignore: Collection[str] = (),
 ) -> list[Question]:
-    """The rows as questions with what the options add to each prompt; see EvaluateOptions.
+    """The rows as questions, with system prompt and suffix; see EvaluateOptions.
 
     Args:
         rows: each with its place and number, as `json_lines` reads them.
@@ -89,7 +89,7 @@ def _choices(row: dict[str, Any], place: str) -> list[str]:
 
 
 def _letter(row: dict[str, Any], choices: list[str], place: str) -> str:
-    """The letter of the right option; the row has it, or its place counted from 0."""
+    """The letter of the right option; the row has it, or its index from 0."""
     answer, letters = row.get("answer"), LETTERS[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return letters[answer]
@@ -174,7 +174,7 @@ def _extend(
 def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
     """The prompts as the tokenizer's chat template writes them, up to the header of the reply.
 
-    They hold every special token the model wants: tokenise them without adding any. InputError
+    They contain all special tokens: tokenise them without adding any. InputError
     names the row whose prompt the template rejects or renders incompletely.
     """
     texts = []

@@ -1,4 +1,4 @@
-"""Keeps the weights of tokens beside the tokens, whatever collator makes a batch of them."""
+"""Wraps a collator so that the weights of tokens follow the tokens into the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ class WeightedCollator:
 
     `DataCollatorForSeq2Seq` of Transformers pads, `DataCollatorWithFlattening` packs. A row has
     `input_ids`, `labels` and `token_weight`, all of one length: `token_weight[i]` is the weight of
-    `labels[i]`, the token at place i. The batch gets `token_weight` float32 of the shape of its
-    `labels`, 0 where there is padding. Rows without the column pass as they are.
+    `labels[i]`, the token at position i. The batch gets `token_weight` float32 of the shape of its
+    `labels`, 0 where there is padding. Rows without the column are collated as usual.
 
     Args:
         collator: makes a batch of rows without weights.
-        vocab_size: number of tokens that the model has; all ids must be below.
+        vocab_size: size of the model's vocabulary; all ids must be below it.
 
     InputError: a row whose three columns differ in length or of which one is missing, a weight that
-    is infinite or NaN, a token that the model does not have; or a collator that does more than to
-    pad, to pack and to take labels out, so that the weights would belong to other tokens.
+    is infinite or NaN, a token that the model does not have; or a collator that does more than pad,
+    pack and mask labels, so that weights would not match tokens.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ def require_aligned(row: dict[str, Any], name: str = "a row") -> None:
 
 
 def _find_places(tokens: Sequence[Tensor], batch: Tensor) -> list[tuple[int, int]] | None:
-    """Row and first place in the batch [2, B, T] of each row's tokens and labels [2, L]."""
+    """Row and start in the batch [2, B, T] of each row's tokens and labels [2, L]."""
     _, rows, width = batch.shape
     lengths = [row.shape[1] for row in tokens]
     layouts = []
@@ -107,7 +107,7 @@ def _find_places(tokens: Sequence[Tensor], batch: Tensor) -> list[tuple[int, int
 
 
 def _fits(layout: Sequence[tuple[int, int]], tokens: Sequence[Tensor], batch: Tensor) -> bool:
-    """Whether the rows are there; a collator may take labels out, as the first of a row."""
+    """Whether the layout holds the rows; a collator may mask labels, such as the first of a row."""
     for (row, start), expected in zip(layout, tokens, strict=True):
         length = expected.shape[1]
         found = batch[:, row, start : start + length]

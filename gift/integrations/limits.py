@@ -1,4 +1,4 @@
-"""What the weighted loss cannot do, found before training: refused by name."""
+"""Checks before training: refuses what the weighted loss does not support."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def base_of(model: Any) -> Any:
 
 
 def refuse_options(trainer: Any) -> None:
-    """InputError for arguments of a trainer that the weighted loss would pass over."""
+    """InputError for arguments of a trainer that the weighted loss would ignore."""
     args = trainer.args
     liger = args.liger_kernel_config or {}
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
@@ -55,7 +55,7 @@ def refuse_options(trainer: Any) -> None:
 
 
 def check_model(trainer: Any) -> None:
-    """InputError where the loss of hidden states and head would not be the model's own."""
+    """InputError where the loss from hidden states and head would differ from the model's own."""
     model = trainer.model
     _refuse_adapters(model)
     base = base_of(model)

@@ -17,8 +17,8 @@ class WeightedSFTTrainer(WeightedLossMixin, SFTTrainer):
     """TRL's `SFTTrainer` with a weighted loss: see `WeightedLossMixin`.
 
     With `weights="column"` the data sets have `input_ids`, `labels` and `token_weight`, as
-    `gift.datasets.with_confidence` makes them. `max_length`, `truncation_mode` and `packing` treat
-    the three alike; `assistant_only_loss` is refused, since the labels say what is learned. With
+    `gift.datasets.with_confidence` makes them. `max_length`, `truncation_mode` and `packing` apply
+    to all three; `assistant_only_loss` is refused, since the labels determine the targets. With
     other weights TRL prepares the data. Its metric `entropy` is not logged.
     """
 
@@ -59,7 +59,7 @@ class WeightedSFTTrainer(WeightedLossMixin, SFTTrainer):
 
 
 def _fit(dataset: Any, args: Any, packing: bool) -> Any:
-    """Rows cut to `max_length`, or packed: as TRL does it, with the weights."""
+    """Rows truncated to `max_length`, or packed, as in TRL, together with the weights."""
     options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
     cut = slice(None)
     if args.max_length is not None and not packing:

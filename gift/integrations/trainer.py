@@ -1,9 +1,9 @@
-"""A weighted loss for every trainer that is a `Trainer` of Transformers.
+"""A weighted loss for every subclass of Transformers' `Trainer`.
 
     loss = Σ_t w_t · (−log p(y_t | y_<t)) / N      N the labels of the optimizer step, all ranks'
 
-The model's forward returns the loss in place of logits: inside it DistributedDataParallel and FSDP
-have gathered what they shard, and `torch.compile` sees the loss too.
+The model's forward returns the loss in place of logits: within the forward, DistributedDataParallel
+and FSDP have gathered the parameters, and `torch.compile` compiles the loss too.
 """
 
 import functools
@@ -22,17 +22,17 @@ from gift.models.head import last_hidden_state, lm_head
 from gift_kernels import Guide, WeightTransform, weighted_ce
 
 IGNORE_INDEX = -100
-# What is added up over labels; the means of the first three are logged.
+# Sums over labels; the means of the first three are logged.
 SUMS = ("nll", "mean_weight", "mean_token_accuracy", "labels")
 
 Weights = Literal["column", "self"] | PreTrainedModel
 
 
 class Objective:
-    """What the loss needs besides the hidden states; targets and weights [B, T].
+    """The loss's inputs besides hidden states: targets and weights [B, T], guide, transform.
 
-    A class that DistributedDataParallel and FSDP do not know: they hand it on as it is, where they
-    would round a tensor of weights to the dtype of the parameters.
+    DistributedDataParallel and FSDP pass on an object of an unknown class unchanged, but would
+    round a tensor of weights to the dtype of the parameters.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         class MyTrainer(WeightedLossMixin, TheirTrainer): ...
 
     Args:
-        weights: where the weight of a label comes from: "column", the data's column `token_weight`
-            (`gift.datasets.with_confidence` makes it); "self", the trained model's own confidence
-            (DFT, arXiv 2508.05629); or a model with the same token ids, whose confidence it is.
-            Such a guide stands whole on every process's device, and is not trained.
-        transform: applied to the weights, wherever they come from.
+        weights: the weight of a label: "column", the data's column `token_weight`
+        (`gift.datasets.with_confidence` makes it); "self", the trained model's own confidence (DFT,
+        arXiv 2508.05629); or a model with the same token ids, the guide, whose confidence is the
+        weight. The guide is replicated on every process's device and not trained. transform:
+        applied to all weights.
 
     All other arguments are those of the trainer. The loss is divided by the number of labels in
     all batches of the optimizer step, on all ranks if `average_tokens_across_devices` (the
     default). Besides the loss, `nll` (the loss without weights), `mean_weight` and
     `mean_token_accuracy` are logged, over all labels since the last log.
 
-    InputError names what would make the loss wrong, such as an adapter on the head; see
+    InputError: a setting under which the loss would be wrong, such as an adapter on the head; see
     docs/trainers.md.
     """
 
-    # `training_step` is to leave the loss as it is.
+    # `training_step` must not scale the loss.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -104,7 +104,7 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         self.weights = weights
         self.transform = transform
         super().__init__(*args, **kwargs)
-        # Else Trainer does not count the labels of the optimizer step.
+        # Otherwise Trainer does not count the labels of the optimizer step.
         self.model_accepts_loss_kwargs = True
         refuse_options(self)
         for name, dataset in self._named_datasets():
@@ -128,9 +128,9 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted loss; with `return_outputs` also the model's outputs, of a second forward.
+        """The weighted loss; with `return_outputs` also the model's outputs, from a second forward.
 
-        Without `num_items_in_batch` it is divided by the number of the batch's own labels.
+        Without `num_items_in_batch` the divisor is the batch's number of labels.
         """
         inputs = dict(inputs)
         objective = self._objective(inputs)
@@ -155,7 +155,7 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The weighted loss of a batch; logits, by a second forward, only where they are asked for.
+        """The weighted loss of a batch; logits, from a second forward, only if requested.
 
         A batch without labels has no loss.
         """
@@ -188,7 +188,7 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         super().log(logs, *args, **kwargs)
 
     def _objective(self, inputs: dict[str, Any]) -> Objective:
-        """Takes labels and weights out of a batch, and moves them to where they are predicted."""
+        """Takes labels and weights out of a batch and shifts them to the predicting positions."""
         labels, column = inputs.pop("labels", None), inputs.pop(TOKEN_WEIGHT, None)
         if labels is None:
             raise InputError("the batch has no labels; the data set needs a column of them")
@@ -225,7 +225,7 @@ class WeightedLossMixin(Trainer if TYPE_CHECKING else object):
         return [("train_dataset", self.train_dataset), *pairs]
 
     def _check_columns(self, name: str, dataset: Any) -> None:
-        """InputError where the column of weights is missing, or would be passed over."""
+        """InputError where the column of weights is missing, or would be ignored."""
         columns = getattr(dataset, "column_names", None)
         if columns is None:
             return
@@ -273,17 +273,17 @@ class WeightedTrainer(WeightedLossMixin, Trainer):
 
 
 def _add_objective(model: Any) -> None:
-    """Gives the model's forward an argument `objective`, with which it returns what that makes."""
+    """Gives the model's forward an argument `objective`, whose result it then returns."""
     original = model.forward
 
-    # The signature stays as it was: Trainer reads from it which columns a model takes.
+    # The signature is unchanged: Trainer reads from it which columns a model takes.
     @functools.wraps(type(model).forward)
     def forward(
         self: Any, *args: Any, objective: Objective | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
         if objective is None:
             return original(*args, **inputs)
-        # PEFT fills in what was not given.
+        # PEFT adds arguments that were not given.
         return objective(self, {k: v for k, v in inputs.items() if v is not None})
 
     model.forward = types.MethodType(forward, model)

@@ -27,15 +27,15 @@ REFUSED: dict[str, str] = {
     "monteclora_config": "MonteCLoRA samples its update; no single merged weight exists",
     "layer_replication": "the adapter runs on a model with repeated layers, not on this one",
 }
-# Initialisations that subtract the adapter's starting point from the base weights. PEFT resets the
-# field when save_pretrained converts such an adapter to an ordinary one.
+# Initialisations that subtract the initial adapter from the base weights. PEFT resets the field
+# when save_pretrained converts such an adapter to an ordinary one.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 KNOWN_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.(?P<part>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>[AB])(\.[^.]+)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-# What PEFT stores beside an adapter, named in its config or not.
+# Layers that PEFT may store in full with an adapter, named in its config or not.
 _EMBEDDINGS = re.compile(r"embed|lm_head|wte|shared|output_layer")
 _SAVED = re.compile(r"(?P<path>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<part>[^.]+)")
 
@@ -117,7 +117,7 @@ def _pattern_value(patterns: Mapping[str, Any] | None, key: str, default: Any) -
 def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter folder's config and headers.
 
-    InputError: no adapter there, or only a pickled one, or one that is not LoRA. LoRA variants that
+    InputError: no adapter, only a pickled one, or one that is not LoRA. LoRA variants that
     cannot be merged are listed in `problems`, so that a plan can report everything at once.
     """
     if not (folder / CONFIG_FILE).exists():
@@ -190,7 +190,7 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
 
 
 def _sort_tensors(adapter: Adapter, entries: tuple[TensorEntry, ...]) -> Adapter:
-    """Gives each tensor to its module, or to `saved`, `copies` or `problems`."""
+    """Assigns each tensor to its module, or to `saved`, `copies` or `problems`."""
     parts: dict[str, dict[str, TensorEntry]] = {}
     saved: dict[str, TensorEntry] = {}
     copies: dict[str, TensorEntry] = {}
@@ -261,7 +261,7 @@ def _sort_full_tensor(
 
 
 def _module(path: str, found: dict[str, TensorEntry]) -> LoraModule | str:
-    """One module from its parts, or the sentence that says what is wrong with them."""
+    """One module from its parts, or a sentence with the problem."""
     bare = path
     # PEFT nests one wrapper per adapted parameter of a module, as it does for fused experts.
     while bare.endswith(".base_layer"):

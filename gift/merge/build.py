@@ -39,10 +39,10 @@ class Statistics:
 
 
 def open_statistics(folders: Sequence[str], method: Method, plan: MergePlan) -> Statistics:
-    """Finds every tensor's statistics; InputError where a folder is of another kind or lacks some.
+    """Finds every tensor's statistics; InputError for a folder of another kind or with gaps.
 
-    RegMean averages what has no Gram matrix (everything but linear layers), as its paper does; for
-    Fisher merging every tensor that differs between the models needs its diagonal.
+    RegMean averages tensors without a Gram matrix (all but linear layers), as its paper does;
+    Fisher merging needs the diagonal of every tensor that differs between the models.
     """
     if not folders:
         return Statistics()
@@ -98,7 +98,7 @@ def build_shards(plan: MergePlan, recipe: Recipe, statistics: Statistics) -> lis
         for entry in shard.data_order:
             tensor = plan.tensors.get(entry.name)
             if tensor is None or tensor.source != entry:
-                # A duplicate that the index does not point to: kept as it is.
+                # A duplicate that the index does not point to: copied unchanged.
                 tensor = TensorPlan(entry.name, entry)
             jobs.append(_job(tensor, recipe, reader, statistics))
         header_order = [entry.name for entry in shard.entries]
@@ -137,9 +137,9 @@ def _transform(
     statistics: Statistics,
     out: torch.dtype,
 ) -> Transform | None:
-    """The method's transform for one floating-point tensor; None where it stays as it is."""
+    """The method's transform for one floating-point tensor; None if the tensor stays unchanged."""
     method = recipe.method
-    weight = method.sum_weight(recipe.options, tensor.base is not None)
+    weight = method.sum_weight(recipe.options, recipe.adapters, tensor.base is not None)
     if weight is not None:
         if not tensor.is_adapted:
             return None

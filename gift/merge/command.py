@@ -2,11 +2,10 @@
 
     θ_I' = θ_I + Σ_i c_i (α_i / r_i) B_i A_i        (GIFT, ACL 2026, arXiv 2605.01256, and others)
 
-Plan (which adapter tensor goes to which weight), validate (everything wrong is reported before any
-output exists), apply: shard by shard and block by block, in a few hundred megabytes of memory.
-Each finished shard is re-read, compared with what was written, and recorded, so that a killed merge
-resumes after it; one rename makes the output folder appear when it is complete
-(`gift.storage.publish`).
+Plan (match adapter tensors with weights), validate (report all problems before any output exists),
+apply: shard by shard and block by block, in a few hundred megabytes of memory. Each finished shard
+is re-read, compared with what was written, and recorded, so that a killed merge resumes after it;
+one rename makes the output folder appear when it is complete (`gift.storage.publish`).
 """
 
 import shutil
@@ -38,10 +37,10 @@ OUTPUT_DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": 
 
 
 def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
-    """Plans, checks and writes the merged model; returns the summary.
+    """Plans, validates and writes the merged model; returns the summary.
 
-    Several ranks share the shards; the main one writes the rest and publishes. `key` is stored in
-    the folder's `gift_files.json`, see `publish.output_folder`.
+    Several ranks share the shards; the main one writes the other files and publishes. `key` is
+    stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
     InputError: everything that cannot be merged correctly, in one message and before any output is
     written; an existing output without `overwrite`; too little disk.
@@ -108,9 +107,9 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
 
 
 def adapter_folder(name: str) -> Path:
-    """A local adapter folder as it is, or the snapshot of a hub id.
+    """A local adapter folder, or the snapshot of a hub id.
 
-    InputError: no such adapter, or one whose files are not what a stage of this program wrote.
+    InputError: no such adapter, or a stage's output whose files have changed.
     """
     if not Path(name).is_dir():
         return resolve_model(name)
@@ -206,7 +205,7 @@ def _manifest(
     notes: Sequence[str],
     summary: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the merged model is made of, without its shards."""
+    """The record of the merge, without its shards."""
     method = METHODS[config.method]
     return {
         "kind": "gift merge",
@@ -229,7 +228,7 @@ def _manifest(
 def _write_rest(
     config: MergeConfig, plan: MergePlan, shards: Sequence[ShardPlan], partial: Path
 ) -> None:
-    """Config and index, changed where the weights are; with a residual, their originals too."""
+    """Config and index, adapted to the new weights; with a residual, the originals too."""
     folder = plan.checkpoint.folder
     untied = plan.untied_head is not None
     converted = any(job.spec.dtype != job.source.dtype for shard in shards for job in shard.jobs)

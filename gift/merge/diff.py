@@ -1,4 +1,4 @@
-"""What changed between two models, layer by layer, and how much of a change bf16 loses.
+"""What changed between two models, layer by layer, and how much of it rounding to bf16 loses.
 
 For every tensor that both models have, Δ = B − A:
 - relative change ‖Δ‖ / ‖A‖ (Frobenius norms) and the share of elements that differ;
@@ -6,8 +6,8 @@ For every tensor that both models have, Δ = B − A:
   rank"), and the number of singular values that hold 99 % of Σσ². A matrix whose shorter side is
   longer than the sketch is first multiplied by a random sketch, which keeps the spectrum of a
   change of low rank and caps the rank at the sketch's size;
-- rounding loss ‖Δ − (bf16(A + Δ) − A)‖ / ‖Δ‖ for A as bf16 holds it: the share of a change that is
-  lost when it is stored in a bf16 model. If both models are bf16, their difference is already
+- rounding loss ‖Δ − (bf16(A + Δ) − A)‖ / ‖Δ‖ for A in bf16: the share of a change that is lost when
+  it is stored in a bf16 model. If both models are bf16, their difference is already
   rounded; pass the adapter, and its exact change is used as Δ for this column.
 """
 
@@ -42,7 +42,7 @@ FIGURE_FILE = "diff.png"
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """The figures of one tensor; ranks and the loss are None where undefined."""
+    """The measures of one tensor; ranks and the loss are None where undefined."""
 
     name: str
     relative_change: float
@@ -58,7 +58,7 @@ def diff(config: DiffConfig, key: str = "") -> dict[str, Any]:
 
     `key` is stored in the folder's `gift_files.json`, see `publish.output_folder`.
 
-    InputError: models that are quantised or not whole, or whose tensors differ in names or shapes.
+    InputError: models that are quantised or incomplete, or whose tensors differ in names or shapes.
     """
     if config.output is None:
         return _report(config)[0]
@@ -187,7 +187,7 @@ class _Blocks:
 
 
 def _compare(blocks: _Blocks, sketch: int, seed: int) -> TensorDiff:
-    """All figures of one tensor in two readings of it."""
+    """All measures of one tensor, which is read twice."""
     size, change, changed, lost, wanted = 0.0, 0.0, 0, 0.0, 0.0
     for before, delta, intended in blocks:
         size += float(before.double().square().sum())

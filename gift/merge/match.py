@@ -1,4 +1,4 @@
-"""Which adapter tensor changes which weight, decided from headers alone.
+"""Matches adapter tensors with the weights that they change, from headers alone.
 
 Nothing is raised here: adapter tensors without a weight are collected for one error message.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from gift.merge.adapter import Adapter, LoraModule
 from gift.storage.shards import Checkpoint, TensorEntry
 
-# Leading parts of a name that differ between a checkpoint and the module path that PEFT saw, as in
+# Leading parts of a name that may differ between a checkpoint and PEFT's module path, as in
 # "language_model.model.layers" and "model.language_model.layers", or "h.0" and "transformer.h.0".
 CONTAINERS = frozenset(
     {"model", "base_model", "transformer", "language_model", "text_model", "gpt_neox", "backbone"}
 )
 HEADS = ("lm_head", "embed_out", "output")
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-# How a fused expert stack is stored when a checkpoint has one tensor an expert.
+# Names of a fused expert stack in a checkpoint with one tensor per expert.
 EXPERT_PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -79,7 +79,7 @@ class Names:
             self._canonical.setdefault(canonical(name), []).append(name)
 
     def find(self, name: str) -> TensorEntry | None:
-        """The tensor of this name, else the only one that differs from it in its containers."""
+        """The tensor of this name, else the only one whose name differs only in its containers."""
         if name in self.tensors:
             return self.tensors[name]
         found = self._canonical.get(canonical(name), ())
@@ -259,9 +259,9 @@ def _match_parameters(
     number: int,
     coefficient: float,
 ) -> None:
-    """Lands modules that adapt raw parameters, as PEFT's `target_parameters` do for experts.
+    """Matches modules that adapt raw parameters (PEFT's `target_parameters`, for experts).
 
-    The keys show only how PEFT's wrappers are nested, not the parameter: the shapes decide.
+    The keys show only how PEFT's wrappers are nested, so the parameter is found by its shape.
     """
     leaves = sorted(
         {
@@ -364,9 +364,9 @@ def _match_full_tensors(
 
 
 def _check_coverage(matched: AdapterMatch, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """An adapter that lacks some layers of the modules it names was made for another model.
+    """Reports an adapter that lacks some layers of its modules: it was made for another model.
 
-    If its config may intend that (it names layers, or is a pattern) this is a note, else a problem.
+    A note if its config may intend this (it names layers, or has a pattern), else a problem.
     """
     targets = adapter.config.get("target_modules")
     if adapter.config.get("layers_to_transform") is not None or adapter.config.get(

@@ -1,4 +1,4 @@
-"""What a merge method is: its name, its formula, and a function on rows of a tensor.
+"""The type of a merge method: its name, formula, and a function on rows of a tensor.
 
 Letters: M out, K in, n task vectors. θ_I is the instruct model's tensor, θ_B the base model's, θ₀
 the origin that task vectors τ are added to: θ_B where a base is given, else θ_I. All tensors of a
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # `gift --help` reads every method and must not wait for torc
 class Rows:
     """Some rows [rows, K] of one tensor in the models that are merged.
 
-    `tasks` holds one τ an adapter, zero where it has nothing for the tensor. `fishers` are the
-    models' Fisher diagonals, for methods that ask for them. `known` is what the method's `prepare`
+    `tasks` holds one τ per adapter, zero if it does not change the tensor. `fishers` are the
+    models' Fisher diagonals, for methods that request them. `known` is what the method's `prepare`
     returned for the whole tensor, `matrix` the index of these rows' matrix in a stack of experts.
     `key` names tensor and rows and is the same in every run.
     """
@@ -50,7 +50,7 @@ class Rows:
 
     @property
     def models(self) -> list[Tensor]:
-        """The instruct model and one task model an adapter."""
+        """The instruct model and one task model per adapter."""
         return [self.instruct, *(self.origin + task for task in self.tasks)]
 
 
@@ -79,7 +79,7 @@ def _nothing(tensor: WholeTensor, options: MergeOptions) -> Any:
     return None
 
 
-def _not_a_sum(options: MergeOptions, has_base: bool) -> float | None:
+def _not_a_sum(options: MergeOptions, adapters: int, has_base: bool) -> float | None:
     return None
 
 
@@ -93,9 +93,9 @@ class Method:
     statistics: what `gift merge-statistics` collects for every model: the diagonal of the Fisher
     information, or the Gram matrix of each linear layer's inputs.
     prepare: computes what depends on the whole tensor; its result becomes `Rows.known`.
-    sum_weight: the factor w where the result is θ_I + w Σ τ (the argument is whether a base is
-    given), else None. Tensors without an adapter then stay unchanged, and the merge can be undone
-    by subtraction.
+    sum_weight: the factor w where the result is θ_I + w Σ τ, else None, from the number of adapters
+    and whether there is a base. Tensors without an adapter then stay unchanged, and the merge can
+    be undone by subtraction.
     note: a note for the user, given the number of task vectors; empty for none.
     """
 
@@ -109,5 +109,5 @@ class Method:
     takes_dora: bool = False
     statistics: Literal["diagonal", "gram"] | None = None
     prepare: Callable[[WholeTensor, MergeOptions], Any] = _nothing
-    sum_weight: Callable[[MergeOptions, bool], float | None] = _not_a_sum
+    sum_weight: Callable[[MergeOptions, int, bool], float | None] = _not_a_sum
     note: Callable[[MergeOptions, int], str] = lambda options, vectors: ""

@@ -33,11 +33,12 @@ OWN_FILES = (CARD_FILE, MANIFEST_FILE, LIST_FILE, CONFIG_FILE, RESIDUAL_FOLDER)
 
 
 def side_files(folder: Path, weights: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files to copy, relative to a model folder, and the names of other weights that are left out.
+    """Files to copy, relative to a model folder, and names of weights in other formats to leave
+    out.
 
-    Everything that is not weights is copied: tokenizer, chat templates, generation config, code,
-    licences. `weights` are the files that the merge writes itself. Folders with weights in them
-    (training checkpoints, another format of the model) are left out as a whole.
+    All files but weights are copied: tokenizer, chat templates, generation config, code, licences.
+    `weights` are the files that the merge writes itself. Folders that contain weights (training
+    checkpoints, another format of the model) are left out.
     """
     kept: list[Path] = []
     left_out: list[str] = []
@@ -61,7 +62,8 @@ def copy_side_files(folder: Path, files: Sequence[Path], output: Path) -> None:
 
 
 def write_config(folder: Path, output: Path, *, dtype: str | None, untied: bool) -> None:
-    """Copies config.json, changed only where the weights call for it: their dtype, an untied head.
+    """Copies config.json with the dtype of the weights and, if the head was untied, without the
+    tie.
 
     `dtype` is a safetensors name, or None where the model keeps its own.
     """
@@ -104,7 +106,7 @@ def write_index(
 
 
 def adapter_provenance(plan: MergePlan, coefficients: Sequence[float]) -> list[dict[str, Any]]:
-    """Where each adapter comes from: its files' hashes, its base, and its training's manifest."""
+    """The origin of each adapter: its files' hashes, its base, and its training manifest."""
     entries = []
     for adapter, coefficient in zip(plan.adapters, coefficients, strict=True):
         entry: dict[str, Any] = {

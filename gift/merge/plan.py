@@ -1,4 +1,4 @@
-"""The merge as a plan: what every output tensor is made of, checked before any output exists."""
+"""The plan of a merge: the sources of every output tensor, validated before any output exists."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,8 +64,8 @@ def plan_merge(
 ) -> MergePlan:
     """Builds and checks the plan; InputError lists all problems.
 
-    `config` is the model's config.json, `coefficients` one factor an adapter. With `untie` a model
-    with tied embeddings gets a head of its own where an adapter changes one side of the tie.
+    `config` is the model's config.json, `coefficients` one factor per adapter. With `untie` a model
+    with tied embeddings gets a separate head if an adapter changes one side of the tie.
     `allow_dora` is false for methods that add task vectors.
     """
     refuse_quantised(checkpoint.folder, config)
@@ -123,7 +123,7 @@ def refuse_quantised(folder: Path, config: Any) -> None:
 
 
 def check_whole(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """What a model lacks, and notes: whether it is whole cannot always be told."""
+    """Missing tensors, and notes: not every architecture can be checked for completeness."""
     missing = missing_tensors(checkpoint.folder)
     if missing is None:
         return [], [
@@ -225,7 +225,7 @@ def _head_name(embedding_name: str) -> str:
 
 
 def plan_rows(plan: MergePlan) -> list[tuple[str, str, str, str, str]]:
-    """The plan as table rows: tensors of one kind together, with shapes, ranks and scales."""
+    """The plan as table rows, grouped by kind of tensor, with shapes, ranks and scales."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for tensor in plan.tensors.values():
         if tensor.is_adapted:

@@ -1,8 +1,8 @@
-"""The residual of a merge: what restores the original bits of every changed tensor.
+"""The residual of a merge: it restores the original bits of every changed tensor.
 
 For each block the file holds zlib of the zigzag-coded integer differences original − merged of the
 numbers' bit patterns, low bytes first, then high bytes. The merged bits and the residual give the
-original bits back on any machine, whatever the method was, without arithmetic on floats.
+original bits on any machine and for any method, without floating-point arithmetic.
 """
 
 import hashlib

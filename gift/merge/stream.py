@@ -78,7 +78,7 @@ def write_shards(
     save_residual: bool = False,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Writes or links every shard that an interrupted call did not finish; returns their hashes.
+    """Writes or links every unfinished shard; returns the hashes of all.
 
     A record in the work folder names each shard that was re-read and found correct. One shard is
     verified while the next is written. The ranks of a group share the shards; each returns all.
@@ -279,7 +279,7 @@ class Background(Generic[Item]):
         return self
 
     def put(self, item: Item) -> None:
-        """Hands over an item; waits while the queue is full."""
+        """Queues an item; waits while the queue is full."""
         if self._error is not None:
             raise self._error
         self._items.put((item,))
@@ -291,7 +291,7 @@ class Background(Generic[Item]):
             raise self._error
 
     def _run(self) -> None:
-        # After an error the queue is still emptied, so that `put` never waits for ever.
+        # After an error the queue is still emptied, so that `put` does not block.
         while (entry := self._items.get()) is not None:
             if self._error is None:
                 try:

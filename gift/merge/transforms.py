@@ -1,8 +1,8 @@
 """How one output tensor is computed, block of rows by block of rows.
 
-A transform names the tensors to read in addition to the model's own, prepares what depends on the
-whole tensor, and turns blocks [rows, K] into the merged block. Arithmetic is float32 (float64
-for float64 models), the result is rounded once to the output's dtype.
+A transform lists the tensors to read besides the model's own, prepares what depends on the whole
+tensor, and computes merged blocks from blocks [rows, K]. Arithmetic is float32 (float64 for float64
+models), the result is rounded once to the output's dtype.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,9 +26,9 @@ BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Recipe:
-    """The method with its settings, and what else it needs apart from tensors.
+    """The method with its settings, and its other inputs except tensors.
 
-    `adapters` is how many there are, `dtype` the safetensors name of a common output dtype or None.
+    `adapters` is their number, `dtype` the safetensors name of a common output dtype or None.
     """
 
     options: MergeOptions
@@ -108,7 +108,7 @@ class Transform:
         return tensors[0].to(self.out_dtype)
 
     def release(self) -> None:
-        """Forgets what `prepare` read."""
+        """Frees the tensors that `prepare` read."""
 
 
 class ReplaceTransform(Transform):
@@ -222,7 +222,7 @@ class MethodTransform(Transform):
         )
 
     def _task_vectors(self, span: Span, rows: list[Tensor]) -> list[Tensor]:
-        """τ of every adapter for these rows; zero where an adapter has nothing for the tensor."""
+        """τ of every adapter for these rows; zero where an adapter does not change the tensor."""
         tasks = [torch.zeros_like(rows[0]) for _ in range(self._recipe.adapters)]
         for adapter, factors in self._factors:
             left = factors.left[span.matrix, span.begin : span.end].to(rows[0].dtype)
@@ -249,7 +249,7 @@ class MethodTransform(Transform):
         return [read_tensor(entry).to(self._recipe.device).float() for entry in self._grams]
 
     def read_vector(self, number: int, span: Span) -> Tensor:
-        """One task vector's rows, read anew."""
+        """Reads one task vector's rows."""
         rows = [
             read_span(entry, span).to(self._recipe.device, self.compute_dtype)
             for entry in self.sources

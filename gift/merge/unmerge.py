@@ -1,4 +1,4 @@
-"""Undoes a merge: bit for bit with the residual that the merge saved, else to one rounding error.
+"""Undoes a merge: bitwise with the residual that the merge saved, else to one rounding error.
 
 Without the residual the adapter's change is subtracted from the merged weights. A merged weight was
 rounded once, the difference is rounded once more, so a weight comes back to within half a unit in
@@ -36,10 +36,10 @@ ROUNDED = (
 
 
 def unmerge(config: UnmergeConfig) -> dict[str, Any]:
-    """Writes the model as it was before the merge; returns the summary, which says how exactly.
+    """Writes the model before the merge; returns the summary, which states the accuracy.
 
     InputError: a folder that gift merge did not write, other adapters than the merged ones, a
-    method that cannot be taken back without its residual.
+    method that cannot be undone without its residual.
     """
     with output_folder(config.output, overwrite=config.overwrite) as output:
         summary = _unmerge(config, output)
@@ -132,7 +132,7 @@ def _subtracting_shards(
 
 
 def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -> float:
-    """The factor on all changes of a merge that was a plain sum; InputError where it was not."""
+    """The factor on all changes of a merge that was a plain sum; InputError for any other."""
     merged = [entry["sha256"] for entry in manifest["adapters"]]
     if [adapter.hashes() for adapter in adapters] != merged:
         names = ", ".join(entry["name"] for entry in manifest["adapters"])
@@ -141,7 +141,7 @@ def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -
         )
     method = METHODS[manifest["method"]]
     options = MergeOptions(**manifest["settings"])
-    weight = method.sum_weight(options, manifest["base"] is not None)
+    weight = method.sum_weight(options, len(merged), manifest["base"] is not None)
     full = any(adapter.uses_dora or adapter.saved for adapter in adapters)
     if weight is None or manifest["dtype"] != "keep" or full:
         raise InputError(

@@ -1,5 +1,6 @@
 """Finds and loads models, chooses device and dtype, and identifies models by hashes."""
 
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from gift.storage.shards import open_checkpoint
 
 
 def resolve_model(name: str) -> Path:
-    """A local folder as it is, or the snapshot of a hub id, downloaded if need be.
+    """A local folder, or the snapshot of a hub id, downloaded if necessary.
 
-    InputError: no such model, or one whose files are not what a stage of this program wrote.
+    InputError: no such model, or a stage's output whose files have changed.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -84,6 +85,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device) -> An
 
     Weights that its class does not read are named in a warning. InputError: see `model_structure`.
     """
+    gc.collect()  # PyTorch's checkpoints leave cycles, which keep the model of an earlier stage
     # Straight to a GPU, without a copy of the model in the host's memory.
     place = {"device_map": {"": device}} if device.type == "cuda" else {}
     model, unread = _load(folder, dtype=dtype, **place)
@@ -105,7 +107,7 @@ def model_structure(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 def _load(folder: Path, **options: Any) -> tuple[Any, list[str]]:
     """The model, and the names in its checkpoint that its class does not read."""
-    transformers.utils.logging.disable_progress_bar()  # it would interleave with ours
+    transformers.utils.logging.disable_progress_bar()  # its progress bar would interleave with ours
     open_checkpoint(folder)
     method = quantisation(read_json(folder / "config.json"))
     try:

@@ -63,7 +63,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def system_failure(error: BaseException, path: Path) -> OSError | None:
-    """The OSError behind an exception, None if there is none.
+    """The OSError that caused an exception, None if there is none.
 
     Its filename is `path` if it had none. Libraries written in Rust (safetensors, tokenizers) raise
     types of their own, with the error number in the text.
@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON with sorted keys, whole or not at all."""
+    """Writes JSON with sorted keys, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -109,13 +109,13 @@ def read_json_lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]], *, sealed: bool = False) -> None:
-    """Writes one row a line, whole or not at all; `sealed`: see `replacing`."""
+    """Writes one row per line, atomically; `sealed`: see `replacing`."""
     with replacing(path, sealed=sealed) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_record(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Reads a JSON object; InputError names what it lacks of `keys` ("a.b" is b in a)."""
+    """Reads a JSON object; InputError names missing `keys` ("a.b" is b in a)."""
     record = read_json(path)
     lacking = []
     for key in keys:

@@ -1,9 +1,9 @@
 """One run at a time writes an output folder: a lock file next to it records the owner.
 
 The lock is an `flock`, which the operating system releases however the process ends. So the lock of
-a dead process on this host is free, without guessing whether its process id was reused. A lock
-recorded by another host is never taken over: file systems that do not share locks between hosts
-report it as free while that run is alive.
+a dead process on this host is free, even if its process id was reused. A lock recorded by another
+host is never removed: file systems that do not share locks between hosts report it as free while
+that run is alive.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ def lock_path(output: Path) -> Path:
 def owned(output: Path) -> Iterator[None]:
     """Owns `output` while the block runs.
 
-    Parent folders are made, and removed again where nothing was put into them.
+    Parent folders are created, and removed again if they stay empty.
 
-    InputError: another run owns it, which is named; it or a folder above it is a file.
+    InputError: another run owns it; or it, or a folder above it, is a file.
     """
     if output.name in ("", ".."):
         raise InputError(f"--output: {output} is no name for a new folder; add one")

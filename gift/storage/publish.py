@@ -1,7 +1,7 @@
 """Output folders appear complete or not at all, even if a run is killed; only this file commits.
 
-A run owns its output folder from the first byte to the last (`gift.storage.lock`). Beside an output
-OUT:
+A run owns its output folder from the first byte to the last (`gift.storage.lock`). Next to an
+output OUT:
 
     OUT            the published folder; its `gift_files.json` lists every file's size and sha256
     OUT.partial    what is being prepared
@@ -23,11 +23,11 @@ A folder is committed in these steps:
     5. OUT.partial       ->  OUT
     6. OUT.replaced is removed
 
-A run killed before 2 leaves OUT as it was, and its work for the next run. After 2 every step that
-is done already is skipped, so the next run that owns OUT completes them before anything else.
-Nothing is ever removed under the name OUT: a folder there is complete.
+A run killed before 2 leaves OUT as it was, and its work for the next run. After 2 the next run that
+owns OUT first completes the remaining steps. Nothing is ever removed under the name OUT: a folder
+there is complete.
 
-A folder that a later stage reads is compared with its list (`check_published`).
+A later stage compares a folder that it reads with its `gift_files.json` (`check_published`).
 """
 
 import errno
@@ -150,7 +150,7 @@ def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iter
     The block calls `begin` once and fills the folder that it returns.
 
     Args:
-        key: stored in the folder's list; `gift run` recognises a folder's inputs by it.
+        key: stored in `gift_files.json`; `gift run` recognises a folder's inputs by it.
 
     Raises:
         InputError: see `lock.owned`; or `path` exists and `overwrite` is not given.
@@ -197,7 +197,7 @@ def complete(path: Path) -> None:
 
 
 def remove_published(path: Path) -> None:
-    """Removes a published folder; a killed call leaves it whole or absent."""
+    """Removes a published folder; if killed, it leaves the folder complete or absent."""
     with owned(path):
         complete(path)
         if path.exists():
@@ -214,13 +214,13 @@ def _remove(path: Path) -> None:
 
 
 def published_key(folder: Path) -> str | None:
-    """The key that a folder was published with; None where no run published it."""
+    """The key that a folder was published with; None if no run published it."""
     path = folder / LIST_FILE
     return read_record(path, ("key",))["key"] if path.exists() else None
 
 
 def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = False) -> None:
-    """InputError unless a published folder's files are what was written; other folders pass.
+    """InputError if files of a published folder have changed; folders without a list pass.
 
     Args:
         nested: whether files in subfolders count too.

@@ -2,8 +2,8 @@
 
 A safetensors file is an 8-byte little-endian header length, a JSON header and the tensors' bytes.
 Rows are read with plain file reads, not through a memory map: mapped pages count as resident
-memory of the process, so a mapped 5 GB shard can look like 5 GB of use.
-Source of the format: https://github.com/huggingface/safetensors#format
+memory, so a mapped 5 GB shard can look like 5 GB in use. Source of the format:
+https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
@@ -45,7 +45,7 @@ FLOAT_NAMES = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: bytes [begin, end) of a file, its safetensors dtype name and shape."""
+    """A tensor in a file: bytes [begin, end), its safetensors dtype name and shape."""
 
     name: str
     dtype: str
@@ -66,7 +66,7 @@ class TensorEntry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Raises InputError for a dtype that PyTorch cannot hold plainly."""
+        """InputError for a dtype that PyTorch does not have."""
         if self.dtype not in TORCH_DTYPES:
             raise InputError(f"{self.path}: {self.name} has dtype {self.dtype}, which is unknown")
         return TORCH_DTYPES[self.dtype]
@@ -128,7 +128,7 @@ class Checkpoint:
 
 
 def open_shard(path: Path) -> Shard:
-    """Reads and checks a file's header; InputError where the file is not whole safetensors."""
+    """Reads and checks a file's header; InputError if it is not a complete safetensors file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; download or save the model again")
     file_size = path.stat().st_size
@@ -335,7 +335,7 @@ class ShardWriter:
         return self._hashes
 
     def close(self) -> None:
-        """Closes the file, whole or not."""
+        """Closes the file, complete or not."""
         self._file.close()
 
     def _write_raw(self, data: bytes | memoryview) -> None:

@@ -11,16 +11,16 @@ from gift.figures import can_draw, draw_reliability
 COLORS = ("#777777", "#1f6f8b", "#d1603d", "#5b8c5a", "#8a5a9e", "#c49a2c", "#3d405b", "#b56576")
 COLUMNS = 3  # of panels
 LEGEND_LINE = 0.17  # inches
-FEW = 8  # methods: more are drawn closer, and named in a legend
+FEW = 8  # methods: more are drawn closer together, with a legend
 Box = tuple[float, float, float, float]  # left, low, right, high, in points
 Palette = Mapping[str, str]
-# Panels by title, in each the points of a line by its name.
+# Panels by title; in each, points of a line by the line's name.
 Lines = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 BANDS = ("#b5493c", "#dda15e", "#8fb3a5", "#2f6b5b")
 
 
 def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette) -> str:
-    """A panel an evaluation: every method's accuracy with its interval, dots are runs."""
+    """One panel per evaluation: every method's accuracy with its interval; dots are runs."""
     methods = list(next(iter(accuracy.values())))
     figure, panels = _panels(len(accuracy), 3.4, _row_height(len(methods)) * len(methods) + 1.1)
     for number, (panel, (name, values)) in enumerate(zip(panels, accuracy.items(), strict=True)):
@@ -34,7 +34,7 @@ def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette)
             panel.plot(runs, [place] * len(runs), "o", color=color, markersize=3)
         panel.set_title(name, fontsize=10)
         panel.set_xlim(0, 100)
-        # Names stand once in a row of panels.
+        # One set of names per row of panels.
         panel.set_yticks(range(len(methods)), [] if number % COLUMNS else methods, fontsize=8)
         panel.set_ylim(len(methods) - 0.4, -0.6)
         panel.set_xlabel("right answers, %", fontsize=8)
@@ -44,7 +44,7 @@ def draw_accuracies(accuracy: Mapping[str, Mapping[str, Any]], palette: Palette)
 def draw_retention(
     task: str, points: Mapping[str, Mapping[str, tuple[float, float]]], palette: Palette
 ) -> str:
-    """A panel a retention evaluation: what is retained against task accuracy, a point a method."""
+    """One panel per retention evaluation: retention against task accuracy, a point per method."""
     most = max(map(len, points.values()))
     figure, panels = _panels(len(points), 4.6, max(3.4, LEGEND_LINE * most))
     for panel, (retention, by_method) in zip(panels, points.items(), strict=True):
@@ -66,9 +66,9 @@ def draw_retention(
 
 
 def _label(panel: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Names points (x, y): each label as near to its point as it covers no other and no point.
+    """Labels points (x, y): each label as near to its point as possible without overlap.
 
-    The figure is laid out before, so that limits and sizes are final.
+    The figure's layout is computed first, so that limits and sizes are final.
     """
     per_inch = panel.figure.dpi
     places = panel.transData.transform(points) * 72 / per_inch
@@ -96,12 +96,12 @@ def _label(panel: Any, points: Sequence[tuple[float, float]], labels: Sequence[s
 
 
 def _cross(one: Box, other: Box) -> bool:
-    """Whether two boxes have a part in common."""
+    """Whether two boxes overlap."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> str:
-    """A panel a name, in it a line a method through its points (x, y)."""
+    """One panel per name, with a line per method through its points (x, y)."""
     most = max(map(len, panels.values()))
     figure, axes = _panels(len(panels), 3.6, max(2.9, LEGEND_LINE * most))
     for panel, (name, lines) in zip(axes, panels.items(), strict=True):
@@ -119,7 +119,7 @@ def draw_lines(panels: Lines, x_label: str, y_label: str, palette: Palette) -> s
 
 
 def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """A bar a method: the share of each confidence band."""
+    """One bar per method: the share of the loss of each confidence band."""
     figure, (panel,) = _panels(1, 7.0, _row_height(len(shares)) * len(shares) + 1.2)
     left = [0.0] * len(shares)
     for color, band in zip(BANDS, next(iter(shares.values())), strict=True):
@@ -135,7 +135,7 @@ def draw_bands(shares: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def draw_calibration(calibrations: Sequence[Mapping[str, Any]]) -> str:
-    """A panel a guide: its reliability with every pair."""
+    """One panel per guide: its reliability with every pair."""
     guides: dict[str, list[tuple[str, Any]]] = {}
     for one in calibrations:
         line = _in_legend(one["pair"]), one["reliability"]
@@ -161,7 +161,7 @@ def _in_legend(name: str) -> str:
 
 
 def _colors(count: int) -> list[str]:
-    """As many different colors."""
+    """Distinct colors."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     from matplotlib import colormaps, colors
@@ -193,7 +193,7 @@ def _embedded(figure: Any) -> str:
 
     buffer = io.BytesIO()
     legends = [legend for panel in figure.axes if (legend := panel.get_legend())]
-    # Legends stand outside the panels and take no room from them.
+    # Legends are outside the panels and take no room from them.
     for legend in legends:
         legend.set_in_layout(False)
     figure.tight_layout()
@@ -215,7 +215,7 @@ def figures_of(
         return {}
     from matplotlib import rc_context
 
-    # A $ in a name is no formula.
+    # A $ in a name does not begin a formula.
     with rc_context({"text.parse_math": False}):
         return _draw_all(results, layers, calibrations)
 

@@ -1,9 +1,9 @@
-"""What a study runs: for every pair, method and seed a chain of stages; equal stages are one.
+"""The runs of a study: for every pair, method and seed a chain of stages; equal stages run once.
 
 A stage's folder in `stages/` is named by its key, a hash of its settings and of its inputs (the
-content of models and files, the keys of the stages before it). So runs share what is equal: a
-guide annotates a data set once, the instruct model answers once, methods that differ in the merge
-alone have one adapter. Nothing but models' shapes is loaded here.
+content of models and files, the keys of the stages before it). So runs share equal stages: a guide
+annotates a data set once, the instruct model is evaluated once, methods that differ only in the
+merge share one adapter. Only models' shapes are loaded here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ Rates = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage to run: `needs` are the stages before it, `config` has its output folder."""
+    """A stage to run: `needs` are the stages that it depends on, `config` has its output folder."""
 
     kind: str
     key: str
@@ -63,10 +63,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table of runs; the instruct model's own has no seed and no rate.
+    """One line of the table of runs; the instruct model's line has no seed and no learning rate.
 
-    `stages` are annotate, train, those of the merge's statistics, merge, calibrate and diff, as far
-    as the run has them.
+    `stages` are those that the run has of annotate, train, merge statistics, merge, calibrate and
+    diff.
     """
 
     pair: str
@@ -106,7 +106,7 @@ def plan(config: StudyConfig, rates: Rates) -> list[Run]:
 def plan_tuning(config: StudyConfig) -> list[Run]:
     """A run for every pair, method and learning rate of the grid, with the first seed.
 
-    InputError: an evaluation asks a question that decides here, or as `plan`.
+    InputError: an evaluation has a tuning question; or as `plan`.
     """
     if config.tuning is None:
         return []
@@ -146,7 +146,7 @@ def _refuse_shared_questions(config: StudyConfig, tuning: TuningOptions) -> None
 
 
 def _prompts(options: TuningOptions | EvaluationOptions, pair: str) -> set[str]:
-    """The questions as the data has them, without options and suffixes."""
+    """The questions in the data, without options and suffixes."""
     config = _asked(options, pair, "").model_copy(update={"prompt_suffix": ""})
     questions, _ = asked_questions(config, "exact")
     return {question.turns[-1]["content"].strip() for question in questions}
@@ -178,7 +178,7 @@ class _Planner:
         self._read: set[Path] = set()
 
     def chain(self, method: str, seed: int, rate: float | None, *, examine: bool) -> Run:
-        """A method's stages up to the merge; with `examine` what to say of guide and change too."""
+        """A method's stages up to the merge; with `examine` also calibration and diff."""
         options = self._config.methods[method]
         rate = options.learning_rate if rate is None else rate
         data = _path(options.data, self._name, seed)
@@ -234,7 +234,7 @@ class _Planner:
     def evaluate(
         self, name: str, options: EvaluationOptions | TuningOptions, merged: Stage | None
     ) -> Stage:
-        """The answers of a merged model, or of the instruct model as it is."""
+        """The evaluation of a merged model, or of the unadapted instruct model."""
         model = merged.folder if merged else self._models["instruct"]
         asked = _asked(options, self._name, str(model))
         inputs = [merged.key] if merged else [model_hash(model), self._tokenizer]
@@ -267,7 +267,8 @@ class _Planner:
         statistics: Sequence[Stage] = (),
     ) -> Stage:
         """The adapter merged into a model."""
-        # Statistics are those of the trained model with its adapter: the merge must mean it too.
+        # Statistics are of the trained model with its adapter, so the merge must use that model
+        # too.
         of_base = bool(statistics) and options.trained == "base"
         with_base = METHODS[options.method].needs_base or of_base
         config = pick(
@@ -288,9 +289,9 @@ class _Planner:
     def _statistics(
         self, options: MethodOptions, data: Path, rows: str, train: Stage, label: str
     ) -> dict[str, Stage]:
-        """What the merge method reads of the instruct and of the task model, by name.
+        """The merge method's statistics of the instruct model and of the task model, by name.
 
-        The task model is the trained one with its adapter. Both read the rows to adapt to.
+        The task model is the trained one with its adapter. Both are computed on the training rows.
         """
         if METHODS[options.method].statistics is None:
             return {}

@@ -13,16 +13,16 @@ from jinja2 import Environment, StrictUndefined
 from gift.config import ReportConfig
 from gift.config.study import INSTRUCT
 from gift.console import console
-from gift.controls import ABOUT as CONTROLS
 from gift.merge.methods import METHODS
 from gift.storage.files import read_json, read_record, replacing
 from gift.study.figures import figures_of
 from gift.study.results import Study, in_percent, read_study, shown_p
 from gift.training.micro_batches import BAND_NAMES
-from gift.weighting import ABOUT as WEIGHTINGS
+from gift.weighting.controls import ABOUT as CONTROLS
+from gift.weighting.formulas import WEIGHTINGS
 
 REPORT_FILE = "report.html"
-SHOWN = 5  # questions won and lost; with more guides than that, each is folded
+SHOWN = 5  # questions won and lost; more guides than this are folded
 SHOWN_RUNS = 60
 MAIN_OPTIONS = ("trained", "weighting", "guide", "method")
 LAYER = re.compile(r"\.(\d+)\.")
@@ -33,7 +33,7 @@ HASHES = ("base_model_hash", "guide_model_hash", "tokenizer_hash", "template_has
 def report(config: ReportConfig) -> Path:
     """Writes report.html into the study's folder; returns its path.
 
-    InputError: the folder is no finished study, or lacks a stage.
+    InputError: the folder is not a finished study, or lacks a stage.
     """
     study = read_study(config.study)
     path = write_report(study, study.results())
@@ -81,7 +81,7 @@ def write_report(study: Study, results: dict[str, Any]) -> Path:
 def changes_by_layer(study: Study) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Each method's mean relative change ‖Δ‖ / ‖A‖ of a layer's changed tensors, from gift diff.
 
-    By the number of the models' layers, then by method.
+    By the models' number of layers, then by method.
     """
     diffs = [
         (run["pair"], run["method"], _tensors_by_layer(study, run["stages"]["diff"]))
@@ -114,7 +114,7 @@ def _tensors_by_layer(study: Study, stage: str) -> dict[int, list[float]]:
 
 
 def _own_options(study: Study) -> dict[str, str]:
-    """The compared method's main options; of each other method what differs from it."""
+    """The reference method's main options; for other methods the options that differ."""
     methods, compared = study.settings["methods"], study.record["compared"]
     usual = methods[compared]
     own = {
@@ -129,12 +129,12 @@ def _own_options(study: Study) -> dict[str, str]:
 
 
 def _choices(study: Study) -> list[tuple[str, dict[str, str]]]:
-    """Weightings, controls and ways to merge that the study has, each with a sentence."""
+    """The study's weightings, controls and merge methods, each with a sentence."""
     methods = [study.settings["methods"][name] for name in study.methods[1:]]
     parts = (
-        ("weighting", "Weightings of tokens", WEIGHTINGS),
+        ("weighting", "Weightings of tokens", {k: one.about for k, one in WEIGHTINGS.items()}),
         ("control", "Controls: what takes the place of the guide's confidence", CONTROLS),
-        ("method", "Ways to merge", {name: method.about for name, method in METHODS.items()}),
+        ("method", "Ways to merge", {k: one.about for k, one in METHODS.items()}),
     )
     found = []
     for option, title, sentences in parts:
@@ -145,9 +145,9 @@ def _choices(study: Study) -> list[tuple[str, dict[str, str]]]:
 
 
 def questions_decided(study: Study, evaluation: str) -> dict[str, list[dict[str, Any]]]:
-    """The questions that the compared method wins and loses against the instruct model.
+    """The questions that the reference method wins and loses against the instruct model.
 
-    In each list the largest differences in the share of right answers first, with a reply of each.
+    Each list is sorted by the difference in the share of right answers, with a reply of each model.
     """
     decided: dict[str, list[dict[str, Any]]] = {"wins": [], "losses": []}
     for pair in study.settings["pairs"]:
@@ -183,7 +183,7 @@ def questions_decided(study: Study, evaluation: str) -> dict[str, list[dict[str,
 
 
 def _reply(samples: list[dict[str, Any]], *, correct: bool) -> str:
-    """A reply that is right, or wrong; for a multiple choice the letter."""
+    """A right, or a wrong, reply; for multiple choice the letter."""
     sample = next(one for one in samples if one["correct"] == correct)
     return sample["reply"] if "reply" in sample else sample["chosen"]
 
@@ -220,7 +220,7 @@ def _stage_names(study: Study) -> list[str]:
 
 
 def _warnings(study: Study) -> list[tuple[str, str]]:
-    """What the stages warned of: (stage, message)."""
+    """The warnings of the stages: (stage, message)."""
     logs = ((name, study.stage(name).with_suffix(".log")) for name in _stage_names(study))
     return [
         (name, message)

@@ -1,4 +1,4 @@
-"""What a finished study shows: accuracies, differences with intervals and tests, curves."""
+"""Results of a finished study: accuracies, differences with intervals and tests, curves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from gift.training.micro_batches import BAND_NAMES
 
 STUDY_FILE = "study.json"
 RESULTS_FILE = "results.json"
-# What results and report read of a run's stages; merged models may be gone.
+# Stages that results and report read; merged models may have been removed.
 READ_STAGES = ("calibrate", "train", "diff")
 GUIDE_FIGURES = (
     *("guide", "pair", "tokens", "mean_largest", "first_choice_is_target"),
@@ -34,7 +34,7 @@ class Difference:
     """A method's accuracy minus another's, paired by question and seed.
 
     `p` is adjusted (Holm) for all differences of its evaluation; `p_runs` is the permutation test
-    over runs, unadjusted; in `ahead` of `runs` runs the first method is the better.
+    over runs, unadjusted; in `ahead` of `runs` runs the first method is better.
     """
 
     evaluation: str
@@ -48,7 +48,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether p is below 5 %."""
+        """Whether p is below 0.05."""
         return self.p is not None and self.p < LEVEL
 
 
@@ -69,7 +69,7 @@ class _Settings(BaseModel):
 
 
 class _Record(BaseModel):
-    """What study.json has."""
+    """The content of study.json."""
 
     settings: _Settings
     methods: list[str]
@@ -98,21 +98,21 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The study's file, with every default."""
+        """The study's file, defaults included."""
         return self.record["settings"]
 
     @property
     def methods(self) -> list[str]:
-        """The instruct model as it is, then the methods in the order of the file."""
+        """The unadapted instruct model, then the methods in the order of the file."""
         return self.record["methods"]
 
     @property
     def evaluations(self) -> list[str]:
-        """What measures the task, then what measures retention."""
+        """The task's evaluations, then those of retention."""
         return self.record["evaluations"]
 
     def is_retention(self, evaluation: str) -> bool:
-        """Whether it measures what the instruct model could do before."""
+        """Whether it measures retention of the instruct model's abilities."""
         return self.settings["evaluations"][evaluation]["retention"]
 
     def runs(self, method: str, pair: str | None = None) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ class Study:
         return self._answers[name]
 
     def shares(self, method: str, evaluation: str) -> list[np.ndarray]:
-        """The share of right answers, an array [seeds, questions] a pair."""
+        """The share of right answers, an array [seeds, questions] per pair."""
 
         def of_run(run: dict[str, Any]) -> list[float]:
             answers = self.answers(run, evaluation)
@@ -162,19 +162,20 @@ class Study:
         ]
 
     def accuracy(self, method: str, evaluation: str) -> dict[str, Any]:
-        """The estimate, and in `runs` the accuracy of every run by itself."""
+        """The estimate, and in `runs` the accuracy of each run."""
         shares = self.shares(method, evaluation)
         runs = [float(run.mean()) for pair in shares for run in pair]
         return {**asdict(estimate(shares, least=0)), "runs": runs}
 
     def differences(self, evaluation: str) -> list[Difference]:
-        """The compared method minus every other, then every other minus the instruct model."""
+        """The reference method minus every other, then every other minus the instruct model."""
         shares = {method: self.shares(method, evaluation) for method in self.methods}
         names = list(_compared_pairs(self.methods, self.record["compared"]))
         found = []
         for first, second in names:
             pairs = [one - other for one, other in zip(shares[first], shares[second], strict=True)]
-            # Rounded: runs with as many right answers are equal, whatever the order of the sum.
+            # Rounded, so that runs with equally many right answers are equal in any order of
+            # summation.
             runs = [round(float(run.mean()), 9) for values in pairs for run in values]
             ahead = sum(run > 0 for run in runs)
             value = estimate(pairs)
@@ -206,7 +207,7 @@ class Study:
         return read_record(self.stage(run["stages"]["train"]) / "gift_train.json", ("summary",))
 
     def calibrations(self) -> list[dict[str, Any]]:
-        """What gift calibration says of each guide's first store, with its name and pair.
+        """The calibration of each guide's first store, with the guide's name and pair.
 
         `correctness` is None without the study's `correct_field`.
         """
@@ -243,7 +244,7 @@ class Study:
         return read_json(self.stage(run["evaluations"][evaluation]) / "metrics.json")
 
     def results(self) -> dict[str, Any]:
-        """All figures; written to results.json too."""
+        """All results, also written to results.json."""
         differences = [one for name in self.evaluations for one in self.differences(name)]
         results = {
             "compared": self.record["compared"],
@@ -267,7 +268,7 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """A finished study; InputError where the folder is none, or what is read of it is damaged."""
+    """A finished study; InputError if the folder is not one, or is damaged."""
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{folder}: no {STUDY_FILE}, so this is not a finished study")
     study = Study(folder)
@@ -298,7 +299,7 @@ def shown_p(p: float | None) -> str:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Prints accuracies, and for every evaluation what the compared method is ahead by."""
+    """Prints accuracies, and for every evaluation the lead of the reference method."""
     accuracy = results["accuracy"]
     console.print(
         "Accuracy is the share of right answers in %. In brackets is the 95 % interval: where it "

@@ -42,14 +42,14 @@ FUNCTIONS = {
     "evaluate": evaluate,
     "diff": diff,
 }
-# With these a stage would wait for other processes; every worker is one process alone.
+# With these a stage would wait for other processes; every worker is a single process.
 OF_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def study(config: StudyConfig) -> dict[str, Any]:
-    """Runs what is not finished yet, then writes and prints the results; returns them.
+    """Runs unfinished stages, then writes and prints the results; returns them.
 
-    InputError: see `plan`; a stage's, with its name; `output` is another study's or no study's.
+    InputError: see `plan`; an error of a stage, with its name; `output` is another study, or none.
     """
     with owned(config.output):
         _refuse_other_folder(config.output)
@@ -103,7 +103,7 @@ def _tuning(tried: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _best_rates(tuning: Sequence[dict[str, Any]]) -> Rates:
-    """The best rate of each pair and method; of equally good ones the first of the grid."""
+    """The best rate of each pair and method; of equally good ones the first in the grid."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in tuning:
         name = entry["pair"], entry["method"]
@@ -143,7 +143,7 @@ def execute(
 ) -> dict[str, float]:
     """Runs the stages that are not finished; returns the seconds that each took, by its key.
 
-    What is finished stays where a stage fails, and the same call resumes.
+    If a stage fails, finished ones are kept, and the same call resumes.
     """
     stages = _in_order(runs)
     waiting = _unfinished(stages, config.overwrite)
@@ -169,7 +169,7 @@ def execute(
 
 
 def _in_order(runs: Sequence[Run]) -> list[Stage]:
-    """Every stage once, after those that it needs."""
+    """Every stage once, in an order that respects `needs`."""
     found: dict[str, Stage] = {}
     for run in runs:
         for stage in (*run.stages.values(), *run.evaluations.values()):
@@ -178,7 +178,7 @@ def _in_order(runs: Sequence[Run]) -> list[Stage]:
 
 
 def _unfinished(stages: Sequence[Stage], overwrite: bool) -> list[Stage]:
-    """The stages to run: a merged model only where something that is not finished reads it."""
+    """The stages to run; a merged model only if an unfinished stage reads it."""
     needed: list[Stage] = []
     read: set[str] = set()
     for stage in reversed(stages):
@@ -190,7 +190,7 @@ def _unfinished(stages: Sequence[Stage], overwrite: bool) -> list[Stage]:
 
 
 def _remove_used(candidates: Iterable[Stage], stages: Sequence[Stage], done: set[str]) -> None:
-    """Removes those of the candidates that are merged models which nothing reads any more."""
+    """Removes merged models among the candidates that no further stage reads."""
     read = {need.key for stage in stages if stage.key not in done for need in stage.needs}
     for stage in candidates:
         if stage.kind == "merge" and stage.key not in read:
@@ -215,7 +215,7 @@ def _seconds(future: "Future[float]", stage: Stage) -> float:
 
 @contextmanager
 def worker_pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that each see one GPU, where there are any, or else share the cores.
+    """Processes that each see one GPU, or without GPUs share the cores.
 
     Spawned, not forked: PyTorch's threads and CUDA do not survive a fork. They start with the first
     stage.
@@ -267,9 +267,9 @@ def _begin_worker(places: Any) -> None:
 
 
 def _run_stage(stage: Stage, overwrite: bool) -> float:
-    """Runs one stage; what it prints goes to a file beside its folder. Returns its seconds.
+    """Runs one stage, with its output in a log next to its folder. Returns its seconds.
 
-    A resumed stage adds to its file.
+    A resumed stage appends to its log.
     """
     started = time.perf_counter()
     stage.folder.parent.mkdir(parents=True, exist_ok=True)

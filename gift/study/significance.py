@@ -1,15 +1,15 @@
 """Intervals and tests for accuracies of the same questions under several seeds.
 
 One array [seeds, questions] a pair holds the share of right answers, or its difference between two
-methods, question by question and seed by seed. Its mean varies for two reasons, crossed with each
-other: other questions could have been asked, other seeds drawn. Its variance is the two-way
-clustered one of Cameron, Gelbach and Miller 2011 (J. Business & Economic Statistics 29(2),
-equation 2.11), each of its terms a bootstrap's:
+methods, question by question and seed by seed. Its mean varies with the sample of questions and
+with the seeds, which are crossed. Its variance is the two-way clustered one of Cameron, Gelbach and
+Miller 2011 (J. Business & Economic Statistics 29(2), equation 2.11), each of its terms a
+bootstrap's:
 
     V = V_seeds + V_questions − V_cells      at least the larger of the first two
 
-Seeds are few, so quantiles are Student's, with Satterthwaite's degrees of freedom. Pairs are taken
-as given: the interval speaks of these pairs.
+Seeds are few, so quantiles are Student's, with Satterthwaite's degrees of freedom. Pairs are fixed:
+the interval is for these pairs.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
-# Shares are 0 to 1, so a standard error below this is rounding.
+# Shares are from 0 to 1, so a smaller standard error is rounding.
 ROUNDING = 1e-12
 
 
@@ -29,7 +29,7 @@ ROUNDING = 1e-12
 class Estimate:
     """A mean, its 95 % interval and the p-value of the hypothesis that it is 0 (two-sided).
 
-    Interval and p-value are None where nothing varies, so that nothing can be said of others.
+    Interval and p-value are None where nothing varies.
     """
 
     mean: float
@@ -39,10 +39,10 @@ class Estimate:
 
 
 def estimate(pairs: Sequence[np.ndarray], *, least: float = -1.0, seed: int = 0) -> Estimate:
-    """The mean over pairs; an array [seeds, questions] a pair. `seed` is that of the resampling.
+    """The mean over pairs; an array [seeds, questions] per pair. `seed` is the bootstrap's.
 
-    With one seed the interval speaks of other questions only. It ends at `least` and 1: shares are
-    0 to 1, their differences -1 to 1.
+    With one seed the interval covers questions only. It is clipped to `least` and 1: shares are 0
+    to 1, their differences -1 to 1.
     """
     rng = np.random.default_rng(seed)
     mean = float(np.mean([values.mean() for values in pairs]))

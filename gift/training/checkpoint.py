@@ -1,8 +1,8 @@
-"""Training checkpoints: all that a run resumes from, with any number of ranks.
+"""Training checkpoints: the state to resume from, with any number of ranks.
 
 A checkpoint is a folder of `torch.distributed.checkpoint`, to which every rank writes a part, and a
 sealed file (`files.replacing`) with the rest and the sha256 of the folder's files. That file is
-written last: without it, or with another content in the folder, the checkpoint does not count.
+written last: without it, or if the folder's content differs, the checkpoint is ignored.
 """
 
 import json
@@ -68,7 +68,7 @@ class TrainingState:
         _remove(older)
 
     def load(self, work: Path) -> tuple[int, list[dict[str, float]], Tensor]:
-        """Restores the last whole checkpoint; returns step (0 if none), metrics, loss by band.
+        """Restores the last intact checkpoint; returns step (0 if none), metrics, loss by band.
 
         No parameter may have a gradient yet: PyTorch makes the optimizer's state by an empty step.
         Ranks that the saved run did not have keep their random states.
@@ -106,7 +106,7 @@ class TrainingState:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a single process is a single process."""
+    """Suppresses PyTorch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
@@ -121,12 +121,12 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _folder(record: Path) -> Path:
-    """The folder that belongs to a sealed file."""
+    """The folder of a sealed file."""
     return record.with_name(record.name.partition(".")[0])
 
 
 def _newest(work: Path) -> Path | None:
-    """The sealed file of the last checkpoint whose folder is as it was written."""
+    """The sealed file of the last checkpoint whose folder is intact."""
     for _, path in sorted(sealed_files(work).items(), reverse=True):
         written = {_folder(path) / name: sha for name, sha in read_json(path)["files"].items()}
         if all(file.is_file() and hash_file(file) == sha for file, sha in written.items()):

@@ -1,7 +1,7 @@
 """Gradients of Σ w·nll over the rows of an optimizer step, one micro-batch after the other.
 
-Nothing here waits for the device: the host runs ahead, and what it needs to know it reads once,
-when the step has ended.
+Nothing here synchronises with the device: the host runs ahead, and reads results once per step, at
+its end.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ from gift.data.batches import Batch, make_batch
 from gift.models.head import LMHead, last_hidden_state, lm_head
 from gift.training.micro_batches import BAND_NAMES, IGNORE_INDEX, MicroBatch, Split, micro_batches
 from gift.training.sharding import whole_head
-from gift.weighting import STATISTICS, GuidedRow, token_weights
+from gift.weighting.formulas import WEIGHTINGS
+from gift.weighting.targets import GuidedRow
+from gift.weighting.weights import token_weights
 from gift_kernels import weighted_ce
 
 # Sums over micro-batches; in the tensor the loss of each confidence band follows them. Tokens whose
@@ -57,7 +59,7 @@ def accumulate_gradients(
         head = lm_head(base)
         for micro in micro_batches(config, rows, split, device):
             nll, weight, top1 = _token_losses(config, model, head, micro)
-            # Not 0 · nll: a weight of 0 shuts out an nll that is infinite.
+            # Not 0 · nll, which is NaN where the nll is infinite.
             row_loss = torch.where(weight == 0, 0, weight * nll)
             loss = row_loss.sum()
             loss.backward()
@@ -77,14 +79,14 @@ def accumulate_gradients(
 def _token_losses(
     config: TrainOptions, model: Any, head: LMHead, micro: MicroBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every target: its nll, its weight, and whether the model thinks it the likeliest."""
+    """Of every target: its nll, its weight, and whether it is the model's likeliest token."""
     nll, stats = weighted_ce(
         predicting_states(model, micro.batch).to(head.weight.dtype),
         head.weight,
         micro.batch.targets,
         reduction="none",
         ignore_index=IGNORE_INDEX,
-        stats=("top1", *STATISTICS[config.weighting]),
+        stats=("top1", *WEIGHTINGS[config.weighting].statistics),
         **head.options(),
     )
     assert stats.top1 is not None
@@ -104,5 +106,5 @@ def predicting_states(model: Any, batch: Batch) -> Tensor:
 
 
 def in_bfloat16(model: Any) -> bool:
-    """Whether the adapter is rounded for its products: not to float16, whose sums overflow."""
+    """Whether the adapter multiplies in bfloat16; never in float16, whose sums overflow."""
     return lm_head(model.get_base_model()).weight.dtype == torch.bfloat16

@@ -1,8 +1,8 @@
 """Which weights get a LoRA pair: `--lora-targets` looked up in the model, as PEFT would do it.
 
 A target matches modules and parameters whose dotted name ends with it. The output layer and the
-embedding are not allowed: the loss reads the output layer's weight directly, so a LoRA pair on it
-would stay untrained, and with tied weights a change to one side cannot be merged.
+embedding are refused: the loss reads the output layer's weight directly, so a LoRA pair on it would
+not be trained, and with tied weights a change to one side cannot be merged.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ ALL_LINEAR = "all-linear"
 class LoraTargets:
     """Names for PEFT's `target_modules` and `target_parameters`, and what all-linear leaves out.
 
-    `parameters` are stacks [E, M, K] of expert weights, which are no modules of their own. `left`
-    names matrices of the blocks, such as routers, that get no LoRA pair.
+    `parameters` are stacks [E, M, K] of expert weights, which are not modules. `left` names
+    matrices of the blocks, such as routers, that get no LoRA pair.
     """
 
     modules: tuple[str, ...]
@@ -90,7 +90,7 @@ def _named(names: list[str], model: Any) -> LoraTargets:
     for target in names:
         _refuse_ends(target, model)
         found = [module for name, module in all_modules.items() if _ends(name, target)]
-        # Naming a module that holds expert stacks means all of its stacks.
+        # The name of a module that holds expert stacks selects all of them.
         stacked = {name for name in stacks if _ends(name, target)}
         stacked |= {name for name in stacks if _ends(name.rpartition(".")[0], target)}
         if found and all(map(_is_linear, found)):

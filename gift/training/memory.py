@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: tokens of a micro-batch, and whose activations.
+"""Fits a training step into memory: the size of micro-batches, and activation checkpointing.
 
 With `--gradient-checkpointing auto` the largest micro-batch of the run is tried before the first
 step: with all activations kept, with half the tokens and so on while the device stays busy; then,
@@ -6,7 +6,8 @@ from the full size again, with those of every layer recomputed in the backward, 
 row. All ranks take the first that fits on each of them.
 
 A sharded model is not tried: a rank that fails in the middle would leave the others waiting to
-gather the next block. Its need is measured on short rows, and grows with the tokens.
+gather the next block. Its memory is measured on short rows and extrapolated to the tokens of a
+micro-batch.
 """
 
 import gc
@@ -27,18 +28,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gift.config import TrainConfig, TrainOptions
 from gift.console import error_console
+from gift.data.batches import size_of
 from gift.data.encoding import Example
 from gift.distributed.ranks import Group
 from gift.errors import InputError, lacks_memory
+from gift.models.memory import attempt
 from gift.storage.files import read_json, write_json
 from gift.training.gradients import accumulate_gradients
 from gift.training.micro_batches import Split, global_batches, plan_micro_batches
-from gift.weighting import GuidedRow
+from gift.weighting.targets import GuidedRow
 
 RECORD = "memory.json"
-# Fewer tokens leave a device idle: from here on it is better to recompute activations.
+# Fewer tokens leave a device idle; below this it is better to recompute activations.
 BUSY_TOKENS = 1024
-# Lengths of the rows on which a sharded model's need is measured.
+# Lengths of the rows on which a sharded model's memory is measured.
 SHORT, LONG = 128, 256
 # Share of a GPU that a trial leaves free: later micro-batches of other shapes fragment the memory.
 MARGIN = 0.05
@@ -62,10 +65,10 @@ def settle_memory(
 ) -> Split:
     """Sets which layers of the model recompute their activations; returns the split to train with.
 
-    What was found is kept in `work`, so that a run resumed with the same settings, on as many
-    devices of a kind, computes the same. A trial leaves no gradients; random states are as before.
+    The result is stored in `work`, so that a run resumed with the same settings, on as many devices
+    of the same kind, uses it again. A trial leaves no gradients and restores random states.
 
-    InputError: a micro-batch of one row is too large with all recomputed that can be.
+    InputError: a micro-batch of one row does not fit even with all layers recomputed.
     """
     layers = layers_of(model)
     asked = config.gradient_checkpointing
@@ -98,7 +101,7 @@ def settle_memory(
 
 @contextmanager
 def forgotten_if_short(work: Path) -> Iterator[None]:
-    """Removes what a trial found where the block runs out of memory: resuming tries anew."""
+    """Removes the trial's result if the block runs out of memory, so that resuming tries again."""
     try:
         yield
     except RuntimeError as error:
@@ -108,9 +111,9 @@ def forgotten_if_short(work: Path) -> Iterator[None]:
 
 
 def _situation(config: TrainConfig, model: Any, split: Split, group: Group) -> dict[str, Any]:
-    """What a trial depends on beside the inputs and settings of the adapter, as JSON.
+    """What a trial depends on besides the inputs and settings of the adapter, as JSON.
 
-    `devices` has the name and the bytes of each rank's; a CPU names no limit.
+    `devices` has name and bytes of each rank's device; for a CPU there is no limit.
     """
     device = next(model.parameters()).device
     own: list[Any] = [device.type, 0]
@@ -126,7 +129,7 @@ def _situation(config: TrainConfig, model: Any, split: Split, group: Group) -> d
 
 
 def _recorded(work: Path, tried_for: dict[str, Any]) -> Memory | None:
-    """What an interrupted run has found in the same situation."""
+    """The result of an interrupted run in the same situation."""
     if not (work / RECORD).exists():
         return None
     record = read_json(work / RECORD)
@@ -167,7 +170,7 @@ def _try(
 
 
 def _choices(tokens: int, layers: int, longest: int) -> Iterator[Memory]:
-    """With all activations kept while the device stays busy, then with those of no layer."""
+    """First with all activations kept, down to BUSY_TOKENS; then with all layers recomputed."""
     for recomputed in dict.fromkeys((0, layers)):
         limit = tokens
         yield Memory(limit, recomputed)
@@ -179,7 +182,7 @@ def _choices(tokens: int, layers: int, longest: int) -> Iterator[Memory]:
 def largest_micro_batch(
     config: TrainOptions, rows: Sequence[GuidedRow], split: Split, group: Group
 ) -> list[GuidedRow]:
-    """Of all micro-batches that the rank will have, the one of most tokens; empty without any."""
+    """The micro-batch of most tokens that the rank will have; empty if it has none."""
 
     def size(micro: list[GuidedRow]) -> tuple[int, int]:
         return _size(micro, split), sum(row.example.targets for row in micro)
@@ -191,28 +194,25 @@ def largest_micro_batch(
 
 def _size(micro: Sequence[GuidedRow], split: Split) -> int:
     """Tokens of a micro-batch, padding included."""
-    lengths = [len(row.example.input_ids) for row in micro]
-    return sum(lengths) if split.packed else len(lengths) * max(lengths, default=0)
+    return size_of([len(row.example.input_ids) for row in micro], packed=split.packed)
 
 
 def _fits(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> bool:
-    """Whether a forward and backward over the rows fit into memory beside the optimizer's."""
+    """Whether a forward and backward over the rows fit into memory besides the optimizer state."""
     device = next(model.parameters()).device
-    fits = True
-    try:
-        held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
+
+    def step() -> bool:
+        _held = torch.empty(_reserve(model), dtype=torch.uint8, device=device)
         _attempt(config, model, rows, split)
-        del held
-    except RuntimeError as error:
-        if not lacks_memory(error):
-            raise
-        fits = False
+        return True
+
+    fits = attempt(step)
     _forget(model)
-    return fits
+    return fits is not None
 
 
 def _reserve(model: Any) -> int:
-    """Bytes that a step needs beside its activations and gradients: AdamW's, and the margin."""
+    """Bytes that a step needs besides activations and gradients: AdamW's state and the margin."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     size = 8 * sum(parameter.numel() for parameter in trained)  # two float32 of AdamW's
     if trained[0].device.type == "cuda":
@@ -221,7 +221,7 @@ def _reserve(model: Any) -> int:
 
 
 def _attempt(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split: Split) -> None:
-    """A forward and backward; the gradients stay, random states are as they were."""
+    """A forward and backward; keeps the gradients, restores random states."""
     device = next(model.parameters()).device
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -231,7 +231,7 @@ def _attempt(config: TrainOptions, model: Any, rows: Sequence[GuidedRow], split:
 
 
 def _forget(model: Any) -> None:
-    """Drops the gradients of attempts, and the memory that they took."""
+    """Drops the gradients of attempts and frees their memory."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = None
@@ -248,14 +248,14 @@ def _measure(config: TrainOptions, model: Any, split: Split) -> tuple[int, int]:
     for tokens in (SHORT, SHORT, LONG):  # the first also has what stays for good
         row = Example(0, np.ones(tokens, np.int32), np.arange(tokens) > 0)
         known = torch.ones(row.targets)
-        _attempt(config, model, [GuidedRow(row, known, known, torch.arange(row.targets))], split)
+        _attempt(config, model, [GuidedRow(row, known, torch.arange(row.targets), known)], split)
         peaks.append(_peak_bytes(next(model.parameters()).device))
         _forget(model)
     return peaks[1], peaks[2]
 
 
 def _would_fit(model: Any, tokens: int, short: int, long: int) -> bool:
-    """Whether this rank has memory for a micro-batch of so many tokens, by `_measure`."""
+    """Whether a micro-batch of so many tokens fits on this rank, extrapolated from `_measure`."""
     growth = (long - short) / (LONG - SHORT)
     needed = long + growth * (tokens - LONG) + _reserve(model)
     return needed <= _usable_bytes(next(model.parameters()).device)
@@ -267,7 +267,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _usable_bytes(device: torch.device) -> float:
-    """Bytes that this process can have; a CPU names no limit."""
+    """Bytes that this process can use; without a limit on a CPU."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -280,7 +280,7 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def recompute(model: Any, count: int) -> None:
-    """Lets the first `count` layers recompute their activations in the backward, and no others."""
+    """Makes only the first `count` layers recompute their activations in the backward."""
     for number, layer in enumerate(layers_of(model)):
         layer.gradient_checkpointing = number < count
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -1,7 +1,7 @@
 """The micro-batches of an optimizer step: planned and made on the host, copied ahead of their use.
 
-Which targets a micro-batch has, what the guide says of them and which weights are known to be 0 is
-all known on the host, so that nothing on the device has to be looked at to make it.
+Targets, the guide's confidences and the weights known to be 0 are on the host, so that making a
+micro-batch needs no synchronisation with the device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,13 @@ from torch import Tensor
 from gift.config import TrainOptions
 from gift.data.batches import Batch, copy_to, make_batch, plan_batches
 from gift.distributed.ranks import Group
-from gift.weighting import GuidedRow, Targets, gather_targets, known_zeros
+from gift.weighting.targets import GuidedRow, Targets, gather_targets
+from gift.weighting.weights import known_zeros
 
 BAND_EDGES = (0.1, 0.5, 0.9)
 BAND_NAMES = ("q < 0.1", "0.1 ≤ q < 0.5", "0.5 ≤ q < 0.9", "q ≥ 0.9")
 IGNORE_INDEX = -100
-# Tokens of a micro-batch by default: what keeps the device busy.
+# Default tokens of a micro-batch: enough to keep the device busy.
 TOKENS_ON_CUDA, TOKENS_ELSEWHERE = 8192, 1024
 
 
@@ -26,7 +27,7 @@ TOKENS_ON_CUDA, TOKENS_ELSEWHERE = 8192, 1024
 class Split:
     """How rows become micro-batches: `tokens` at most, packed or padded.
 
-    `recomputed` layers, the first, recompute their activations in the backward.
+    The first `recomputed` layers recompute their activations in the backward.
     """
 
     tokens: int
@@ -60,13 +61,13 @@ class MicroBatch:
 
 
 def token_limit(config: TrainOptions, device: torch.device) -> int:
-    """Most tokens of a micro-batch: as asked for, else what suits the device."""
+    """Most tokens of a micro-batch: the given number, else the device's default."""
     default = TOKENS_ON_CUDA if device.type == "cuda" else TOKENS_ELSEWHERE
     return config.micro_batch_tokens or default
 
 
 def global_batches(config: TrainOptions, rows: Sequence[GuidedRow]) -> Iterator[list[GuidedRow]]:
-    """The rows of every optimizer step, from a seeded permutation of each epoch's own."""
+    """The rows of every optimizer step, from a seeded permutation per epoch."""
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -86,10 +87,10 @@ def plan_micro_batches(
 def idle_rows(
     config: TrainOptions, rows: Sequence[GuidedRow], split: Split, group: Group
 ) -> list[GuidedRow]:
-    """What a rank passes through a sharded model beside its share of a step's rows.
+    """Rows that a rank passes through a sharded model in addition to its share of a step.
 
-    All ranks gather a block together, so each needs as many passes as the one of most
-    micro-batches: for those that it lacks it takes the step's shortest row.
+    All ranks gather a block together, so all need as many passes as the rank with the most
+    micro-batches: a rank with fewer repeats the step's shortest row.
     """
     counts = [
         len(plan_micro_batches(config, rows[rank :: group.size], split))

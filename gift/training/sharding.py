@@ -1,8 +1,8 @@
 """FSDP2: every rank holds its share of the frozen model, and gathers one block at a time.
 
-Adapters are no part of it: PEFT adds them after the model is sharded, so that every rank has them
-whole and their gradients are summed as without sharding. Frozen weights have no gradients and are
-stored in the dtype of their products: FSDP reduces nothing and casts nothing.
+Adapters are not sharded: PEFT adds them afterwards, so that every rank has them whole and their
+gradients are all-reduced as without sharding. Frozen weights have no gradients and are stored in
+the dtype of their products: FSDP reduces nothing and casts nothing.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     InputError: see `model_structure`; or the model has no blocks.
     """
-    # Frozen before it is sharded: a gathered weight is what it was at its first gathering.
+    # Frozen before sharding: FSDP keeps `requires_grad` as it was when a weight is first gathered.
     model = model_structure(folder, dtype).eval().requires_grad_(False)
     lm_head(model)  # refuses a model without one
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -53,7 +53,7 @@ def load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     if is_tied:
         head.weight = None
     source = load_causal_lm(folder, dtype, torch.device("cpu")) if dist.get_rank() == 0 else None
-    # The others wait here, as long as it takes: an exchange of NCCL's gives up after ten minutes.
+    # The others wait here without a time limit: a collective of NCCL's has one of ten minutes.
     waiting: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     dist.barrier(waiting)
     units = {*blocks, embedding, decoder} | (set() if is_tied else {head})
@@ -86,7 +86,7 @@ def _receive(module: Any, source: Any) -> None:
 
 @contextmanager
 def whole_head(model: Any) -> Iterator[None]:
-    """Gathers the head of a sharded model while the block runs, once for all that it does.
+    """Gathers the head of a sharded model once, for the duration of the block.
 
     The loss reads the weight itself, and takes no DTensor. Slices of the vocabulary would need
     every rank's hidden states on all ranks, since each rank has rows of its own.

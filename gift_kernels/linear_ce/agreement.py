@@ -1,4 +1,4 @@
-"""Checks that all ranks that share a vocabulary made the same call, before any work starts.
+"""Checks that all ranks of a vocabulary-parallel head made the same call, before any work.
 
 Ranks with different arguments would deadlock in a collective, or sum unrelated values.
 """
@@ -13,30 +13,30 @@ from gift_kernels.linear_ce.types import Problem, VocabShard
 
 
 class Slices(NamedTuple):
-    """The rows of one head that the ranks hold: of the whole, and the most of any rank."""
+    """The rows of one head: in total, and the most of any rank."""
 
     whole: int
     most: int
 
 
 def agree(problem: Problem, shard: VocabShard, impl: str) -> dict[str, Slices]:
-    """The slices of every head by argument; ValueError on every rank where the ranks do not fit.
+    """The slices of every head by argument; ValueError on every rank if they do not fit together.
 
-    One gather of a few numbers, whose result is read on the host. Targets are compared by a
-    checksum, weights by how many are not 0.
+    One all-gather of a few numbers, whose result is read on the host. Targets are compared by a
+    checksum, weights by the number of nonzero ones.
     """
     target, row_weight = problem.target, problem.row_weight
     same = _same_everywhere(problem, impl)
     heads = problem.heads()
     given: list[float] = [shard.start, *(head.weight.shape[0] for head in heads.values())]
-    # All ranks gather as many numbers, whether or not they were given a guide.
+    # All ranks gather equally many numbers, with or without a guide.
     given += [-1.0] * (3 - len(given))
     given += [torch.inf if value is None else value for value in same.values()]
     places = torch.arange(1, target.numel() + 1, device=target.device)
     counted = target.new_zeros(())
     if row_weight is not None:
         counted = ((row_weight != 0) & (target != problem.ignore_index)).sum()
-    checksum = (target * places).sum().remainder(1 << 50)  # float64 holds it
+    checksum = (target * places).sum().remainder(1 << 50)  # exact in float64
     ranks = _gathered(given, torch.stack([counted, checksum]), shard)
     names = (*same, "token_weight (rows that are not 0)", "target (checksum)")
     for column, name in enumerate(names, start=3):
@@ -56,7 +56,7 @@ def most_rows(rows: int, shard: VocabShard) -> int:
 
 
 def _same_everywhere(problem: Problem, impl: str) -> dict[str, float | None]:
-    """What all ranks must have passed alike, by argument."""
+    """Numbers that must be equal on all ranks, by argument."""
     head, guide, transform = problem.head, problem.guide, problem.transform
     return {
         "hidden.requires_grad": problem.want_dh,

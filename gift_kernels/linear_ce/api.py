@@ -1,10 +1,10 @@
-"""Per-token weighted linear cross-entropy, and the confidence in given tokens, without the logits.
+"""Per-token weighted linear cross-entropy, and the confidence in target tokens, without the logits.
 
     loss = Σ_i w_i · (−log softmax(z_i)[y_i]) / normalizer     z = softcap(s · (H Wᵀ + b))
     q_i  = softmax(z_i / T)[y_i]
 
-The weights come from a tensor, from a guide model's confidence in the targets found in the same
-call, or from the model's own confidence. See `reference.py` for the formulas and their sources.
+The weights are a tensor, a guide model's confidence in the targets, computed in the same call, or
+the model's own confidence. See `reference.py` for the formulas and their sources.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def weighted_ce(
             "self" for the model's own detached confidence (DFT); None for 1, or for the guide's
             confidence where a guide is given. A tensor that requires grad receives its gradient.
         guide: a second model; its confidence in the targets becomes the weight.
-        transform: applied to the weights, wherever they come from; None leaves them unchanged.
+        transform: applied to all weights; None leaves them unchanged.
         vocab_parallel: for a head that is sharded over ranks. Every rank gets the full loss and the
             full gradient of `hidden`. Each call starts with a small all-gather that checks that the
             ranks passed the same arguments; its result is read on the host.
@@ -117,7 +117,7 @@ def weighted_ce(
             "weighted_mean": divided by the sum of their weights. A mean of no rows is 0.
         normalizer: one number that replaces the divisor of "mean" and "weighted_mean", for example
             the count over a global batch. A loss of 0 divided by 0 is 0.
-        ignore_index: rows with this target cost nothing and have zero loss and gradient.
+        ignore_index: rows with this target are not computed and have zero loss and gradient.
         stats: names of the `TokenStats` to return: "nll", "confidence", "lse", "entropy", "top1",
             "largest", "weight". Others are not computed where that saves work.
         impl: "eager" (chunked PyTorch), "triton", or "auto": Triton on NVIDIA's GPUs from Ampere on
@@ -192,8 +192,8 @@ def weighted_ce(
 def _transformed(
     weight: Tensor, valid: Tensor, transform: WeightTransform | None, head: LinearInputs
 ) -> Tensor:
-    """Weights that require grad, as the operator makes those that do not."""
-    # Ignored rows are 0 before and after: their weights may be anything, even NaN.
+    """Weights that require grad, transformed as the operator transforms those that do not."""
+    # Ignored rows are 0 before and after: their weights may be arbitrary, even NaN.
     weight = torch.where(valid, weight.to(accumulation_dtype(head.hidden.dtype)), 0)
     return torch.where(valid, transform_weight(weight, transform), 0)
 
@@ -252,9 +252,9 @@ def token_confidence(
 
     Args:
         hidden, lm_head_weight, target, bias, logit_scale, logit_softcap: as in `weighted_ce`.
-        temperature: positive, divides the logits after the soft-cap.
-        ignore_index: rows with this target cost nothing and get confidence 0.
-        stats: names of the `TokenStats` to return too, of the logits divided by the temperature;
+        temperature: positive, divides the logits after the soft-cap. ignore_index: rows with this
+        target are not computed and get confidence 0. stats: names of the `TokenStats` to return as
+        well, of the logits divided by the temperature;
             `weight` is 1 on rows that are not ignored.
         vocab_parallel, impl, chunk_size: as in `weighted_ce`.
 
@@ -317,7 +317,7 @@ def _call(
     rowwise: bool = False,
     mean: bool = False,
 ) -> LinearCE:
-    """Calls the operator, whose arguments are flat, with flat rows."""
+    """Calls the operator with flat arguments and rows."""
     hidden, lm_head_weight, bias, logit_scale, logit_softcap = head
     no_guide = (None, None, None, 1.0, None)
     guide_hidden, guide_weight, guide_bias, guide_scale, guide_softcap = guide or no_guide
@@ -364,7 +364,7 @@ def _matrix(hidden: Tensor) -> Tensor:
 def _statistics(
     asked: frozenset[str], result: LinearCE, target: Tensor, ignore_index: int
 ) -> TokenStats:
-    """The statistics that were asked for, in the shape of the targets."""
+    """The requested statistics, in the shape of the targets."""
     found = {name: getattr(result, name) for name in asked - {"confidence"}}
     if "confidence" in asked:
         valid = target.flatten() != ignore_index

@@ -1,19 +1,19 @@
 """Linear cross-entropy in PyTorch, one chunk of rows at a time: any device, float32 or float64.
 
 Per chunk of B rows the logits [B, V] are the only large buffer (at most CHUNK_BYTES, or one row):
-they become exponentials and then the gradient of the logits in place. Where the device multiplies
-16-bit matrices into float32 (`matmul.mixed_products`), products take the inputs' dtype, to which
-exponentials are rounded, except the target's term; elsewhere the head is upcast, one block of
-VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)),
-m_i = max_v z_iv, E = exp(z − m) but 0 at the target y, R_i = Σ_v E_iv, S_i = R_i + exp(z_iy − m_i):
+they are overwritten by exponentials, and these by the gradient of the logits. Where the device
+multiplies 16-bit matrices into float32 (`matmul.mixed_products`), products use the inputs' dtype,
+to which all exponentials but the target's term are rounded; elsewhere the head is upcast, one block
+of VOCAB_BLOCK rows at a time. With H the hidden states, W the head, z = softcap(s·(H Wᵀ + b)), m_i
+= max_v z_iv, E = exp(z − m) but 0 at the target y, R_i = Σ_v E_iv, S_i = R_i + exp(z_iy − m_i):
 
     nll_i = log S_i − (z_iy − m_i), which is log1p(R_i) where the target is the largest
     G_iv = (E_iv − R_i · 1[v = y_i]) · (1 − (z_iv / c)²)   the last factor only with a soft-cap c
     dH_i = s / S_i · G_i W     dW = Gᵀ diag(w s / S) H     db = Gᵀ (w s / S)
 
-The row's largest logit is subtracted before anything is rounded, and the target's own term is kept
-out of the sums. So nll and gradients keep their relative accuracy when all logits share a large
-offset, and when the target is nearly certain.
+The row's largest logit is subtracted before rounding, and the sums exclude the target's term. So
+nll and gradients keep their relative accuracy when all logits share a large offset, and when the
+target is nearly certain.
 
 dH is returned unscaled, so that row i can later be multiplied by any upstream gradient; a frozen
 head therefore costs two matrix products in all. Logits, log-sum-exp and gradients are accumulated
@@ -38,9 +38,9 @@ from gift_kernels.linear_ce.types import (
 )
 from gift_kernels.reference import transform_weight
 
-# On a GPU products need rows enough to fill it; 1024 of a vocabulary of 128 thousand.
+# On a GPU products need enough rows to fill it: 1024 for a vocabulary of 128 thousand.
 CHUNK_BYTES = 1 << 29
-# On a CPU a chunk should fit into the caches, but with fewer rows the head is read too often.
+# On a CPU a chunk should fit into the caches; with fewer rows the head is read too often.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 1 << 24, 128
 VOCAB_BLOCK = 8192
 
@@ -73,7 +73,7 @@ class Gradients(NamedTuple):
 
 
 def solve(problem: Problem) -> LinearCE:
-    """Runs one call of the operator, without ignored rows and, if allowed, rows of weight 0."""
+    """Runs one call of the operator; leaves out ignored rows and, if allowed, rows of weight 0."""
     head, guide, target, transform = (
         problem.head,
         problem.guide,
@@ -232,7 +232,7 @@ def stats_and_gradients(
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_dh else None
     dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_dw else None
     db = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if want_db else None
-    # Weighted probabilities reach below the range of float16.
+    # Weighted probabilities underflow in float16.
     operand = dtype if hidden.dtype == torch.float16 else _operand_dtype(head)
     parts = []
     for rows in _chunks(head, shard, chunk_size):
@@ -277,17 +277,17 @@ def _add_hidden_gradient_(
     """Adds G W of a chunk to dh [C, D]."""
     values, rest, _, slope = exponentials
     operand = _operand_dtype(head)
-    # Brings the largest exponential of a row to 2^15, because float16 ends at 6e-8.
+    # Scales the largest exponential of a row to 2^15, because float16 underflows at 6e-8.
     scale = None
     if operand == torch.float16:
-        # Not less than 2^-100: a scale of 0 would make NaN of what is as good as 0.
+        # At least 2^-100: a scale of 0 would turn negligible values into NaN.
         scale = values.amax(1, keepdim=True).clamp(min=2.0**-100) * 2.0**-15
     for block in _vocab_blocks(head.weight.shape[0]):
         part = values[:, block] if scale is None else values[:, block] / scale
         wide_mm(part.to(operand), head.weight[block].to(operand), dh, accumulate=True)
     if scale is not None:
         dh *= scale
-    # The target's term stays out of the rounding of the others, which it balances.
+    # The target's term is added unrounded, because it cancels the others.
     column, found = _local_target(target, values.shape[1], shard)
     dh -= scale_rows(head.weight[column].to(dh.dtype), found * rest * slope)
 
@@ -301,7 +301,7 @@ def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
 def _chunks(
     head: LinearInputs, shard: VocabShard | None, chunk_size: int | None
 ) -> Iterator[slice]:
-    # Ranks with slices of different sizes need equal chunks, so that their collectives match.
+    # Ranks with slices of different sizes need equal chunks for their collectives to match.
     vocab_size = head.weight.shape[0] if shard is None else shard.most
     step = rows_per_chunk(vocab_size, head.hidden.dtype, chunk_size, head.hidden.device.type)
     for start in range(0, head.hidden.shape[0], step):
@@ -314,7 +314,7 @@ def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
 
 
 def _operand_dtype(head: LinearInputs) -> torch.dtype:
-    """The dtype in which products are made: that of the inputs, or the one of their sums."""
+    """The dtype of the operands of products: that of the inputs, or that of the sums."""
     dtype = head.hidden.dtype
     return dtype if mixed_products(head.hidden.device, dtype) else accumulation_dtype(dtype)
 
@@ -350,8 +350,8 @@ def _chunk_stats(
     largest = logits.amax(1)
     if shard is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-    # Replaces the target's logit: so low that its exponential is 0, but finite if a soft-cap slope
-    # is computed from it, because 0 · ∞ is NaN.
+    # Replaces the target's logit: its exponential must be 0, but it must be finite if a soft-cap
+    # slope is computed from it, because 0 · ∞ is NaN.
     absent = -torch.inf if slope_softcap is None else -1e4 * max(1.0, slope_softcap)
     without = torch.where(found, absent, target_logit)
     logits.scatter_(1, column.unsqueeze(1), without.unsqueeze(1))
@@ -365,8 +365,8 @@ def _chunk_stats(
         if with_entropy:
             e = torch.exp(z)
             moment += torch.where(e > 0, e * z, 0).sum(1)
-            # Terms of exactly 1 are counted separately, so that the small terms are not rounded
-            # away: an entropy near 0 is the sum of the small ones.
+            # Terms of exactly 1 are counted separately, so that small terms are not rounded away:
+            # an entropy near 0 is their sum.
             ones += (e == 1).sum(1)
             rest += torch.where(e == 1, 0, e).sum(1)
             z.copy_(e)
@@ -379,7 +379,7 @@ def _chunk_stats(
         sums = torch.stack([rest, moment, ones, torch.where(found, target_logit, 0), owners])
         dist.all_reduce(sums, group=shard.group)
         rest, moment, ones, target_logit, owners = sums.unbind()
-    # Out-of-range targets get here only on devices where checking them would synchronize.
+    # Out-of-range targets occur only on devices where checking them would synchronize.
     target_logit = torch.where(owners > 0, target_logit, torch.nan)
     top1 = target_logit >= largest
     gap = (target_logit - largest) / temperature
@@ -399,7 +399,7 @@ def _chunk_stats(
 def _exponentials_to_gradient_(
     exponentials: Exponentials, target: Tensor, shard: VocabShard | None
 ) -> None:
-    """Overwrites the exponentials by G: the gradient of each row's nll, times S / s."""
+    """Overwrites the exponentials with G: the gradient of each row's nll, times S / s."""
     values, rest, _, slope = exponentials
     column, found = _local_target(target, values.shape[1], shard)
     values.scatter_add_(1, column.unsqueeze(1), -(found * rest * slope).unsqueeze(1))

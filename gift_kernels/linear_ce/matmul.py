@@ -1,4 +1,4 @@
-"""Matrix products whose sums are wider than their operands."""
+"""Matrix products that accumulate in a wider dtype than their operands."""
 
 import functools
 from typing import Any
@@ -28,7 +28,7 @@ def wide_mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> N
 def mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch multiplies matrices of a 16-bit dtype into float32 on this device.
 
-    CUDA does from PyTorch 2.8 on; builds for ROCm and Intel's GPUs do or do not; CPUs and Apple's
+    CUDA does from PyTorch 2.8 on; ROCm and Intel's GPUs depending on the build; CPUs and Apple's
     GPUs do not. So it is tried.
     """
     if device.type == "cpu" or dtype.itemsize != 2:
@@ -40,8 +40,8 @@ def mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         addmm(out, ones, ones, out=out, out_dtype=torch.float32)
         product = mm(ones, ones, out=torch.empty_like(out), out_dtype=torch.float32)
-    except torch.OutOfMemoryError:  # says nothing of the build
+    except torch.OutOfMemoryError:  # does not depend on the build
         raise
-    except (RuntimeError, TypeError):  # of builds and devices without it
+    except (RuntimeError, TypeError):  # the build or device does not support it
         return False
     return bool((out == 17).all() and (product == 16).all())

@@ -3,10 +3,11 @@
 It returns the loss, the rows' statistics and, if requested, gradients computed in the forward: dH
 of every row, unscaled, and dW and db of the weighted sum. The backward only scales them: row i of
 dH by its weight and upstream gradient, dW and db by the upstream gradient of the sum.
-Two cases leave dW and db to the backward. Where each row has an upstream gradient of its own
-(`reduction="none"`), logits are recomputed by `gift_kernels::linear_ce_head_gradient`. Otherwise
-Triton keeps the exponentials of a call that is not traced, if all of its rows fit, and multiplies
-them there (`LinearCE.deferred`).
+
+With a trainable head two cases leave dW and db to the backward. If each row has its own upstream
+gradient (`reduction="none"`), `gift_kernels::linear_ce_head_gradient` recomputes the logits.
+Otherwise Triton keeps the exponentials of a call that is not traced, if all rows fit, and
+multiplies them in the backward (`LinearCE.deferred`).
 
 `linear_ce` is registered as `gift_kernels::linear_ce` for torch.compile and other tracing. Outside
 of it `call` runs the same functions as a plain `autograd.Function`: a registered operator with so
@@ -56,7 +57,7 @@ def call(
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all have values and nothing traces them, so that any function may take them."""
+    """Whether all tensors have values and none is traced, so that any function can take them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return False
     return all(
@@ -161,7 +162,7 @@ def _backend(impl: str) -> Any:
 
 
 def _shard(group_name: str, vocab_start: int) -> VocabShard:
-    """The slice, without `most`: ranks know that from each other."""
+    """The slice, without `most`, which needs a collective."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return VocabShard(_resolve_process_group(group_name), vocab_start, 0)  # pyright: ignore
@@ -273,7 +274,7 @@ def _(rows, factor, weight, dtype):  # pyright: ignore
 
 
 _TRAINED = ("hidden", "lm_head_weight", "bias", "row_weight")
-# What `head_gradient` takes after its tensors.
+# Arguments of `head_gradient` after its tensors.
 _RECOMPUTE_OPTIONS = (
     *("logit_scale", "logit_softcap", "ignore_index", "want_dw", "want_db"),
     *("group_name", "vocab_start", "impl", "chunk_size"),
@@ -281,7 +282,7 @@ _RECOMPUTE_OPTIONS = (
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], result: LinearCE, weight_trained: bool) -> None:
-    """Keeps in `ctx` what `_gradients` needs of a call."""
+    """Saves in `ctx` what `_gradients` needs."""
     options = dict(zip(_ARGUMENT_NAMES, arguments, strict=True))
     trained = [options[name] for name in _TRAINED]
     ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in trained]
@@ -377,7 +378,7 @@ linear_ce.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _LinearCE(torch.autograd.Function):
-    """What `linear_ce` is to autograd, without what a registered operator costs."""
+    """`linear_ce` as a plain autograd function, without the overhead of a registered operator."""
 
     @staticmethod
     def forward(  # pyright: ignore

@@ -13,11 +13,11 @@ Statistic = Literal["nll", "confidence", "lse", "entropy", "top1", "largest", "w
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """A second model whose confidence in the targets becomes the weight, without gradient.
+    """A second model whose confidence in the targets is the weight, without gradient.
 
     hidden: [*B, Dg], the guide's last hidden states, aligned with the targets.
     lm_head_weight: [Vg, Dg] of the same dtype and device, with the model's token ids.
-    bias, logit_scale, logit_softcap: options of the guide's head, as those of `weighted_ce`.
+    bias, logit_scale, logit_softcap: options of the guide's head, as in `weighted_ce`.
     temperature: positive, divides the guide's logits after the soft-cap.
     """
 
@@ -33,8 +33,8 @@ class Guide:
 class WeightTransform:
     """Weights w become max(w, floor) ** power, and 0 where w < threshold.
 
-    All three are numbers >= 0. A row whose weight is at most `floor`, or below `threshold`, gives
-    its weight no gradient. NaN stays NaN.
+    All three are numbers >= 0. Weights that are at most `floor`, or below `threshold`, get no
+    gradient. NaN stays NaN.
     """
 
     power: float = 1.0
@@ -48,13 +48,14 @@ NO_TRANSFORM = WeightTransform(1.0, -float("inf"), -float("inf"))
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """A head whose rows are divided over the ranks of a process group.
+    """A head whose rows are sharded over the ranks of a process group.
 
     This rank passes rows [start, start + V) of the whole head, of its bias and of the guide's; the
-    slices of all ranks join up from row 0, in any order, and none is empty. Hidden states, targets,
-    weights and options are the same on every rank, and so is what requires grad: where they differ,
-    every rank raises ValueError. An argument that is wrong by itself, such as a wrong dtype, raises
-    on the ranks that were given it; ranks that were not wait for these until the group's timeout.
+    slices of all ranks cover the head without gap or overlap, in any order, and none is empty.
+    Hidden states, targets, weights and options are the same on every rank, and so is what requires
+    grad: where they differ, every rank raises ValueError. An argument that is invalid by itself,
+    such as a wrong dtype, raises on the ranks that got it; the others wait for them until the
+    group's timeout.
     """
 
     group: ProcessGroup
@@ -64,7 +65,7 @@ class VocabParallel:
 class TokenStats(NamedTuple):
     """Statistics of every row, [*B] without gradient: float32 (float64 for float64 inputs).
 
-    Fields that were not asked for are None. All are 0 (`top1` False) on ignored rows.
+    Fields that were not requested are None. All are 0 (`top1` False) on ignored rows.
     """
 
     nll: Tensor | None = None  # −log softmax of the target, in nats
@@ -77,7 +78,7 @@ class TokenStats(NamedTuple):
 
 
 class LinearInputs(NamedTuple):
-    """One model's side of the loss: hidden [N, D], head weight [V, D], bias [V] and options."""
+    """One model's inputs of the loss: hidden [N, D], head weight [V, D], bias [V] and options."""
 
     hidden: Tensor
     weight: Tensor
@@ -103,10 +104,10 @@ class Problem(NamedTuple):
     Row weights are `row_weight` [N], of any floating-point dtype; or the confidence of `guide`, or
     of the model itself with `self_weight`; or 1: all of them transformed, and 0 on ignored rows.
     `temperature` divides the guide's logits, or the model's own where there is neither guide nor
-    gradient. With `rowwise` the loss is one for each row, with its own upstream gradient, so dW and
-    db are computed in the backward. Without `keep_zero_rows` rows of weight 0 may be left out of
-    every product, and their statistics are then 0. `with_stats` asks for lse, top1 and largest.
-    With `defer` dW and db may be left to the backward, which knows the upstream gradient.
+    gradient. With `rowwise` there is one loss per row, with its own upstream gradient, so dW and db
+    are computed in the backward. Without `keep_zero_rows` rows of weight 0 may be left out of every
+    product, and their statistics are then 0. `with_stats` requests lse, top1 and largest. With
+    `defer` dW and db may be left to the backward, which knows the upstream gradient.
     """
 
     head: LinearInputs
@@ -135,9 +136,9 @@ class Problem(NamedTuple):
 
 
 class LinearCE(NamedTuple):
-    """What the operator returns; None, or from a registered operator empty, if not asked for.
+    """The operator's results; None, or from a registered operator empty, if not requested.
 
-    Numbers are in accumulation dtype, and 0 on rows that were left out. dH is unscaled: the
+    Floats are in accumulation dtype, and 0 on rows that were left out. dH is unscaled: the
     gradient of each row's nll; dW and db are those of the sum of the loss.
     """
 

@@ -176,22 +176,23 @@ def lora_merge(
             strides (fastest where rows or columns are contiguous and 16-byte aligned).
         lora_a: [R, K] ([E, R, K]), or a list; any of the dtypes, not necessarily the weight's.
         lora_b: [M, R] ([E, M, R]), or a list as long as `lora_a`.
-        scale: factor of B A, α / R as a rule; one number for all adapters, or a list.
+        scale: factor of B A, usually α / R; one number for all adapters, or a list.
         fan_in_fan_out: the weight is stored transposed, [K, M] ([E, K, M]), as in GPT-2's Conv1D;
             so is the result.
         stochastic_rounding_seed: rounds to bfloat16 up or down with the probability that makes the
             expected result exact; a finite result beyond the largest bfloat16 may become infinite
-            as in rounding to nearest. The same seed gives the same result on the same
-            implementation and device; implementations draw different numbers. Take another seed
+            as in rounding to nearest. The same seed gives the same result with the same
+            implementation and device; Triton and eager draw different numbers. Use a different seed
             for every tensor.
         impl: "triton" (CUDA; on the CPU under TRITON_INTERPRET=1 only), "eager" (anywhere), or
             "auto": Triton on CUDA where it is installed and nothing is float64, else eager. The
-            first call for a new (M, K, ΣR) on a machine times up to three configurations and keeps
-            the fastest on disk; GIFT_KERNELS_AUTOTUNE=0 in the environment takes the first.
+            first call for a new (M, K, ΣR) on a machine autotunes over up to three configurations
+            and caches the fastest on disk; GIFT_KERNELS_AUTOTUNE=0 in the environment takes the
+            first.
 
     Returns:
         A tensor like `weight`, without gradient. Float64 anywhere makes the arithmetic float64.
-        NaN and infinities in W, A or B reach the entries they belong to as NaN or infinity.
+        NaN and infinities in W, A or B give NaN or infinity in the entries that depend on them.
 
     Raises:
         TypeError, ValueError: naming the argument; an `impl` that cannot run never falls back.
@@ -212,7 +213,7 @@ def lora_merge_(
     stochastic_rounding_seed: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Like `lora_merge`, but overwrites `weight` and returns it; no second copy is held.
+    """Like `lora_merge`, but overwrites `weight` and returns it, without a second copy.
 
     Raises:
         TypeError, ValueError: as `lora_merge`; also if entries of `weight` share memory.

@@ -1,9 +1,9 @@
 """Triton kernels of the LoRA merge: out = round(W + scale · B A), one pass over W.
 
 Letters: E experts, M out, K in, R rank. A program makes TILES_M tiles [BLOCK_M, BLOCK_K] of the
-result below one another. Its columns of A stay on the multiprocessor if R ≤ BLOCK_R, so a
-tile reads only W and a few rows of B from L2. W is read once and the result written once, both with
-the evict-first hint: the lower bound is 4 bytes per element for 16-bit weights.
+result below one another. Its columns of A stay in registers or shared memory if R ≤ BLOCK_R, so a
+tile reads only W and, from L2, a few rows of B. W is read once and the result written once, both
+with the evict-first hint: the lower bound is 4 bytes per element for 16-bit weights.
 
 Products are accumulated in float32, the scale multiplies the accumulator (a scaled 16-bit factor
 would be rounded once more), and the sum is rounded once. 16-bit factors of one dtype go to the
@@ -12,9 +12,9 @@ bits, a high and a low part ("split", the scheme of Ootomo and Yokota, arXiv 220
 
     x = s (x₀ + x₁) + δ    s a power of two    x₀ = fp16(x / s)    x₁ = fp16(x / s − x₀)
 
-and b a is made of three products: s_b s_a (b₁ a₀ + b₀ a₁ + b₀ a₀). Every row of B and every column
-of A has its own s, which brings its largest entry to [2¹⁴, 2¹⁵), so that
-|δ| ≤ 2⁻²² |x| + 2⁻³⁹ (largest entry), and an entry of B A is off by at most
+and b a is computed from three products: s_b s_a (b₁ a₀ + b₀ a₁ + b₀ a₀). Every row of B and every
+column of A has its own s, which scales its largest entry to [2¹⁴, 2¹⁵), so that |δ| ≤ 2⁻²² |x| +
+2⁻³⁹ (largest entry), and an entry of B A is off by at most
 
     3 · 2⁻²² Σ_r |b_r a_r|  +  R · 2⁻³⁸ (largest |b_r|) (largest |a_r|)
 
@@ -50,7 +50,7 @@ class Strides(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What a call needs of the kernel. SPLIT: A and B are what `split_kernel` stores."""
+    """Variants of the kernel. SPLIT: A and B are parts stored by `split_kernel`."""
 
     SPLIT: bool
     WIDE: bool

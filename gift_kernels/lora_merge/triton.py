@@ -1,7 +1,7 @@
-"""Launches of the merge kernels: which way to multiply, which tiles, and what to remember.
+"""Launches of the merge kernels: how factors are multiplied, tile sizes, and cached launches.
 
 A call is one launch, or two where factors are split first. Python would take longer for them than
-the GPU, so what Triton's binder and autotuner found for a kind of call is kept.
+the GPU, so the results of Triton's binder and autotuner are cached by kind of call.
 """
 
 import functools
@@ -18,7 +18,7 @@ from triton.runtime.autotuner import Autotuner
 
 from gift_kernels.lora_merge.kernels import Flags, Strides, lora_merge_kernel, split_kernel
 
-AUTOTUNE_VARIABLE = "GIFT_KERNELS_AUTOTUNE"  # "0": always the first configuration
+AUTOTUNE_VARIABLE = "GIFT_KERNELS_AUTOTUNE"  # "0": no autotuning, always the first configuration
 Path = Literal["native", "split", "wide"]
 
 
@@ -28,9 +28,8 @@ def _config(block_m: int, block_k: int, tiles_m: int, stages: int, num_warps: in
 
 
 # Candidates of the autotuner for each way to multiply the factors; the first fits every GPU, the
-# third of "split" has enough registers on Hopper only. Those with several stages load the next tile
-# while they compute; the others rely on the other blocks of the same multiprocessor to hide the
-# latency.
+# third of "split" has enough registers on Hopper only. Those with several stages prefetch the next
+# tile; the others rely on other blocks of the same multiprocessor to hide the latency.
 _CONFIGS: dict[Path, list[triton.Config]] = {
     "native": [_config(64, 128, 1, 1, 4), _config(128, 128, 1, 1, 8), _config(64, 128, 4, 3, 8)],
     "split": [_config(64, 64, 4, 2, 8), _config(64, 128, 4, 2, 4), _config(64, 128, 4, 1, 4)],
@@ -42,10 +41,10 @@ SPLIT_BLOCK = 32  # rows of B, or columns of A, that a program splits
 
 
 def configs(path: Path, stochastic: bool, arch: int) -> list[triton.Config]:
-    """What the autotuner may choose on an architecture such as 90."""
+    """The autotuner's candidates on an architecture such as 90."""
     if path != "split":
         return _CONFIGS[path]
-    # With random numbers the wide tiles would not fit in the registers.
+    # With random numbers the wide tiles would spill registers.
     return _CONFIGS[path][: 1 if stochastic else 3 if arch == 90 else 2]
 
 
@@ -133,11 +132,11 @@ def merge(
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:
-    """What a launch depends on, of a tensor."""
+    """The properties of a tensor that a launch depends on."""
     return x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
 
 
-# An autotuner holds the choice of its latest call, whichever thread made it.
+# An autotuner holds the choice of its latest call, from any thread.
 _tuning = threading.Lock()
 
 
@@ -150,7 +149,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
     def __call__(self, *tensors: Any) -> "Launch":
-        """Launches. Returns what does the same without the binder and the autotuner of Triton."""
+        """Launches. Returns the same launch without Triton's binder and autotuner."""
         launch, grid, numbers = self.kernel[self.grid], self.grid, self.numbers
         if isinstance(self.kernel, Autotuner):
             with _tuning:
@@ -164,7 +163,7 @@ class Launch(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The launches of calls of one kind, and how many numbers the parts of factors have."""
+    """The launches of calls of one kind, and the sizes of the parts of factors."""
 
     split: Launch | None
     merge: Launch

@@ -20,8 +20,8 @@ import torch
 from processes import fork_ranks, start_anew
 from transformers import AutoModelForCausalLM
 
-from gift import annotate as annotate_module
 from gift import cli
+from gift.annotation import batches as annotation_batches
 from gift.config import EvaluateConfig
 from gift.distributed.ranks import LostProcess
 from gift.errors import InputError
@@ -109,7 +109,7 @@ def test_a_killed_rank_ends_the_others_and_any_number_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 is killed before its third batch; three ranks then compute what is left."""
-    annotate_batch, batches = annotate_module.annotate_batch, tmp_path / "batches"
+    annotate_batch, batches = annotation_batches.annotate_batch, tmp_path / "batches"
     options = {"batch_tokens": 60, "part_batches": 1}
     dies = True
 
@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_the_others_and_any_number_resumes(
             os.kill(os.getpid(), signal.SIGKILL)
         return annotate_batch(*arguments)
 
-    monkeypatch.setattr(annotate_module, "annotate_batch", counted)
+    monkeypatch.setattr(annotation_batches, "annotate_batch", counted)
     started = time.monotonic()
     (status, error), (killed, _) = annotate_by(2, tmp_path, **options)
     assert time.monotonic() - started < 60
@@ -150,32 +150,34 @@ def test_the_error_of_one_rank_is_told_by_all(
 ) -> None:
     def full(model: Any, batch: Any, temperature: float) -> Any:
         if os.environ["RANK"] == "1":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise RuntimeError("CUDA error: unspecified launch failure")
         return annotate_batch(model, batch, temperature)
 
-    annotate_batch = annotate_module.annotate_batch
-    monkeypatch.setattr(annotate_module, "annotate_batch", full)
+    annotate_batch = annotation_batches.annotate_batch
+    monkeypatch.setattr(annotation_batches, "annotate_batch", full)
     (_, told), (_, own) = annotate_by(2, tmp_path)
-    assert told.strip() == "LostProcess: process 1 of 2: OutOfMemoryError: CUDA out of memory."
-    assert own.strip() == "OutOfMemoryError: CUDA out of memory."
+    assert told.strip() == (
+        "LostProcess: process 1 of 2: RuntimeError: CUDA error: unspecified launch failure"
+    )
+    assert own.strip() == "RuntimeError: CUDA error: unspecified launch failure"
 
 
 def test_a_restarted_attempt_reads_nothing_of_the_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun --max-restarts starts all ranks again, and keeps the store."""
-    annotate_batch = annotate_module.annotate_batch
+    annotate_batch = annotation_batches.annotate_batch
 
     def full(*_: Any) -> Any:
         if os.environ["RANK"] == "1":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise RuntimeError("CUDA error: unspecified launch failure")
         return annotate_batch(*_)
 
     def restarted(_: int) -> None:
-        monkeypatch.setattr(annotate_module, "annotate_batch", full)
-        with pytest.raises((LostProcess, torch.OutOfMemoryError)):
+        monkeypatch.setattr(annotation_batches, "annotate_batch", full)
+        with pytest.raises((LostProcess, RuntimeError)):
             stages.call("annotate", tmp_path / "out")
-        monkeypatch.setattr(annotate_module, "annotate_batch", annotate_batch)
+        monkeypatch.setattr(annotation_batches, "annotate_batch", annotate_batch)
         start_anew(1)
         stages.call("annotate", tmp_path / "out")
 
@@ -216,12 +218,13 @@ def test_torchrun_ends_the_others_where_one_is_killed(tmp_path: Path) -> None:
     """While rank 0 computes and exchanges nothing."""
     (tmp_path / "stage.py").write_text(
         "import os, signal, time\n"
-        "from gift import annotate, cli\n"
+        "from gift import cli\n"
+        "from gift.annotation import batches\n"
         "def stage(*_):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    time.sleep(90)\n"
-        "annotate.annotate_batch = stage\n"
+        "batches.annotate_batch = stage\n"
         "cli.main()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

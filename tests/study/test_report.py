@@ -10,14 +10,14 @@ from typing import get_args
 import pytest
 
 from gift.config import ReportConfig, TrainOptions
-from gift.controls import ABOUT as CONTROLS
-from gift.controls import Control
+from gift.config.train import Control
 from gift.errors import InputError
 from gift.study import figures
 from gift.study.report import changes_by_layer, questions_decided, report
 from gift.study.results import read_study
 from gift.training.micro_batches import BAND_NAMES
-from gift.weighting import ABOUT as WEIGHTINGS
+from gift.weighting.controls import ABOUT as CONTROLS
+from gift.weighting.formulas import WEIGHTINGS
 
 # One process makes the study that these tests read.
 pytestmark = pytest.mark.xdist_group("study")
@@ -163,7 +163,7 @@ def test_the_report_says_what_methods_are_and_whether_confidence_tells(
     report(ReportConfig(study=folder))
     page = Page(folder / "report.html")
     assert "<h1>Noisy &amp; small</h1>" in (folder / "report.html").read_text()
-    for said in ("GIFT without weights.", "Sums of two numbers.", WEIGHTINGS["uniform"]):
+    for said in ("GIFT without weights.", "Sums of two numbers.", WEIGHTINGS["uniform"].about):
         assert said in page.sections["methods"], said
     row = " ".join(page.sections["calibration"].split())
     assert "instruct tiny 4 of 9 0.543 [0.400, 0.650] none" in row

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from gift.annotate import annotate_batch
+from gift.annotation.batches import annotate_batch
 from gift.config import TrainConfig
 from gift.data.batches import make_batch
 from gift.data.encoding import Example
@@ -24,7 +24,7 @@ from gift.models.head import last_hidden_state
 from gift.training.gradients import accumulate_gradients, flat_gradients, predicting_states
 from gift.training.memory import recompute
 from gift.training.micro_batches import Split
-from gift.weighting import guided_rows
+from gift.weighting.weights import guided_rows
 
 CONFIG = Qwen2Config(
     vocab_size=300,

@@ -23,7 +23,8 @@ from gift.storage.publish import partial_path
 from gift.train import train
 from gift.training.memory import largest_micro_batch
 from gift.training.micro_batches import Split
-from gift.weighting import GuidedRow, guided_rows
+from gift.weighting.targets import GuidedRow
+from gift.weighting.weights import guided_rows
 
 ADAPTER = "adapter_model.safetensors"
 LAYERS = 2

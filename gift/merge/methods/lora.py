@@ -25,5 +25,5 @@ METHOD = Method(
     source="GIFT, arXiv 2605.01256; Shadow-FT, arXiv 2505.12716",
     merge=merge,
     takes_dora=True,
-    sum_weight=lambda options, has_base: 1.0,
+    sum_weight=lambda options, adapters, has_base: 1.0,
 )

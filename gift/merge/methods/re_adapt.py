@@ -34,7 +34,7 @@ METHOD = Method(
     merge=merge,
     settings=("task_weight", "instruct_weight"),
     needs_base=True,
-    sum_weight=lambda options, has_base: (
+    sum_weight=lambda options, adapters, has_base: (
         options.task_weight if options.instruct_weight == 1 else None
     ),
     note=lambda options, vectors: (

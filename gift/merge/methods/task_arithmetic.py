@@ -24,7 +24,7 @@ def weighted_sum(origin: Tensor, vectors: Sequence[Tensor], weight: float) -> Te
     return origin + weight * torch.stack(list(vectors)).sum(0)
 
 
-def sum_weight(options: MergeOptions, has_base: bool) -> float | None:
+def sum_weight(options: MergeOptions, adapters: int, has_base: bool) -> float | None:
     """With a base, the result is θ_I + w Σ τ only if λ is 1: else θ_B does not cancel."""
     return options.task_weight if not has_base or options.task_weight == 1 else None
 

@@ -21,7 +21,7 @@ from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
 class Chunk:
-    """Buffers of one head's chunk; a call uses them for all its chunks in turn."""
+    """Buffers of one head's chunk, reused for all chunks of a call."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Chunk:
     def merge(
         self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
-        """Adds the partial sums to the state; brings E and dH to the new references."""
+        """Adds the partial sums to the state; rescales E and dH to the new references."""
         self.layout.merge(
             triton_rows._merge_kernel,
             self.layout.merge_programs,
@@ -280,12 +280,12 @@ class Chunk:
 
 
 def _from(values: Tensor, first_row: int) -> Tensor:
-    """The values [..., N] from one row on; views cost time, so none where it is row 0."""
+    """The values [..., N] from one row on; no view for row 0, because views take host time."""
     return values if first_row == 0 else values[..., first_row:]
 
 
 class GuideSide(NamedTuple):
-    """The guide in a launch for two heads: buffers of one chunk, state of all rows."""
+    """The guide's part of a launch for two heads: buffers of one chunk, state of all rows."""
 
     chunk: Chunk
     state: RowState

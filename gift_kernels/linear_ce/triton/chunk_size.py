@@ -1,4 +1,4 @@
-"""Sizes of chunks, the tiles they are computed with, and the range of E.
+"""Sizes of chunks, their tiles, and the range of E.
 
 A chunk has at most `rows` × `columns` logits, or their exponentials E; see `chunk`.
 """
@@ -24,15 +24,15 @@ from gift_kernels.linear_ce.triton.tiles import (
 from gift_kernels.linear_ce.types import LinearInputs
 
 # CHUNK_BYTES: a chunk's E, hidden states and partial sums; GUIDE_BYTES: what a guide may add.
-# LEAST_BYTES: lower bound for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
+# LEAST_BYTES: least for E, however wide the hidden states. HEAD_BYTES: E of a chunk for dW.
 CHUNK_BYTES, GUIDE_BYTES = 143_000_000, 13_000_000
 LEAST_BYTES, HEAD_BYTES = 64_000_000, 168_000_000
-# Fewest and most rows of a chunk in a longer call; with fewer the head is read too often.
+# Fewest and most rows of a chunk in a call of more rows; with fewer the head is read too often.
 ROWS = (2048, 4096)
 HEAD_ROWS = 8192
-# Sums of dH that lie apart: how many, and bytes of all but the first.
+# Parts of dH (split-K): most parts, and most bytes of all but the first.
 MOST_SPLITS, SPLIT_BYTES = 8, 40_000_000
-# Without E: at most so many rows and, only beside kept rows, so many columns.
+# Without E: most rows and, only with kept rows, most columns.
 STATISTICS_ROWS, STATISTICS_COLUMNS = 4096, 65536
 ALL = 1 << 62  # more columns than any head has
 # Time of a tile outside its loop over K, and of a chunk outside its tiles, in steps of that loop;
@@ -44,8 +44,8 @@ COUNT_STEP = 128  # numbers of rows are rounded up to this; no BLOCK_N is larger
 ROW_BLOCK = (4, 1024)  # rows and columns at a time where rows are copied or scaled
 INTERPRETER_ROW_BLOCK = (16, 64)
 SLICE_BLOCK, INTERPRETER_SLICE_BLOCK = 64, 2  # slices at a time whose partial sums are joined
-# How far logits in base 2 may exceed the reference of their exponentials, and how far below its
-# guess that is put. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
+# By how much logits in base 2 may exceed their reference, and by how much the reference is below
+# its guess. float16 reaches from 2^−24 to 2^16; bfloat16 and float32 from 2^−126 to 2^128.
 MARGIN = {torch.float16: (13.5, 10.0), torch.bfloat16: (63.0, 0.0), torch.float32: (63.0, 0.0)}
 
 
@@ -59,8 +59,8 @@ class Shape(NamedTuple):
 class Plan(NamedTuple):
     """Sizes of a chunk, and its tiles.
 
-    Chunks with E: `chunk` for dH, `kept` for rows whose E stays for dW, `again` for other rows of
-    dW; without: `statistics`.
+    Chunks with E: `chunk` for dH, `kept` for rows whose E is kept for dW, `again` for other rows of
+    dW; without E: `statistics`.
     """
 
     machine: Machine
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     dw_tiles: ProductTiles
     row_block: tuple[int, int]
     slice_block: int
-    splits: int  # parts of a chunk's columns whose sums in dH lie apart
+    splits: int  # parts of a chunk's columns with separate sums in dH (split-K)
 
     @property
     def pad(self) -> int:
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 def default_plan(
     head: LinearInputs, guide: LinearInputs | None = None, *, with_entropy: bool = False
 ) -> Plan:
-    """What `impl="triton"` uses on the device of this head, or of two heads in one launch."""
+    """The plan of `impl="triton"` on this head's device, for one head or two in one launch."""
     machine = machine_of(head.hidden.device)
     heads = [one for one in (head, guide) if one is not None]
     return _plan(
@@ -150,10 +150,10 @@ class Work(NamedTuple):
 
 
 def chunk_shape(work: Work, count: int, guide: tuple[int, ...] = (0, 0)) -> Shape:
-    """The shape for dH of `count` rows that takes the least time by `call_time`, or nearly so.
+    """The shape for dH of `count` rows with about the least `call_time`.
 
     Chunks are about as large as CHUNK_BYTES allow. Up to ROWS[0] rows are one chunk of rows, with
-    as many columns as that leaves. `guide` has V and D of a guide in the same launches.
+    as many columns as fit. `guide` has V and D of a guide in the same launches.
     """
     block_v = work.logit_tiles.BLOCK_V
     step = max(work.logit_tiles.BLOCK_N, work.product_tiles.BLOCK_M)
@@ -174,7 +174,7 @@ def chunk_shape(work: Work, count: int, guide: tuple[int, ...] = (0, 0)) -> Shap
             numbers = {min(slices, all_slices), even, min(max(whole_rounds, 1), all_slices)}
             shapes += [Shape(rows, number * block_v) for number in sorted(numbers)]
     times = {shape: call_time(work, count, shape) for shape in shapes}
-    # The count is no more exact than this, and launches take the host's time.
+    # The estimate is not more accurate than this, and launches take host time.
     about_best = [shape for shape in shapes if times[shape] <= 1.01 * min(times.values())]
     return min(about_best, key=lambda shape: (chunks(work, count, shape), times[shape]))
 
@@ -186,7 +186,7 @@ def chunks(work: Work, count: int, shape: Shape) -> int:
 
 @functools.cache
 def head_chunk_shape(work: Work, rows: int) -> Shape:
-    """As `chunk_shape` where dW is made of so many rows too, within HEAD_BYTES."""
+    """`chunk_shape` for a trainable head with so many rows in dW, within HEAD_BYTES."""
     block_v = work.logit_tiles.BLOCK_V
     most = max(1, HEAD_BYTES // (rows * work.itemsize) // block_v)
     most = min(most, cdiv(work.vocab_size, block_v))
@@ -196,9 +196,9 @@ def head_chunk_shape(work: Work, rows: int) -> Shape:
 
 
 def best_splits(work: Work, count: int, shape: Shape) -> int:
-    """Parts of the columns of dH's product: the fewest that take about the least time.
+    """Number of parts of dH's product (split-K): the fewest with about the least time.
 
-    Whole, 512 rows of 4096 hidden units are 64 tiles, for 132 SMs.
+    Without a split, 512 rows of 4096 hidden units are 64 tiles for 132 SMs.
     """
     rows, columns = min(count, shape.rows), min(shape.columns, work.vocab_size)
     more = max(count * work.hidden_size * 4, 1)  # bytes of another part
@@ -213,11 +213,11 @@ def best_splits(work: Work, count: int, shape: Shape) -> int:
 def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) -> float:
     """Time of logits, dH and maybe dW of `count` rows, in steps of tiles of 128 × 256.
 
-    A count of rounds of tiles, whose four constants were set by what an H200 took for 8192 rows of
-    Llama 3.1 8B's head, frozen, in units of the bare products: 1.117 to 1.148 with chunks of 2048 ×
-    25088, 1.124 with 4096 × 12544, 1.168 with 2048 × 12544, 1.199 with 8192 × 6144, each within
-    1.5 %. The ratios of the count are within 1.2 % of these, the first taken as the middle. For a
-    trainable head they are up to 5 % off: 1.335, 1.222, 1.140 and 1.142 were measured with kept
+    Counts waves of tiles. Its four constants were fitted to an H200's times for 8192 rows of Llama
+    3.1 8B's head, frozen, in units of the matrix products alone: 1.117 to 1.148 with chunks of 2048
+    × 25088, 1.124 with 4096 × 12544, 1.168 with 2048 × 12544, 1.199 with 8192 × 6144, each within
+    1.5 %. The ratios of the estimate are within 1.2 % of these, the first taken as the middle. For
+    a trainable head they are up to 5 % off: 1.335, 1.222, 1.140 and 1.142 were measured with kept
     chunks of 2560, 5120, 10240 and 16896 columns.
     """
     sms, logits, products, vocab_size, hidden_size, _ = work
@@ -233,7 +233,7 @@ def call_time(work: Work, count: int, shape: Shape, *, with_dw: bool = False) ->
     def of_rows(rows: int) -> float:
         whole, rest = divmod(vocab_size, shape.columns)
         time = whole * of_chunk(rows, shape.columns) + (of_chunk(rows, rest) if rest else 0)
-        # The first columns add to nothing.
+        # The first columns do not accumulate.
         return time - waves(rows, hidden_size, products, sms, splits) * (ADDED_TILE - STORED_TILE)
 
     whole, rest = divmod(count, shape.rows)
@@ -248,7 +248,7 @@ def cdiv(a: int, b: int) -> int:
 def waves(
     rows: int, columns: int, tiles: LogitTiles | ProductTiles, sms: int, splits: int = 1
 ) -> float:
-    """Rounds in which all SMs make a tile of [splits, rows, columns], in tiles of 128 × 256."""
+    """Waves of tiles over all SMs for [splits, rows, columns], in tiles of 128 × 256."""
     tile_rows, tile_columns = tiles.area
     count = splits * cdiv(rows, tile_rows) * cdiv(columns, tile_columns)
     return cdiv(count, sms) * tile_rows * tile_columns / (128 * 256)

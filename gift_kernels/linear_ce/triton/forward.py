@@ -6,10 +6,10 @@ From a row's weight to its gradient:
 2. `row_pass` runs over all logits once. Per chunk of rows, per chunk of C columns: `Chunk.logits`
    stores E = 2^(x − ref) and partial sums, `Chunk.merge` adds the sums to the rows' state,
    `Chunk.add_to_dh` adds E W to dH, for few rows in `Plan.splits` parts of the columns.
-3. `finish_rows` makes nll and two factors of the state, and the gradient of each row's nll:
+3. `finish_rows` computes nll and two factors from the state, and the gradient of each row's nll:
    dH = factor · ΣE W + target_factor · W_y (with a trainable head `finish_dh`, once dH is
    complete). No weight has entered yet.
-4. Given weights were made ready in step 1; where they are confidences, `finish_rows` writes them.
+4. Given weights were transformed in step 1; if they are confidences, `finish_rows` writes them.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
    (`scaled_rows`). dW and db: `solve_deferred` in the backward, or for more rows `head_gradients`,
    multiplies E by the weights and the hidden states (`Chunk.add_to_dw`); see `head_gradient`.
@@ -18,11 +18,11 @@ Statistics alone are step 2 without E. A trainable head costs three products for
 kept until the weights are known, and where only dW is wanted; four for all other rows.
 
 A guide's tiles run in the launches of the model's first chunk of columns. With a threshold the
-guide runs first instead, so that rows below it are left out of the model's products.
+guide runs first instead, so that rows below it are excluded from the model's products.
 
-Nothing waits for the device: the number of valid tokens is computed and read there, and launches
-cover the case that all N are valid. Memory: dH float32 [N, D], which the caller gets; E and the
-gathered rows of one chunk (see `chunk_size`); the partial sums. None grows with N V.
+The host never synchronises with the device: the number of valid tokens is computed and read there,
+and launches are sized for N. Memory: dH float32 [N, D], which is returned; E and the gathered rows
+of one chunk (see `chunk_size`); the partial sums. Nothing grows with N V.
 """
 
 import functools
@@ -179,7 +179,7 @@ def head_gradients(
     want_db: bool = False,
     guide: Guide | None = None,
 ) -> tuple[RowStats, Gradients]:
-    """Statistics and gradients, those of the head with the weights `rows.weight`."""
+    """Statistics and gradients; those of the head are weighted by `rows.weight`."""
     (count, hidden_size), (vocab_size, _) = head.hidden.shape, head.weight.shape
     new = torch.zeros if count == 0 else torch.empty
     options: dict[str, Any] = {"dtype": torch.float32, "device": head.hidden.device}
@@ -223,7 +223,8 @@ def row_pass(
     kept: KeptRows | None = None,
     guide: Guide | None = None,
 ) -> tuple[RowStats, Tensor | None, RowFactors | None]:
-    """Statistics of valid tokens and, if asked, float32 [splits, N, D]: dH of each row's nll first.
+    """Statistics of valid tokens and, if requested, float32 [splits, N, D] with dH of each row's
+    nll first.
 
     With `kept` the exponentials of its rows are kept, dH of all other rows is left undefined, and
     the caller finishes dH. With `guide` its confidence, from the same launches, is the weight.
@@ -275,7 +276,7 @@ def _add_row_chunk(
     guide_state: RowState | None,
     kept: KeptRows | None = None,
 ) -> None:
-    """Runs a chunk of rows over all columns; the guide's share the first launch."""
+    """Runs a chunk of rows over all columns; the guide's tiles are in the first launch."""
     chunk.gather(target, rows, state, first_row, shard)
     side = None
     if guide is not None and guide_state is not None:
@@ -311,8 +312,8 @@ def _guide_chunk(guide: Guide, chunk: Chunk) -> Chunk:
 def shares_launches(problem: Problem) -> bool:
     """Whether a guide's tiles run in the model's launches.
 
-    Not under a threshold: the guide then leaves rows out of the model's products, which is worth
-    more. Nor where tiles of another dtype are needed.
+    Not with a threshold: the guide then excludes rows from the model's products, which saves more.
+    Nor if tiles of another dtype are needed.
     """
     guide, threshold = problem.guide, problem.transform.threshold
     if guide is None or (threshold > 0 and not problem.keep_zero_rows):

@@ -5,14 +5,14 @@
 G needs the log-sum-exp, which is known after the pass over all columns. There are two ways:
 
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
-  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G on the way to
-  the product with the hidden states: three products in all.
-  If these are all rows and autograd can keep E, dW is left to the backward (`Deferred`), which
-  knows the upstream gradient: dW is stored once, scaled and in the dtype of the head.
-  Else it is made at once. E of chunk c is stored where dW of chunk c − 1 will be, E of chunk 0 in a
-  buffer of its own. dW is computed from the last chunk to the first, so each chunk of dW overwrites
-  an E that is no longer needed.
-- Again: logits of all other rows are computed a second time, with the final references: four
+  itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G in registers
+  before the product with the hidden states: three products in all.
+  If these are all rows and autograd can save E, dW is left to the backward (`Deferred`), where the
+  upstream gradient is known: dW is stored once, scaled and in the dtype of the head.
+  Otherwise it is computed in the forward. E of chunk c is stored where dW of chunk c − 1 will be,
+  E of chunk 0 in a buffer of its own. dW is computed from the last chunk to the first, so each
+  chunk of dW overwrites an E that is no longer needed.
+- Recomputed: logits of all other rows are computed a second time, with the final references: four
   products.
 """
 
@@ -30,7 +30,7 @@ from gift_kernels.linear_ce.types import LinearInputs, VocabShard
 
 
 class WeightsInOrder(NamedTuple):
-    """Weights of valid tokens, in their order, and a common factor taken out of them."""
+    """Weights of valid tokens, in their order, divided by a common factor."""
 
     is_zero: Tensor  # [N] bool, taken before the division by `scale`, which may underflow
     weight: Tensor  # [N]
@@ -41,9 +41,9 @@ class WeightsInOrder(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of a trainable head's call are summed; None: not wanted.
+    """Buffers for the gradients of a call with a trainable head; None: not requested.
 
-    In float32, but for dW in the head's dtype where one product makes all of it.
+    float32, except that dW has the head's dtype where one product computes all of it.
     """
 
     dh: Tensor | None  # [splits, N, D] of each row's nll, without weights; their sum at the end [0]
@@ -52,7 +52,7 @@ class Gradients(NamedTuple):
 
 
 def with_room_above(found: RowFactors, head: LinearInputs) -> RowFactors:
-    """References of rows multiplied again are their largest logits; float16 needs room above."""
+    """References for recomputed rows: their largest logits, lowered for float16's range."""
     bits = logit_factors(head).bits
     ref = found.ref - MARGIN[head.hidden.dtype][1] / bits
     return found._replace(ref=ref, share=found.share * torch.exp2((ref - found.ref) * bits))
@@ -64,8 +64,8 @@ def weights_in_order(
     """The weights [N], from the caller's order to that of valid tokens."""
     scale = torch.ones(1, dtype=torch.float32, device=weight.device)
     if head.hidden.dtype == torch.float16 and weight.numel() > 0:
-        # float16 ends at 65504, and no loss scale restores what is lost at its lower end: weights
-        # enter E so that the largest becomes 2^14.
+        # float16 ends at 65504, and a loss scale cannot restore underflow: weights are scaled so
+        # that the largest becomes 2^14.
         largest = weight.abs().amax() * max(1.0, head.logit_scale)
         usable = (largest > 0) & torch.isfinite(largest)
         scale = torch.where(usable, largest / 2**14, 1).reshape(1)

@@ -1,7 +1,7 @@
-"""Launches without Triton's binder, which takes as long as a small kernel.
+"""Launches that bypass Triton's binder, which takes as long as a small kernel.
 
-For every `kernel[grid](...)` the binder spends 17 µs of Python to find the compiled kernel for the
-arguments. A `Launch` remembers it, and starts the compiled kernel itself.
+For every `kernel[grid](...)` the binder takes 17 µs in Python to find the compiled kernel for the
+arguments. A `Launch` caches the compiled kernel and starts it directly.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Launch:
-    """What some launches of a kernel on one device pass alike: its last arguments, and options.
+    """Repeated launches of one kernel on one device with the same last arguments and options.
 
     Named arguments are the kernel's last parameters, in their order.
     """
@@ -25,7 +25,8 @@ class Launch:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """`kernel[grid](*arguments, *alike, **named, **options)`, always of the same kernel."""
+        """`kernel[grid](*arguments, *alike, **named, **options)`; `kernel` must always be the
+        same."""
         kinds = tuple(map(_kind, arguments))
         known = self.compiled.get(kinds)
         if known is not None:
@@ -37,7 +38,7 @@ class Launch:
 
 
 def _kind(value: Any) -> Any:
-    """Of an argument, at least what Triton compiles another kernel for."""
+    """The properties of an argument that Triton specialises kernels for, or more."""
     kind = type(value)
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0

@@ -1,6 +1,6 @@
-"""What chunks of one kind have in common: their sizes, and their launches but for the tensors.
+"""Sizes and launches that all chunks of one kind share; tensors are passed at the launch.
 
-Built once for a kind, because a call of few tokens has no time to build it.
+Built once per kind, because building it would take too long in a call of few tokens.
 """
 
 import functools
@@ -21,7 +21,7 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 
 class Kind(NamedTuple):
-    """What decides the launches of a chunk, beside the alignment of its tensors."""
+    """What determines the launches of a chunk, besides the alignment of its tensors."""
 
     plan: Plan
     device: torch.device
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 class Layout:
-    """Sizes and launches of the chunks of one kind; see `Chunk` for what they launch."""
+    """Sizes and launches of the chunks of one kind; `Chunk` documents each launch."""
 
     def __init__(self, kind: Kind) -> None:
         plan, (self.vocab_size, self.hidden_size) = kind.plan, kind.head
@@ -73,7 +73,7 @@ class Layout:
             FLAGS=self.flags,
             warps_and_stages=_warps_and_stages(plan.logit_tiles),
         )
-        # Whether a product adds to what is there is part of the kernel.
+        # Whether a product accumulates is compiled into the kernel.
         self.dh = [self._dh(accumulate) for accumulate in (False, True)]
         self.dw = [self._dw(accumulate) for accumulate in (False, True)]
         self.db = [self._db(accumulate) for accumulate in (False, True)]
@@ -143,7 +143,7 @@ class Layout:
 
 @functools.lru_cache(maxsize=1024)
 def layout_of(kind: Kind) -> Layout:
-    """The layout of this kind; the same object for equal kinds."""
+    """The layout of this kind, cached."""
     return Layout(kind)
 
 

@@ -1,4 +1,4 @@
-"""State of the valid tokens of a call: which they are, their running sums, their statistics.
+"""The valid tokens of a call, their running sums and their statistics.
 
 N rows of the caller, n of them valid, D hidden, V vocabulary.
 """
@@ -22,13 +22,13 @@ LINE_BLOCK = 64 if knobs.runtime.interpret else 1024
 
 
 class Rows(NamedTuple):
-    """The valid tokens of a call: rows that are not ignored and, unless wanted, not of weight 0.
+    """The valid tokens of a call: rows that are not ignored and, unless requested, not of weight 0.
 
     Entries of `index` past the number of valid tokens are 0, a row that exists.
     """
 
     index: Tensor  # [N] int32, the caller's row of each valid token
-    place: Tensor  # [N] int32, where each of the caller's rows is in `index`, or −1
+    place: Tensor  # [N] int32, position of each of the caller's rows in `index`, or −1
     count: Tensor  # [1] int32, the number of valid tokens
     weight: Tensor  # [N] 0 on ignored rows; a confidence once `finish_rows` has found it
     row_count: Tensor  # [] rows that are not ignored, at least 1
@@ -38,12 +38,12 @@ class RowState(NamedTuple):
     """Running sums of valid tokens, in their order, after some of the columns."""
 
     parts: Tensor  # [4, N] ref, S, S2, M, as defined in kernels/rows.py
-    target_logit: Tensor | None  # [N] as accumulated, NaN where not seen
+    target_logit: Tensor | None  # [N] accumulators of targets, NaN where not seen
     local_target: Tensor  # [N] int32, row of this head or −1
 
 
 class Asked(NamedTuple):
-    """What a pass is asked for beside each row's nll, its weight and their product."""
+    """What a pass computes besides each row's nll, its weight and their product."""
 
     stats: bool = False  # lse, top1 and largest
     entropy: bool = False
@@ -64,7 +64,7 @@ class RowStats(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """What a head's gradient takes of each row, in the caller's order but for `local_target`.
+    """Factors of each row for a head's gradient, in the caller's order except `local_target`.
 
     dH = factor · Σ E W + target_factor · W_y, and share · 2^(bits · (x − ref)) is a probability.
     """
@@ -86,7 +86,7 @@ def valid_tokens(
 ) -> Rows:
     """Finds the rows [N] that are not ignored and whose weight, transformed, is not 0.
 
-    Without weights [N] all are 1. The number stays on the device: nothing waits for it.
+    Without weights [N] all are 1. Their number stays on the device, without synchronisation.
     """
     count, device = target.shape[0], target.device
     rows = Rows(
@@ -131,7 +131,7 @@ def new_state(head: LinearInputs) -> RowState:
 
 
 def combine_shards(state: RowState, shard: VocabShard, bits: float) -> None:
-    """All-reduces the sums of this rank's columns to those of the whole vocabulary, in place.
+    """All-reduces the sums over this rank's columns to the whole vocabulary, in place.
 
     References are not reduced: E of this rank's columns was computed with them.
     """
@@ -162,7 +162,7 @@ def finish_rows(
     dh: Tensor | None = None,
     block: tuple[int, int] = (LINE_BLOCK, 1),
 ) -> tuple[RowStats, RowFactors | None]:
-    """Statistics and factors once all columns of this rank are seen; writes `rows.weight`, too.
+    """Statistics and factors after all columns of this rank; also writes `rows.weight`.
 
     `dh` [splits, N, D] of this rank's columns becomes dH in its first part, a `block` of it at a
     time, summed over the ranks.

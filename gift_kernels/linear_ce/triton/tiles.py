@@ -1,8 +1,8 @@
 """Tile sizes of the matrix kernels, and how their operands are passed.
 
-No timing happens at run time: a first call with few tokens would choose badly for all others, would
-compile every candidate, and two processes could round differently. A kernel takes the first entry
-of its table; the other entries are candidates for the benchmark, which passes them explicitly.
+There is no autotuning: a first call with few tokens would choose badly for all others and compile
+every candidate, and two processes could round differently. A kernel takes the first entry of its
+table; the other entries are candidates for the benchmark, which passes them explicitly.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -16,10 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 class LogitTiles(NamedTuple):
     """A tile of logits: BLOCK_N rows by BLOCK_V columns of the vocabulary, in steps of BLOCK_D.
 
-    Its end takes the columns in PARTS parts, 1 or 2, in turn, which bounds registers and the shared
-    memory of the store. GROUP_M row tiles run one after another with one tile of the
-    head; FLATTEN makes one software pipeline of the loop over tiles and the loop over D.
-    `per_sm` programs of num_warps warps share an SM. Kernels receive the tuple itself.
+    Its epilogue handles the columns in PARTS parts, 1 or 2, which bounds registers and the shared
+    memory of the store. GROUP_M row tiles run one after another with one tile of the head
+    (swizzle); FLATTEN merges the loops over tiles and over D into one software pipeline. `per_sm`
+    programs of num_warps warps share an SM. Kernels receive the tuple itself.
     """
 
     BLOCK_N: int
@@ -61,7 +61,7 @@ AnyTiles = TypeVar("AnyTiles", LogitTiles, ProductTiles)
 
 
 class Machine(NamedTuple):
-    """What tiles depend on: architecture (0: the interpreter), and number of SMs."""
+    """The properties that tiles depend on: architecture (0: the interpreter) and number of SMs."""
 
     arch: int
     sms: int
@@ -69,8 +69,8 @@ class Machine(NamedTuple):
 
 # Keys of the tables below: architectures, the interpreter, and on any GPU float32 or uneven sizes.
 INTERPRETER, SMALL = 0, -1
-# The fastest measured on an H200, with the kernels of commit c35b29c. FLATTEN would serialize the
-# products, because the epilogue of a tile changes the accumulators in place.
+# The fastest candidate on an H200 with the kernels of commit c35b29c; not timed with later ones.
+# FLATTEN would serialize the products, because the epilogue changes the accumulators in place.
 HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
 # interpreter's are small enough for several tiles in a small test.
@@ -132,9 +132,9 @@ def tiles_for(
     *,
     uneven: bool = False,
 ) -> tuple[AnyTiles, ...]:
-    """The candidates for this machine, the default first.
+    """The candidates for this machine, default first.
 
-    `uneven` as in `is_uneven`: each address then takes registers of its own.
+    `uneven` as in `is_uneven`: each address then takes separate registers.
     """
     if machine.arch > 0 and (uneven or dtype == torch.float32):
         return table[SMALL]
@@ -170,10 +170,10 @@ def is_uneven(matrix: Tensor) -> bool:
 
 
 def can_use_tma(machine: Machine, *matrices: Tensor) -> bool:
-    """Whether the copy engine can read these matrices: Hopper on, 16-bit, rows 16-byte aligned."""
+    """Whether TMA can read these matrices: Hopper and newer, 16-bit, rows 16-byte aligned."""
     if 0 < machine.arch < 90:
         return False
-    # The interpreter of Triton 3.5 wants 16 elements where 16 bytes are enough.
+    # The interpreter of Triton 3.5 requires 16 elements where 16 bytes are enough.
     step = 8 if machine.arch > 0 else 16
     return all(
         matrix.element_size() == 2
@@ -186,7 +186,7 @@ def can_use_tma(machine: Machine, *matrices: Tensor) -> bool:
 
 
 def operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
-    """The matrix itself, or the descriptor through which the copy engine moves blocks of it."""
+    """The matrix itself, or its TMA descriptor for blocks."""
     if not tma:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))

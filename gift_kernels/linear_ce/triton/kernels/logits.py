@@ -1,4 +1,4 @@
-"""Tiles of hidden @ head.T, reduced on the chip to sums of exponentials: no logit is stored.
+"""Tiles of hidden @ head.T, reduced on chip to sums of exponentials: no logits are stored.
 
 Letters: n valid tokens, D hidden, V vocabulary, C columns of a call, `rows` and `slices` of its
 buffers. For a tile of float32 accumulators a, the bias added:
@@ -7,21 +7,21 @@ buffers. For a tile of float32 accumulators a, the bias added:
     m = max x     e = 2^(bits · (x − m))     s = Σ e     s2 = Σ e · bits · (x − m)
 
 The logit of the softmax is z = bits · ln 2 · x. Only differences are multiplied by `bits`, so that
-an offset that all logits share costs no precision, however large. A logit costs a maximum, a
-subtraction, a multiplication, an exponential and a sum.
+an offset shared by all logits costs no precision. A logit costs a maximum, a subtraction, a
+multiplication, an exponential and a sum.
 
-The target's column takes no part in m, s and s2: its x is stored by itself, from the same
-accumulator. So −log p = log(1 + s · 2^(bits · (m − x_target))) keeps its relative accuracy when
-p → 1. Most slices hold no target and no column beyond C, so both cases are handled in branches.
+m, s and s2 exclude the target's column: its x is stored separately, from the same accumulator. So
+−log p = log(1 + s · 2^(bits · (m − x_target))) keeps its relative accuracy when p → 1. Most slices
+hold no target and no column beyond C, so both cases are handled in branches.
 
 With EXPONENTIALS the tile E = 2^(bits · (x − ref)) · (1 − tanh²) is stored too, rounded once to the
 dtype of the head: dlogits up to a factor of the row. bfloat16 reaches from 2^−126 to 2^128,
 therefore `ref` is guessed once and replaced by m only where a row exceeds it 2^MARGIN-fold;
 `_merge_kernel` rescales the slices of such a row to one reference. FINAL: the references are known
-from an earlier pass, only E is wanted.
+from an earlier pass; only E is computed.
 
-Programs are persistent; GROUP_M row tiles run in turn on one tile of the head, which all but the
-first read from L2. No atomics, no locks: each output element has one writer.
+Programs are persistent; GROUP_M row tiles in turn use one tile of the head, which all but the first
+read from L2. No atomics, no locks: each output element has one writer.
 """
 
 from typing import Any, NamedTuple
@@ -33,13 +33,13 @@ from gift_kernels.interpreter import correct_bfloat16
 
 correct_bfloat16()
 
-# Stands for −inf where it is subtracted: a difference of two infinities would be NaN.
+# Replaces −inf in subtractions: a difference of two infinities would be NaN.
 NO_REFERENCE = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Flags(NamedTuple):
-    """What a launch does; each combination is compiled by itself."""
+    """Variants of a launch; each combination is compiled separately."""
 
     HAS_BIAS: bool
     HAS_CAP: bool
@@ -52,7 +52,7 @@ class Flags(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """Tensors that the end of a tile reads and writes, and no descriptor."""
+    """Tensors that the epilogue of a tile reads and writes, all by pointer."""
 
     bias: Any  # [V]
     target: Any  # [rows] int32 rows of this head, −1: none
@@ -79,7 +79,7 @@ class Factors(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One head's values in a launch, the model's or the guide's, but for its matrices."""
+    """One head's arguments in a launch, the model's or the guide's, except its matrices."""
 
     ptr: Any  # Pointers
     first_v: Any
@@ -100,7 +100,7 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _copied_product(hidden, head, first_n, first_v, D, TILES: tl.constexpr):
-    """hidden [BLOCK_N, D] @ head[first_v : first_v + BLOCK_V].T by the copy engine, float32."""
+    """hidden [BLOCK_N, D] @ head[first_v : first_v + BLOCK_V].T by TMA, float32."""
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
@@ -114,11 +114,11 @@ def _copied_product(hidden, head, first_n, first_v, D, TILES: tl.constexpr):
 
 @triton.jit
 def _loaded_product(hidden, head, side, first_n, first_c, TILES: tl.constexpr):
-    """The same by plain loads, for columns first_c on of the call."""
+    """The same by pointer loads, for columns first_c on of the call."""
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
-    # Read before the loop: inside it Triton 3.6 loses those that are constants.
+    # Read before the loop: inside it Triton 3.6 loses the constant ones.
     D, stride_v, stride_d = side.size.D, side.size.stride_head_v, side.size.stride_head_d
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_v = side.first_v + first_c + tl.arange(0, BLOCK_V)
@@ -152,8 +152,8 @@ def soft_capped(a, inner, cap, HAS_CAP: tl.constexpr):
 def _is_column(c, WIDTH: tl.constexpr):
     """Whether a column of a tile is column c [N] of it: bool [N, WIDTH].
 
-    Columns are split into groups of eight and places in the group: a thread's groups are known to
-    the compiler, so that comparisons need no register for the column.
+    Columns are split into groups of eight and positions in a group: a thread's groups are known at
+    compile time, so comparisons need no register for the column.
     """
     rest = tl.arange(0, 8)[None, :]
     eight = tl.where((c[:, None] >= 0) & (c[:, None] % 8 == rest), c[:, None] // 8, -1)
@@ -194,7 +194,7 @@ def _finish_tile(a, exp, side, n, first_n, first_c, PARTS: tl.constexpr, FLAGS: 
         if not FLAGS.FINAL:
             x_target = tl.sum(tl.where(_is_column(target, WIDTH), x, 0.0), 1)
             tl.store(ptr.target_logit + offs_n, x_target, mask=here)
-        # Loaded again to save registers: the comparisons above would be kept until here.
+        # Loaded again to save registers: otherwise the comparisons above stay live until here.
         target = tl.load(ptr.target + offs_n, mask=mask_n, other=-1) - first_v - first_c
         x = tl.where(_is_column(target, WIDTH), float("-inf"), x)
     partial_ptrs = ptr.partial + first_c // WIDTH * rows + offs_n
@@ -305,8 +305,8 @@ def _two_heads_kernel(
 ):
     """`_logits_kernel`, after the statistics of a guide over all of its columns.
 
-    One queue of tiles for both: SMs for which no tile of the guide is left start on the model's.
-    Where the copy engine reads both heads, the tile's number picks the descriptors of one product.
+    One queue of tiles for both: SMs without a tile of the guide start on the model's. Where TMA
+    reads both heads, the tile's number selects the descriptors of one product.
     """
     BLOCK_N: tl.constexpr = TILES.BLOCK_N
     BLOCK_V: tl.constexpr = TILES.BLOCK_V

@@ -3,8 +3,8 @@
     dH [S, n, D] (+)= E [n, C] @ W [C, D]       n, the number of valid tokens, is on the device
     dW [C, D] (+)= (w G)ᵀ [C, n] @ H [n, D]     w G = factor · E, and target_factor at the target
 
-E becomes w G in registers, on its way from shared memory to the tensor cores. The columns of dH's
-product lie in S parts, each with a sum of its own (split-K), so that few rows keep all SMs busy.
+E becomes w G in registers, between shared memory and the tensor cores. dH's product is split over
+the columns into S parts with separate sums (split-K), so that few rows keep all SMs busy.
 
 Letters: n valid tokens, C columns of the chunk, D hidden. Operands are 16-bit or float32, sums
 float32. Rows of dH are written in the caller's order. Programs are persistent and skip tiles
@@ -23,7 +23,7 @@ correct_bfloat16()
 
 
 class ProductFlags(NamedTuple):
-    """How a launch reads its operands, and whether it adds to what is there."""
+    """How a launch reads its operands, and whether it accumulates."""
 
     ACCUMULATE: bool
     TMA: bool
@@ -40,7 +40,7 @@ class ProductSizes(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """What turns a row of E into dlogits: w G = factor · E, and target_factor at the target."""
+    """Turn a row of E into dlogits: w G = factor · E, and target_factor at the target."""
 
     factor: Any  # [rows]
     target_factor: Any  # [rows]
@@ -87,8 +87,8 @@ def dlogits(e, weights, first_n, first_v, n):
     factor = tl.load(weights.factor + offs_n, mask=mask_n, other=0.0)[:, None]
     at_target = tl.load(weights.target_factor + offs_n, mask=mask_n, other=0.0)[:, None]
     target = tl.load(weights.target + offs_n, mask=mask_n, other=-1)[:, None] - first_v
-    # A factor of 0 gives 0 even where E is NaN: a weight is 0, or there is no row. It also
-    # underflows where a chunk's logits are far below the others; the target does not depend on it.
+    # A factor of 0 gives 0 even where E is NaN: the weight is 0, or there is no row. It also
+    # underflows where a chunk's logits are far below the others; the target's term does not use it.
     g = tl.where(factor == 0.0, 0.0, e.to(tl.float32) * factor)
     return tl.where(tl.arange(0, e.shape[1])[None, :] == target, at_target, g).to(e.dtype)
 
@@ -166,7 +166,7 @@ def _add_parts(
 
 @triton.jit
 def sum_of_parts(ptrs, stride, mask, SPLITS: tl.constexpr):
-    """Σ of SPLITS tensors that lie `stride` elements apart."""
+    """Sum of SPLITS tensors that are `stride` elements apart."""
     total = tl.load(ptrs, mask=mask, other=0.0)
     for part in tl.static_range(1, SPLITS):
         total += tl.load(ptrs + part * stride, mask=mask, other=0.0)

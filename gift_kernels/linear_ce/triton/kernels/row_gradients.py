@@ -1,4 +1,4 @@
-"""Row kernels of the gradients: scaling of dH, and db.
+"""Row-wise kernels of the gradients: scaling of dH, and db.
 
 Letters: N rows of the caller, D hidden, `rows` and `columns` of a chunk's buffer E, C of these
 columns in use; w G as in `matmul`.

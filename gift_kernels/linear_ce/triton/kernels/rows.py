@@ -1,13 +1,13 @@
-"""Row kernels around the matrix kernels: valid tokens, their running sums, their statistics.
+"""Row-wise kernels: the list of valid tokens, their running sums, their statistics.
 
 Letters: N rows of the caller, n valid tokens (on the device only), D hidden, `rows` of a buffer,
 C columns and T slices of columns of a chunk. x are accumulators, z = nats · x logits and
-bits = nats / ln 2 (see `logits`). State of a row, over all columns seen so far but the target's:
+bits = nats / ln 2 (see `logits`). State of a row, over all columns so far except the target's:
 
     ref of E     M = max x     S = Σ 2^(bits (x − M))     S2 = Σ 2^(bits (x − M)) · bits (x − M)
 
-With x_y the target's x and u = S e^(nats (M − x_y)), all with relative accuracy as p → 1 and
-whatever offset all x have in common:
+With x_y the target's x and u = S e^(nats (M − x_y)), all with relative accuracy as p → 1 and for
+any common offset of x:
 
     nll = log(1 + u)     p = 1 / (1 + u)     1 − p = u / (1 + u)
 
@@ -28,7 +28,7 @@ correct_bfloat16()
 
 
 class Transform(NamedTuple):
-    """A `WeightTransform`, as kernels take it."""
+    """A `WeightTransform` as kernel arguments."""
 
     power: float
     floor: float
@@ -167,7 +167,7 @@ def _gather_kernel(
             if bias_ptr is not None:
                 a += tl.load(bias_ptr + target, mask=found, other=0.0).to(tl.float32)
             x = soft_capped(a, factor.inner, factor.cap, HAS_CAP) - BELOW / factor.bits
-            # Comparisons with NaN are false; an infinite reference would make NaN later.
+            # Comparisons with NaN are false; an infinite reference would give NaN later.
             x = tl.where(found & (tl.abs(x) < -NO_REFERENCE), x, NO_REFERENCE)
         tl.store(state_ptr + places, x, mask=mask_n)
         tl.store(state_ptr + N + places, 0.0, mask=mask_n)
@@ -199,7 +199,7 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds a chunk's slices to the state; rescales E and dH where the reference changed."""
+    """Adds a chunk's partial sums to the state; rescales E and dH where the reference changed."""
     BLOCK_D: tl.constexpr = 256  # of dH, at a time
     n = tl.minimum(tl.load(count_ptr) - first_row, rows)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -345,7 +345,8 @@ def _finish_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What the state says of the caller's rows; 0 on rows left out. CONFIDENCE: p is the weight.
+    """Statistics of the caller's rows from the state; 0 on rows left out. CONFIDENCE: p is the
+    weight.
 
     dH becomes factor · ΣE W + target_factor · W_y, the latter in float32.
     """

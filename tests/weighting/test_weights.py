@@ -13,12 +13,10 @@ from gift.config import TrainConfig
 from gift.data.encoding import Example
 from gift.errors import InputError
 from gift.training.micro_batches import IGNORE_INDEX
-from gift.weighting import (
-    STATISTICS,
-    Targets,
+from gift.weighting.formulas import WEIGHTINGS
+from gift.weighting.targets import Targets, find_turn_ends, gather_targets
+from gift.weighting.weights import (
     check_weighting,
-    find_turn_ends,
-    gather_targets,
     guided_rows,
     known_zeros,
     refuse_all_zero,
@@ -27,7 +25,6 @@ from gift.weighting import (
 from gift_kernels import TokenStats, WeightTransform, weighted_ce
 
 PLAIN = ("uniform", "self", "guide", "own-times-guide")
-WEIGHTINGS = (*PLAIN, "excess", "entropy")
 
 
 def options(weighting: Any, **settings) -> TrainConfig:
@@ -180,12 +177,13 @@ def test_what_is_known_to_be_zero_is_zero_whatever_the_model_says(weighting, pow
     guide = torch.tensor([0.0, 1e-30, 0.1, 0.19, 0.2, 0.3, 1.0])
     targets = targets_of(config, [guide, torch.full((2,), 0.1)])
     zero = known_zeros(config, targets)
-    known = [True] * 4 + [False] * 3 if level == "token" else [False] * 7
-    reads_guide = weighting in ("guide", "own-times-guide")
-    assert zero.tolist() == ([*known, True, True] if reads_guide else [False] * 9)
-    for q in (0.0, 1e-30, 0.3, 1.0):
-        own = own_stats(torch.full((9,), q))
-        assert not token_weights(config, own, targets)[zero].any()
+    if weighting == "guide":
+        known = [True] * 4 + [False] * 3 if level == "token" else [False] * 7
+        assert zero.tolist() == [*known, True, True]
+    own = [own_stats(torch.full((9,), p)) for p in (0.0, 1e-30, 0.3, 1.0)]
+    always = torch.stack([token_weights(config, stats, targets) == 0 for stats in own]).all(0)
+    has_bound = WEIGHTINGS[weighting].most is not None or not WEIGHTINGS[weighting].statistics
+    assert torch.equal(zero, always if has_bound else torch.zeros(9, dtype=torch.bool))
 
 
 REFUSED = [
@@ -265,7 +263,7 @@ def inside_and_in_the_open(
         target.masked_fill(left_out, IGNORE_INDEX),
         bias=bias,
         reduction="none",
-        stats=("top1", *STATISTICS[weighting]),
+        stats=("top1", *WEIGHTINGS[weighting].statistics),
     )
     weight = token_weights(config, stats, targets)
     open_loss = torch.where(weight == 0, 0, weight * nll).sum()

@@ -1,4 +1,4 @@
-"""Controls: weights that are like the guide's, without its judgement of the tokens.
+"""Controls: weights distributed like the guide's, without its judgement of the tokens.
 
     shuffle    a row's confidences, in a random order
     random     each drawn from the confidences of all rows, with replacement
@@ -7,22 +7,21 @@
 
 Each is transformed as the guide's confidences are, then scaled so that the weights of all rows have
 the mean that the guide's would have. Each row is drawn with the seed and its number; `random`,
-`constant` and the scale read the confidences of all rows. All is formed before training, so that
-neither ranks, nor micro-batches, nor resuming change it.
+`constant` and the scale read the confidences of all rows. All weights are formed before training,
+so they do not depend on ranks, micro-batches or resuming.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gift.config.train import Control
 from gift.errors import InputError
 from gift_kernels import WeightTransform
 from gift_kernels.reference import transform_weight
 
-Control = Literal["shuffle", "random", "invert", "constant"]
 # A sentence each for a study's report.
 ABOUT: dict[str, str] = {
     "shuffle": "The guide's confidences, in a random order within each row.",
@@ -45,7 +44,7 @@ def controlled_weights(
     Args:
         rows: the rows' numbers in the data.
         confidence: float32 [targets] by row.
-        free: bool [targets] by row; elsewhere tokens have a fixed weight and no part in this.
+        free: bool [targets] by row; False for tokens of fixed weight, which are left out.
 
     Raises:
         InputError: every controlled weight is 0 and none of the guide's is.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gift.controls import controlled_weights
 from gift.errors import InputError
+from gift.weighting.controls import controlled_weights
 from gift_kernels import WeightTransform
 
 PLAIN = WeightTransform()
