@@ -289,9 +289,10 @@ def _save(ctx: Any, arguments: tuple[Any, ...], result: LinearCE, weight_trained
     ctx.wanted = (options["want_dh"], options["want_dw"], options["want_db"])
     ctx.impl, ctx.recompute, ctx.deferred, inputs = options["impl"], None, None, ()
     if result.deferred is not None:
-        plan, tensors = result.deferred
-        ctx.deferred = (plan, options["logit_scale"], options["logit_softcap"])
-        inputs = (options["lm_head_weight"], options["bias"], *tensors)
+        # Its tensors are saved as autograd saves tensors, which frees them in the backward.
+        without = result.deferred._replace(tensors=[])
+        ctx.deferred = (without, options["logit_scale"], options["logit_softcap"])
+        inputs = (options["lm_head_weight"], options["bias"], *result.deferred.tensors)
     elif options["rowwise"] and (options["want_dw"] or options["want_db"]):
         ctx.recompute = [options[name] for name in _RECOMPUTE_OPTIONS]
         inputs = arguments[:4]
@@ -350,16 +351,15 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
 
 
 def _deferred_gradients(ctx: Any, saved: list[Tensor], upstream: Tensor) -> tuple[Any, Any]:
-    """dW and db of what the Triton kernels left to the backward; None where not wanted."""
+    """dW and db of what `solve` deferred; None where not wanted."""
     lm_head_weight, bias, *tensors = saved
-    plan, logit_scale, logit_softcap = ctx.deferred
+    deferred, logit_scale, logit_softcap = ctx.deferred
     _, want_dw, want_db = ctx.wanted
-    from gift_kernels.linear_ce.triton import forward as triton_ce
-
     head = LinearInputs(tensors[0], lm_head_weight, bias, logit_scale, logit_softcap)
-    with torch.cuda.device_of(lm_head_weight):
-        return triton_ce.solve_deferred(
-            head, triton_ce.Deferred(plan, tensors), upstream, want_dw=want_dw, want_db=want_db
+    found = deferred._replace(tensors=tensors)
+    with _surroundings(ctx.impl, lm_head_weight):
+        return _backend(ctx.impl).solve_deferred(
+            head, found, upstream, want_dw=want_dw, want_db=want_db
         )
 
 

@@ -142,7 +142,7 @@ def deferred_gradients(
     into = Gradients(
         None,
         torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_dw else None,
-        torch.empty(head.weight.shape[0], device=hidden.device) if want_db else None,
+        head.weight.new_empty(head.weight.shape[0], dtype=torch.float32) if want_db else None,
     )
     # An upstream gradient of 0 gives 0 whatever the sum is.
     order = weights_in_order(head, rows, factors, torch.where(upstream == 0, 0, rows.weight))
