@@ -1,1 +1,1 @@
-"""Benchmarks of `gift_kernels` and `gift` against what users have: `python -m benchmarks -h`."""
+"""Benchmarks of `gift_kernels` and `gift` against alternatives: `python -m benchmarks -h`."""

@@ -40,7 +40,7 @@ def main() -> None:
 
 def add_stages(results: report.Results, device: torch.device, seconds: float) -> None:
     """Annotation, training steps and merge, on real architectures."""
-    from benchmarks import end_to_end  # needs gift's packages; what is above does not
+    from benchmarks import end_to_end  # needs gift's packages, unlike the rest
 
     table = results.tables.setdefault("end to end", [])
     for row in end_to_end.measure_all("gpu" if device.type == "cuda" else "cpu", device, seconds):
@@ -49,7 +49,7 @@ def add_stages(results: report.Results, device: torch.device, seconds: float) ->
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures case after case and writes all results after each."""
+    """Measures the cases one by one and writes all results after each."""
     device = torch.device(arguments.device)
     cases = cpu_cases(arguments.quick) if device.type == "cpu" else gpu_cases(arguments.quick)
     rounds = (1, 3) if arguments.quick else (5, 60)
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = Settings(device, seconds=arguments.seconds, rounds=rounds)
     environment = report.environment(device)
     if arguments.quick and device.type == "cpu":
-        environment["dry_run"] = True  # toy sizes: nothing for README
+        environment["dry_run"] = True  # toy sizes are not shown in README
     output = report.new_folder(arguments.output, environment, arguments.overwrite)
     results = report.Results(output, environment)
     start = time.monotonic()

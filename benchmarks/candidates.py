@@ -1,6 +1,6 @@
 """Alternative tile and chunk sizes of the Triton cross-entropy, measured to choose the defaults.
 
-The default of each table is a candidate too, so that all are compared in one run.
+The default of each table is a candidate too, so one run compares all.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from gift_kernels.linear_ce.types import LinearInputs
 
 
 def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
-    """Plans that differ from the default in one thing each, the default first."""
+    """Plans that each differ from the default in one setting, the default first."""
     head = LinearInputs(inputs.hidden, inputs.weight, None, 1.0, case.shape.softcap)
     default = default_plan(head)
     changes: dict[str, dict[str, Any]] = {"default": {}}
@@ -38,7 +38,7 @@ def candidates(case: CECase, inputs: CEInputs) -> list[Provider]:
                 if tiles != getattr(default, field):
                     changes[f"{field} {'-'.join(map(str, tiles))}"] = {field: tiles}
     field, factors = "chunk", [(1, 0.5), (1, 2), (2, 0.5), (4, 0.25), (0.5, 2), (0.25, 4)]
-    if case.trainable:  # as many rows as dW keeps, or there is one product more
+    if case.trainable:  # as many rows as dW can keep, else there is one product more
         field, factors = "kept", [(1, 0.25), (1, 0.5), (1, 2)]
     shape: Shape = getattr(default, field)
     for rows, columns in factors:

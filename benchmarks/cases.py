@@ -1,4 +1,4 @@
-"""What is measured: operation × head shape × tokens × dtype × direction × weighting.
+"""The cases to measure: operation × head shape × tokens × dtype × direction × weighting.
 
 Letters: N tokens, D hidden, V vocabulary, R LoRA rank, K in, M out. A unit is 2·N·V·D flops, one
 product of the hidden states with the head.

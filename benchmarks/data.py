@@ -2,13 +2,13 @@
 
 Peaked: token ids are frequency ranks (BPE merges come roughly in that order) and targets follow
 Zipf's law, p ∝ 1 / (rank + 2.7). A tail of logits with spread TAIL_STD around −PRIOR·ln(rank + 3)
-stands for the vocabulary at large; each row's target and RIVALS other likely tokens are lifted over
-it so that the target gets the confidence that was drawn for it. Confidences of the guide mix three
-kinds of tokens: near-certain, undecided and surprising. The model's own are the same, sharpened or
-blunted by a factor per row.
+represents the vocabulary at large; the logits of each row's target and of RIVALS other likely
+tokens are raised above it so that the target gets the confidence drawn for it. Confidences of the
+guide mix three kinds of tokens: near-certain, undecided and surprising. The model's own are the
+same, sharpened or blunted by a factor per row.
 
-Flat: independent Gaussian hidden states and head, uniform targets. Real training never looks like
-it; it is here because random inputs are what most benchmarks use.
+Flat: independent Gaussian hidden states and head, uniform targets. Unlike real training, but what
+most benchmarks use.
 """
 
 import math

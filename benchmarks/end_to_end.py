@@ -10,10 +10,10 @@ and a weighted sum of cross-entropies, as a Trainer subclass has it; Transformer
 (its layers, and its fused loss with `reduction="none"` times the weights). TRL's trainer:
 `benchmarks/trl_sft.py`. Merge: `benchmarks/merge_8b.py`.
 
-All ways of a stage share the rows, the model and one process and take turns; all training ways
-have the same rows in a step and at once. A way whose results are wrong (`stage_compare.py`) is not
-timed. Token counts include prompts but not padding. On a GPU the time of one call is given by kind
-of kernel.
+All alternatives of a stage share the rows, the model and one process and are timed in turn; in
+training they have the same rows per step and per forward pass. A way whose results are wrong
+(`stage_compare.py`) is not timed. Token counts include prompts but not padding. On a GPU the time
+of one call is given by kind of kernel.
 """
 
 import argparse

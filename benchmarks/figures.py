@@ -1,5 +1,6 @@
 """Figures of a run: each provider's time in each case, and time and memory against tokens."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from benchmarks.report import CANDIDATES, KEY, Row
 
 COLORS = {"ours": "#41618f", "baseline": "#8c8c8c", "peer": "#b8c4d6", "floor": "#dda15e"}
-WIDEST = 4  # bars longer than this many times the fastest way's are cut, their time beside them
+LABEL_WIDTH = 90  # characters of a title's line
+WIDEST = 4  # bars longer than this many times the fastest are cut and labelled with their time
 
 
 def plot(output: Path, rows: Sequence[Row]) -> None:
@@ -30,7 +32,7 @@ def plot(output: Path, rows: Sequence[Row]) -> None:
 
 
 def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
-    """One bar chart a case: ours, every other and the floor, fastest first."""
+    """One bar chart per case: ours, all others and the lower bound, fastest first."""
     labels = list(dict.fromkeys(row["case"] for row in rows))
     charts = [
         sorted((row for row in rows if row["case"] == label), key=lambda row: row["time_ms"])
@@ -54,7 +56,7 @@ def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
         names = [row["provider"] for row in chart]
         place.set_yticks(range(len(chart)), names, fontsize=7)
         place.invert_yaxis()
-        place.set_title(label, fontsize=8, loc="left")
+        place.set_title(textwrap.fill(label, LABEL_WIDTH), fontsize=8, loc="left")
         place.set_xlim(0, 1.12 * min(longest, chart[-1]["time_ms"]))
         place.tick_params(axis="x", labelsize=7)
         place.spines[["top", "right"]].set_visible(False)
@@ -63,7 +65,7 @@ def _cases(pyplot: Any, rows: Sequence[Row]) -> Any:
 
 
 def _growing_family(rows: Sequence[Row]) -> list[Row]:
-    """The rows that differ in their number of tokens only, where there are most of these."""
+    """The largest set of rows that differ only in their number of tokens."""
     alike = [name for name in KEY if name not in ("case", "tokens", "provider")]
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -1,8 +1,8 @@
-"""What the kernels are meant to reach, and what a run says about it.
+"""The goals of the kernels, and whether a run meets them.
 
-Ratios are of times in one run. The floor, a lower bound, is the time of the fewest matrix products
-with which the operation can be computed, or of a copy of the weight; the fastest other is full
-logits or an exact peer.
+Ratios are of times in one run. The lower bound ("floor" in results) is the time of the fewest
+matrix products with which the operation can be computed, or of a copy of the weight; the fastest
+other is full logits or an exact peer.
 """
 
 from collections.abc import Callable, Sequence
@@ -121,7 +121,7 @@ GOALS = (
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """One row for each goal and head: what was wanted, what was found, and whether it is met."""
+    """One row for each goal and head: the bound, the measured figure, and whether it is met."""
     found: list[Row] = []
     for goal in GOALS:
         cases = [row for row in rows if row["provider"] == goal.provider and goal.chosen(row)]

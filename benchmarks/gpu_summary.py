@@ -1,4 +1,4 @@
-"""What a run of the GPU suite found, in short, and what in it is a failure."""
+"""The summary of a run of the GPU suite, and its failures."""
 
 import re
 
@@ -10,7 +10,7 @@ REQUIRED = ("tests", "accuracy")  # parts without which a run proves nothing
 
 
 def summary(results: report.Results) -> str:
-    """What was found, in at most SUMMARY_CHARACTERS characters."""
+    """The results in at most SUMMARY_CHARACTERS characters."""
     lines = [f"# {results.environment['device']}, {results.environment['date']}"]
     for title in ("tests", "goals", "host time", "compute-sanitizer", "not run", "end to end"):
         if results.tables.get(title):
@@ -35,7 +35,7 @@ def summary(results: report.Results) -> str:
 
 
 def failures(results: report.Results, measured: bool = True) -> list[report.Row]:
-    """Rows that say that something of ours is wrong, or that a part could not run.
+    """Rows of wrong results of ours, or of parts that could not run.
 
     With `measured`, it is also a failure if none of our providers was measured.
     """
@@ -60,6 +60,12 @@ def failures(results: report.Results, measured: bool = True) -> list[report.Row]
     ):
         broken.append({"part": "benchmarks", "reason": "nothing of ours was measured"})
     return broken
+
+
+def told(row: report.Row) -> str:
+    """A failure in a line: what failed, and how."""
+    names = (*report.NAMES, "status", "verdict", "found", "reason")
+    return ", ".join(str(row[name]) for name in names if row.get(name))
 
 
 def is_bad(row: report.Row) -> bool:

@@ -1,4 +1,4 @@
-"""Where a call's time on a GPU goes, by kind of kernel, from the names that kernels bear."""
+"""A call's time on a GPU by kind of kernel, from the kernels' names."""
 
 import re
 import time

@@ -1,10 +1,10 @@
-"""How a case is measured: correct first, then time and memory.
+"""Measures a case: first correctness, then time and memory.
 
 1. Gate. Every provider runs on inputs of the case's shape (at most GATE_TOKENS rows) and is
    compared with the specification in float64 on the same inputs: the loss or confidences, and the
-   gradients under a random upstream factor. The budget is twice the error of the full-logits way
-   in the same dtype, and at least what the dtype's rounding allows. A provider that
-   exceeds it is reported as wrong and not timed.
+   gradients under a random upstream factor. The budget is twice the error of full logits in the
+   same dtype, and at least the dtype's rounding error. A provider that exceeds it is reported as
+   wrong and not timed.
 2. Time (`benchmarks/turns.py`). All providers live in one process and take turns in an order that
    rotates and reverses, so that drift of the machine affects all. Inputs rotate, and CUDA's
    caches are emptied, so that no cache keeps them. Median, 20th and 80th percentile.
@@ -324,7 +324,7 @@ def time_columns(case: Case, samples: Sequence[float]) -> dict[str, Any]:
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Time over the floor's and over the best other exact provider's, where these were measured."""
+    """Time over the lower bound's and over the best other exact provider's, where measured."""
     timed = [row for row in rows if row.get("time_ms")]
     floors = [row["time_ms"] for row in timed if row["kind"] == "floor"]
     others = [
@@ -338,7 +338,7 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def empty_row(case: Case, provider: Provider) -> dict[str, Any]:
-    """What a result row of a provider says before anything has run."""
+    """A provider's result row before anything has run."""
     # A provider's own error budget applies to gradients only.
     approximate = provider.budget is not None and case.describe()["direction"] != "forward"
     notes = ["approximate" if approximate else "", provider.note(case)]

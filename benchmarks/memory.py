@@ -1,4 +1,4 @@
-"""Largest memory of one call beyond what was held before it."""
+"""Peak memory of one call beyond the memory in use before it."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> float:
-    """Bytes the call held at its peak beyond those held before; NaN if that cannot be measured.
+    """Peak bytes of the call beyond those in use before; NaN if that cannot be measured.
 
     CUDA: PyTorch's allocator. Elsewhere: resident memory, as Linux counts it.
     """

@@ -1,4 +1,4 @@
-"""Memory, time and rounding of `gift merge` on a synthetic Llama-3-8B, beside PEFT where it fits.
+"""Memory, time and rounding of `gift merge` on a synthetic Llama-3-8B, and of PEFT where it fits.
 
     python benchmarks/merge_8b.py --folder /tmp/merge --layers 32            # 16 GB, ours only
     python benchmarks/merge_8b.py --folder /tmp/merge --layers 4 --vocab 32000 --peft

@@ -1,7 +1,7 @@
-"""Ways to add a LoRA product to a weight: ours, PEFT's and plain PyTorch.
+"""Implementations that add a LoRA product to a weight: ours, PEFT's and plain PyTorch.
 
-Ways that work in place change the weight of their inputs at every call, as they would in use; the
-time does not depend on its values.
+Those in place change the weight of their inputs at every call, as in use; the time does not depend
+on its values.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Makes pairs of tiny models in the demo's world, guides that are wrong or new to the domain, and
 noisy and clean references; then runs a study of all methods with noisy references, and one without
-merge methods with clean ones. What is finished is not done again. About half an hour of a core.
+merge methods with clean ones. Finished parts are skipped. Takes about half an hour on one core.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PAIRS: dict[str, tuple[int, dict[str, Any]]] = {
     "deep": (30, {"layers": 3}),
 }
 REFERENCES = {"noisy": world.TASK_NOISE, "clean": world.CLEAN}
-# What the wrong guide is taught: tidy steps that stop at 0 and 9, where the task wraps around.
+# References of the wrong guide: clean steps that stop at 0 and 9, where the task wraps around.
 CORRUPTED = world.Noise(wrong_convention=1.0, slip=0.1)
 NO_PROGRAMS = world.Mixture(document_programs=0.0, conversation_programs=0.0)
 NEW_RECIPE = {"primer_steps": 0, "mixture": NO_PROGRAMS}
@@ -45,7 +45,7 @@ EVALUATED = ("task", "own worked style", "other tasks")
 
 
 def methods(guides: Path) -> dict[str, dict[str, Any]]:
-    """All methods by name; `guides` has the folders of the guides that fail."""
+    """All methods by name; `guides` has the folders of the failing guides."""
     return {
         "GIFT": DEMO_METHODS["GIFT"],
         # Other weightings, and other models trained or asked.
@@ -151,7 +151,7 @@ def study_file(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Makes what is not there yet, and runs the studies."""
+    """Makes missing parts, and runs the studies."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="for models and studies")
     parser.add_argument("--results", type=Path, help="also copy results, files and reports there")

@@ -1,4 +1,4 @@
-"""Adapters to other people's linear cross-entropies, called as their users would call them."""
+"""Adapters to other packages' linear cross-entropies, called as their users would call them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -229,7 +229,7 @@ def _quack_note(case: CECase) -> str:
 
 
 def _checkpointed_chunks(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
-    """Full logits of 1024 rows at once, recomputed in the backward: the way without any package."""
+    """Full logits of 1024 rows at a time, recomputed in the backward: needs no package."""
     from torch.utils.checkpoint import checkpoint
 
     def part(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a provider is, and workarounds that several of them share.
+"""The type of a provider, and workarounds that several of them share.
 
 A CE provider turns a case and its inputs into the loss Σ w·nll / N (`weighted_ce`) or into
 confidences [N] (`token_confidence`); gradients come from autograd. A merge provider returns the
@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.cases import Case, CECase, gpu_cases
 from benchmarks.data import CEInputs
 
-Kind = str  # "ours", "candidate" (ours with other settings), "peer", "baseline" or "floor"
+# "ours", "candidate" (ours with other settings), "peer", "baseline" or "floor" (the lower bound)
+Kind = str
 CE_OPS = ("weighted_ce", "token_confidence")
 
 
@@ -47,7 +48,7 @@ class Provider:
 
 
 def logits_of(case: CECase, hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 logits [N, V] the way Transformers makes them: product and soft-cap in the dtype."""
+    """float32 logits [N, V] as in Transformers: product and soft-cap in the inputs' dtype."""
     logits = torch.nn.functional.linear(hidden, weight)
     softcap = case.shape.softcap
     if softcap is not None:
@@ -94,7 +95,7 @@ def weighted_mean_loss(
 def from_nll(
     nll_of: Callable[[CECase, Tensor, Tensor, Tensor], Tensor],
 ) -> Callable[[CECase, CEInputs], Callable[[], Tensor]]:
-    """`prepare` of a provider that has per-token losses and nothing more."""
+    """`prepare` of a provider that only has per-token losses."""
 
     def prepare(case: CECase, inputs: CEInputs) -> Callable[[], Tensor]:
         def rows(hidden: Tensor, weight: Tensor) -> Tensor:

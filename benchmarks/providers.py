@@ -1,4 +1,4 @@
-"""The registry of providers by operation. Ours, full logits and the floors are defined here."""
+"""The registry of providers by operation; ours, full logits and lower bounds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from benchmarks.provider import CE_OPS, Provider, compile_skip, eager_nll, from_
 
 
 def providers_of(case: Case) -> list[Provider]:
-    """Providers that implement the case's operation, ours first and floors last."""
+    """Providers that implement the case's operation, ours first and lower bounds last."""
     registry = [*own_providers(), *peers.PROVIDERS, *merge_providers.PROVIDERS, *floors()]
     order = {"ours": 0, "baseline": 1, "peer": 2, "floor": 3}
     known = [provider for provider in registry if case.op in provider.ops]
@@ -59,7 +59,7 @@ def own_providers() -> list[Provider]:
 
 
 def floors() -> list[Provider]:
-    """Bare products of the same shape, and a copy: what no implementation can beat by much."""
+    """Lower bounds: the matrix products alone, and a copy."""
 
     def note(case: Case) -> str:
         if isinstance(case, MergeCase):

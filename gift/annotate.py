@@ -9,7 +9,7 @@ reach the head.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,6 @@ from gift.models.head import check_head
 from gift.models.loading import (
     folder_context,
     load_causal_lm,
-    model_hash,
     model_structure,
     pick_device,
     pick_dtype,
@@ -51,7 +50,7 @@ from gift.models.loading import (
     versions,
 )
 from gift.models.tokenizer import template_hash, tokenizer_hash
-from gift.speed import SPEED_FILE, Clock, print_times, stage_speed
+from gift.speed import SPEED_FILE, Clock, load_and_hash, print_times, stage_speed
 from gift.storage.files import hash_json, write_json
 from gift.storage.publish import Output
 
@@ -81,12 +80,8 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
     require_vocabulary(structure, data, config.model)
     require_same_tokens("--tokenizer", folder, other, data.kept, config.tokenizer)
     clock = Clock()
-    # The files are hashed while the model is loaded from them.
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(model_hash, folder)
-        guide = _load_guide(config, folder, data, clock)
-        with clock("hash"):
-            weights = hashing.result()
+    load = partial(_load_guide, config, folder, data)
+    guide, weights = load_and_hash(folder, clock, load)
     made_from = _made_from(config, weights, tokenizer, guide.packed)
     ranks.begin_shared(group, output, made_from)
     with clock("compute"):
@@ -127,7 +122,7 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
 class Annotator:
     """A guide that annotates batches of rows: an actor class for `ray.data.Dataset.map_batches`.
 
-    It needs no Ray: an instance is a function of a batch. The model is loaded once.
+    Ray is not needed: an instance can be called with a batch. The model is loaded once.
 
     Args:
         model: the guide, a folder or a hub id; `tokenizer` names another model's tokenizer and
@@ -277,10 +272,9 @@ def confidence_summary(confidence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _load_guide(config: AnnotateConfig, folder: Path, data: EncodedData, clock: Clock) -> Guide:
+def _load_guide(config: AnnotateConfig, folder: Path, data: EncodedData) -> Guide:
     device = pick_device(config.device)
-    with clock("load"):
-        model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
     shortest = min(data.kept, key=lambda example: len(example.input_ids))
     check_head(model, torch.from_numpy(shortest.input_ids).long().to(device))
     return Guide(model, enable_packing(model, data.kept), config.guide_temperature)

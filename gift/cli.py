@@ -38,7 +38,7 @@ from gift.config import (
 )
 from gift.config.recipe import build_config
 from gift.distributed.environment import processes
-from gift.errors import InputError, lacks_memory
+from gift.errors import InputError, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,7 +101,7 @@ def _add_command(
         except KeyboardInterrupt as error:  # Typer would end without a message
             _fail(f"{str(error) or 'interrupted'}; run the same command again to resume", 130)
         except RuntimeError as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             sizes = [f"--{key.replace('_', '-')}" for key in SIZES if key in config.model_fields]
             advice = f"lower {' or '.join(sizes)}" if sizes else "compute less at once"

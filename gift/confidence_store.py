@@ -19,7 +19,7 @@ from gift.data.encoding import EncodedData
 from gift.data.rows import json_lines
 from gift.errors import InputError
 from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
-from gift.storage.files import naming, read_record, write_json
+from gift.storage.files import naming_file, read_record, write_json
 from gift.storage.publish import check_published
 from gift_kernels.linear_ce.types import Statistic
 
@@ -84,10 +84,10 @@ def write_store(
         "confidence": np.concatenate([np.zeros(0, np.float32), *confidence]).astype(np.float32),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     }
-    with naming(folder / CONFIDENCE_FILE):
+    with naming_file(folder / CONFIDENCE_FILE):
         save_file(tensors, folder / CONFIDENCE_FILE)
     if statistics is not None:
-        with naming(folder / STATISTICS_FILE):
+        with naming_file(folder / STATISTICS_FILE):
             save_file(statistics._asdict(), folder / STATISTICS_FILE)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     hashes = {

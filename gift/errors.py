@@ -18,7 +18,7 @@ class InputError(ValueError):
     """
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; PyTorch has an error type for GPUs only."""
     said = repr(error).lower()
     return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)

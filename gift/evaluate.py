@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,7 @@ from gift.models.loading import (
     versions,
 )
 from gift.models.tokenizer import load_tokenizer, tokenizer_hash
+from gift.speed import SPEED_FILE, Clock, load_and_hash, print_times
 from gift.storage.files import (
     hash_json,
     read_json_lines,
@@ -124,9 +126,10 @@ def _ask_model(
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
     prompts = render_prompts(tokenizer, questions)
-    weights = model_hash(folder)
     device = pick_device(config.device)
-    model = load_causal_lm(folder, pick_dtype(config.dtype, device), device)
+    load = partial(load_causal_lm, folder, pick_dtype(config.dtype, device), device)
+    clock = Clock()
+    model, weights = load_and_hash(folder, clock, load)
     inputs = _token_ids(tokenizer, prompts)
     require_embeddings(model, max(max(ids, default=0) for ids in inputs), config.model)
     # Everything that determines the replies. Not the batch size, so that a run that ran out of
@@ -140,15 +143,23 @@ def _ask_model(
     }
     groups = [question.group for question in questions]
     if checker is None:
-        samples = _choose(config, model, made_from, tokenizer, questions, prompts, output, group)
+        with clock("compute"):
+            samples = _choose(
+                config, model, made_from, tokenizer, questions, prompts, output, group
+            )
         metrics = summarize_choices(samples, groups)
     else:
         short = _count_short(config, model, inputs)
-        replies = _generate(config, model, made_from, tokenizer, inputs, output, group)
+        with clock("compute"):
+            replies = _generate(config, model, made_from, tokenizer, inputs, output, group)
         if not group.is_main:
             return [], {}
-        samples = _check(config, checker, questions, prompts, replies)
+        with clock("check"):
+            samples = _check(config, checker, questions, prompts, replies)
         metrics = summarize(samples, groups) | {"questions_cut_by_context": short}
+    if group.is_main:
+        write_json(output.partial / SPEED_FILE, {"seconds": clock.seconds})
+        print_times(clock)
     return samples, metrics | {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

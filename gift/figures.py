@@ -54,4 +54,4 @@ def draw_reliability(
         right = [100 * band["first_choice_is_target"] for band in bands]
         panel.plot(sure, right, marker=".", color=color, label=label)
     panel.set_xlabel("the guide's largest probability, %", fontsize=8)
-    panel.set_ylabel("its first choice is the data's token, %", fontsize=8)
+    panel.set_ylabel("its likeliest token is the data's, %", fontsize=8)

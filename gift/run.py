@@ -26,7 +26,7 @@ from gift.merge.methods import METHODS
 from gift.models.loading import listed, model_hash, model_structure, quantisation, resolve_model
 from gift.models.tokenizer import load_tokenizer
 from gift.storage.files import hash_file, hash_folder, hash_json, read_json
-from gift.storage.lock import lock_path, owned
+from gift.storage.lock import lock_path, locked
 from gift.storage.publish import (
     check_published,
     complete,
@@ -65,7 +65,7 @@ def run(config: RunOptions) -> dict[str, str]:
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
     check_pair(config)
-    with owned(config.output):
+    with locked(config.output):
         stages = _stages(config)
         _refuse_other_folder(config.output, [stage.config.output for stage in stages])
         states, rows = {}, []
@@ -93,7 +93,7 @@ def _refuse_other_folder(output: Path, folders: Sequence[Path]) -> None:
 
 def is_finished(output: Path, key: str, overwrite: bool) -> bool:
     """Whether a stage's folder is complete; InputError if it must be overwritten but may not."""
-    with owned(output):
+    with locked(output):
         complete(output)
     if not output.exists():
         return False

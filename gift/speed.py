@@ -5,14 +5,19 @@ each row, the head for every target; neither padding nor recomputation.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from gift.console import print_table
 from gift.data.encoding import Example
+from gift.models.loading import model_hash
+
+Loaded = TypeVar("Loaded")
 
 SPEED_FILE = "speed.json"
 # Dense 16-bit TFLOP/s from the makers' data sheets, by a part of the device's name.
@@ -37,6 +42,16 @@ class Clock:
         finally:
             passed = time.perf_counter() - started
             self.seconds[kind] = self.seconds.get(kind, 0.0) + passed
+
+
+def load_and_hash(folder: Path, clock: Clock, load: Callable[[], Loaded]) -> tuple[Loaded, str]:
+    """What `load` returns, and the `model_hash` of the folder that it reads, found meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(model_hash, folder)
+        with clock("load"):
+            loaded = load()
+        with clock("hash"):
+            return loaded, hashing.result()
 
 
 def useful_flops(

@@ -15,7 +15,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from gift.models.head import check_head
 from gift.models.loading import (
     folder_context,
     load_causal_lm,
-    model_hash,
     model_structure,
     pick_device,
     pick_dtype,
@@ -48,8 +46,8 @@ from gift.models.loading import (
     versions,
 )
 from gift.models.tokenizer import load_tokenizer, template_hash, tokenizer_hash
-from gift.speed import SPEED_FILE, Clock, print_times, speed
-from gift.storage.files import hash_file, hash_json, naming, replacing, write_json
+from gift.speed import SPEED_FILE, Clock, load_and_hash, print_times, speed
+from gift.storage.files import hash_file, hash_json, naming_file, replacing, write_json
 from gift.storage.publish import WORK_FOLDER
 from gift.training.checkpoint import TrainingState
 from gift.training.gradients import SUMS, accumulate_gradients, flat_gradients
@@ -88,13 +86,9 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
         require_same_tokens("--model", folder, other, data.kept, "the data's tokenizer")
         device = _device(config, group)
         dtype = pick_dtype(config.dtype, device)
-        # The files are hashed while the model is loaded from them.
-        with ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(model_hash, folder)
-            with clock("load"):
-                model, packed = _adapted_model(config, data, dtype, device)
-            with clock("hash"):
-                weights = hashing.result()
+        (model, packed), weights = load_and_hash(
+            folder, clock, lambda: _adapted_model(config, data, dtype, device)
+        )
         made_from = {
             **_made_from(config, weights, tokenizer, store),
             "device": device.type,
@@ -124,15 +118,15 @@ def train(config: TrainConfig, key: str = "") -> dict[str, Any]:
                 _write_adapter(model, tokenizer, partial, history, manifest)
             write_json(partial / SPEED_FILE, {"seconds": clock.seconds})
     if group.is_main:
-        _print_result(config, targets.left, summary, clock)
+        _print_result(config, targets.not_adapted, summary, clock)
     return summary
 
 
 def _print_result(
-    config: TrainConfig, left: Sequence[str], summary: dict[str, Any], clock: Clock
+    config: TrainConfig, not_adapted: Sequence[str], summary: dict[str, Any], clock: Clock
 ) -> None:
-    if left:
-        note = f"Note: no LoRA pair for {', '.join(left)}"
+    if not_adapted:
+        note = f"Note: no LoRA pair for {', '.join(not_adapted)}"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_summary(f"Trained {config.weighting} adapter: {config.output}", summary)
     print_times(clock)
@@ -184,8 +178,12 @@ def _fit(
     steps_per_epoch = -(-len(rows) // config.global_batch_size)
     steps = steps_per_epoch * config.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Fused on a GPU: otherwise a step makes copies of all parameters, for which no memory is kept.
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=parameters[0].is_cuda,
     )
     scheduler = get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
     torch.manual_seed(_dropout_seed(config.seed, group.rank))
@@ -386,9 +384,9 @@ def _write_adapter(
     history: Sequence[dict[str, float]],
     manifest: dict[str, Any],
 ) -> None:
-    with naming(partial / "adapter_model.safetensors"):
+    with naming_file(partial / "adapter_model.safetensors"):
         model.save_pretrained(partial, save_embedding_layers=False)
-    with naming(partial / "tokenizer.json"):
+    with naming_file(partial / "tokenizer.json"):
         tokenizer.save_pretrained(partial)
     write_json(partial / MANIFEST_FILE, manifest)
     _write_metrics(partial, history)

@@ -355,7 +355,7 @@ def merge_arguments(
     return w.detach(), *detached, scales, transposed, seed, choice("impl", impl, get_args(Impl))
 
 
-def own_memory(weight: Tensor) -> None:
+def no_shared_memory(weight: Tensor) -> None:
     """Raises ValueError if elements of a weight that will be overwritten share memory."""
     steps = sorted((t, n) for t, n in zip(weight.stride(), weight.shape, strict=True) if n > 1)
     reach, nested = 0, weight.numel() > 0

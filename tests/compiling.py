@@ -1,4 +1,4 @@
-"""Compile Triton kernels for NVIDIA's architectures on any machine, and read what came out.
+"""Compile Triton kernels for NVIDIA's architectures on any machine, and read the results.
 
 A helper for tests, not a test. Where there is no GPU the tests run with TRITON_INTERPRET=1, under
 which `@triton.jit` yields an interpreted function that cannot be compiled. So the kernels are

@@ -25,6 +25,12 @@ def device() -> str:
     return "cuda" if HAS_CUDA else "cpu"
 
 
+def pytest_runtest_teardown() -> None:
+    # The processes of pytest-xdist share the device's memory.
+    if HAS_CUDA and torch.cuda.memory_reserved() > 1 << 32:
+        torch.cuda.empty_cache()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if HAS_CUDA:
         return

@@ -30,7 +30,7 @@ from gift.merge.diff import diff
 from gift.merge.statistics import merge_statistics
 from gift.merge.unmerge import unmerge
 from gift.run import run
-from gift.storage.lock import owned
+from gift.storage.lock import locked
 from gift.train import train
 
 CPU = {"device": "cpu"}
@@ -115,7 +115,7 @@ def an_owner(output: Path) -> Iterator[int]:
     receiving, sending = os.pipe()
     process = os.fork()
     if process == 0:
-        with owned(output):
+        with locked(output):
             os.write(sending, b".")
             signal.pause()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Tables at every width: names are never cut, numbers never broken, columns move."""
+"""Tables at every width: names and numbers stay whole, columns move to further tables."""
 
 import io
 import re

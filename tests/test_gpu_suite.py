@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, gpu_suite, gpu_summary, report, turns
+from benchmarks import counted, goals, gpu_suite, gpu_summary, readme, report, turns
 from benchmarks.cases import CECase, gpu_cases, toy_cases
 from benchmarks.measure import measure_case
 from benchmarks.native_tests import pytest_row
 from benchmarks.providers import own_providers
 from benchmarks.suite import Suite
 from benchmarks.turns import LOST, Settings
+from gift_kernels.linear_ce.triton.chunk_size import Shape
 
 CPU = Settings(torch.device("cpu"), seconds=0.0, rounds=(1, 1))
 
@@ -77,6 +78,7 @@ def test_the_suite_says_so_where_something_is_wrong(tmp_path: Path) -> None:
     for name, row in BAD.items():
         bad = replace(good, tables={**GOOD, name: [*GOOD[name], row]})
         assert gpu_summary.failures(bad) == [row], name
+    assert gpu_summary.told(BAD["tests"]) == "kernels, rc 4"
     late = {"part": "accuracy", "reason": "the budget ended; 3 cases were not begun"}
     assert gpu_summary.failures(replace(good, tables={**GOOD, "not run": [late]})) == [late]
 
@@ -157,6 +159,20 @@ def test_a_step_that_does_not_end_is_given_up(
     assert not gone_on.wait(1.2)
 
 
+def test_the_end_of_the_budget_is_nobodys_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone_on = threading.Event()
+    monkeypatch.setattr(os, "execv", lambda *_: gone_on.set())
+    suite = replace(new_suite(tmp_path, "benchmarks"), seconds=0.0)
+    suite.settings.running = own_providers()[0]
+    with suite.limited(90.0, toy_cases()[0]):
+        assert gone_on.wait(20)
+    written = report.read_results(tmp_path)
+    assert not written.rows and not gpu_summary.failures(written, measured=False)
+    assert written.tables["not run"] == [{"part": "benchmarks", "reason": "the budget ended"}]
+
+
 def test_whole_stages_that_take_too_long_keep_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +225,26 @@ def test_the_time_of_the_host_is_judged() -> None:
     rows = [{"call": "frozen head", "tokens": tokens, "µs": 700.0 + tokens} for tokens in (1, 256)]
     rows += [{"call": "lora_merge_, bfloat16 factors", "tokens": 0, "µs": 30.0}]
     assert [row["met"] for row in goals.judge_host(rows)] == ["no", "yes", "not measured"]
+
+
+def test_the_tests_to_run_natively_are_there() -> None:
+    for name in (*gpu_suite.GOLDEN_TESTS, *gpu_suite.KERNEL_TESTS):
+        assert (report.ROOT / name).is_file(), name
+
+
+def test_every_goal_of_time_has_a_count() -> None:
+    """And the count of a case that was measured is what was measured."""
+    (folder,) = [one for one in readme.newest() if "cpu" not in one.name]
+    rows = {
+        (row["goal"], row["case"]): row for row in counted.table(report.read_results(folder).rows)
+    }
+    names = {goal.name for goal in goals.GOALS if not goal.name.endswith((" MB", " of q"))}
+    assert {goal for goal, _ in rows} == names
+    missing = {goal for (goal, _), row in rows.items() if row["counted"] is None}
+    assert missing <= {"frozen head, 256 tokens, × the fastest other"}, "a time was measured"
+    measured = counted.call_time(counted.work_of("llama-3.1-8b"), 8192, Shape(2048, 25088))
+    measured /= 2 * counted.product(counted.work_of("llama-3.1-8b"), 8192)
+    assert measured == pytest.approx(1.1325, rel=0.015)
 
 
 def test_what_goals_are_about_comes_first() -> None:

@@ -1,4 +1,4 @@
-"""The stored study: its methods are all there are, and its tables say what its results say."""
+"""The stored study has all methods, and its tables agree with its results."""
 
 from pathlib import Path
 from typing import Any, get_args

@@ -1,6 +1,7 @@
-"""Useful work agrees with PyTorch's own count; times are written and shown."""
+"""Useful operations agree with PyTorch's count; times are written and shown."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
 
 import gift.models.loading
+import gift.speed
 import gift.storage.files
-from gift.config import RunConfig
+from gift.config import EvaluateConfig, RunConfig
+from gift.evaluate import evaluate
 from gift.run import run
-from gift.speed import Clock, useful_flops
+from gift.speed import Clock, load_and_hash, useful_flops
 
 SIZES = {
     "vocab_size": 200,
@@ -115,3 +118,49 @@ def test_a_run_loads_and_hashes_each_model_once_and_says_where_the_time_went(
     assert printed.count("Time") == 2 and "useful tflops" in printed
     step = json.loads((output / "adapter" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"tokens_per_second", "useful_tflops", "seconds"} <= step.keys()
+
+
+def test_a_models_files_are_hashed_while_it_loads(tmp_path: Path) -> None:
+    """Loading waits here for the hash, which would not begin before its end if one followed on."""
+    folder = tiny.make_model(tmp_path / "model", "qwen2")
+    hashed = threading.Event()
+    found = gift.models.loading.model_hash(folder)
+
+    def hash_model(path: Path) -> str:
+        hashed.set()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gift.speed, "model_hash", hash_model)
+        clock = Clock()
+        assert load_and_hash(folder, clock, lambda: hashed.wait(60)) == (True, found)
+    assert clock.seconds.keys() == {"load", "hash"}
+
+
+def test_the_shards_of_a_model_are_hashed_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.make_model(tmp_path / "model", "qwen2")
+    both = threading.Barrier(2, timeout=60)
+    real = gift.models.loading.hash_file
+    alone = gift.models.loading.model_hash(folder)
+
+    def wait(path: Path) -> str:
+        both.wait()
+        return real(path)
+
+    monkeypatch.setattr(gift.models.loading, "hash_file", wait)
+    assert gift.models.loading.model_hash(folder) == alone
+
+
+def test_an_evaluation_says_where_the_time_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tiny.make_model(tmp_path / "model", "qwen2"), tmp_path / "out"
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "2 + 3?", "answer": "5"}) + "\n")
+    options = {"check": "exact", "samples": 1, "max_new_tokens": 3, "device": "cpu"}
+    data = tmp_path / "asked.jsonl"
+    evaluate(EvaluateConfig(model=str(folder), data=data, output=output, **options))
+    seconds = json.loads((output / "speed.json").read_text())["seconds"]
+    assert seconds.keys() == {"load", "hash", "compute", "check"}
+    assert "Time" in capsys.readouterr().out

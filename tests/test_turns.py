@@ -1,4 +1,4 @@
-"""Providers take turns in a benchmark: their order, their inputs, and what is made of the times."""
+"""Interleaved timing of providers: their order, their inputs, and the resulting times."""
 
 import math
 from dataclasses import replace

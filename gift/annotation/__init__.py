@@ -1,1 +1,1 @@
-"""What `gift annotate` is made of: batches as large as the memory allows, and unfinished work."""
+"""Parts of `gift annotate`: batches that fit into memory, and files of unfinished work."""

@@ -1,7 +1,7 @@
-"""Batches of rows for the guide, as large as the memory allows, and what it says of them.
+"""Batches of rows that fit into memory, and the guide's confidences in their targets.
 
-Where the largest batch does not fit, all batches have half the tokens, and so on down to the
-longest row: the results are those of the smaller `--batch-tokens`, byte for byte.
+If the largest batch does not fit, all batches get half the tokens, and so on down to the longest
+row. Results are bitwise those of the smaller `--batch-tokens`.
 """
 
 from collections.abc import Sequence
@@ -49,14 +49,14 @@ class Guide:
         return annotate_batch(self.model, batch, self.temperature)
 
     def attempt(self, rows: Sequence[Example]) -> Tensor | None:
-        """The same; None where the memory is too small."""
+        """The same; None if it does not fit into memory."""
         return attempt(lambda: self.annotate(rows))
 
 
 class Plan(NamedTuple):
     """All batches, of at most `tokens` tokens, and the numbers of those that are not finished.
 
-    `share` has this rank's, and `found` what the guide says of the first of them.
+    `share` has this rank's batches, and `found` the results of the first of them.
     """
 
     tokens: int
@@ -71,7 +71,7 @@ def settle_batches(
 ) -> Plan:
     """Batches of at most `tokens` tokens, or of as many as fit into the memory of every rank.
 
-    The number is kept in `work`, so that a resumed run has the same batches.
+    The number is stored in `work`, so that a resumed run has the same batches.
 
     InputError: the longest row does not fit by itself.
     """
@@ -93,7 +93,7 @@ def settle_batches(
 
 
 def fewer(tokens: int, rows: Sequence[Example]) -> int:
-    """Half the tokens of a batch; InputError where no batch would be smaller than it was."""
+    """Half the tokens of a batch; InputError where that would make no batch smaller."""
     longest = max(len(example.input_ids) for example in rows)
     if tokens <= longest:
         raise InputError(
@@ -104,7 +104,7 @@ def fewer(tokens: int, rows: Sequence[Example]) -> int:
 
 
 def note_tokens(tokens: int) -> None:
-    """Says that the memory holds no larger batches."""
+    """Prints a note that larger batches do not fit."""
     error_console.print(
         f"note: batches of at most {tokens} tokens; the memory does not hold larger ones",
         markup=False,

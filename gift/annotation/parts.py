@@ -1,4 +1,4 @@
-"""Files of an unfinished annotation: values of some rows, for a resumed run."""
+"""Files of an unfinished annotation, each with the values of some rows, for a resumed run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ PREFIX = "part-"
 
 
 def write_part(work: Path, number: int, rows: Sequence[Example], values: np.ndarray) -> None:
-    """Writes results of `annotate_batch` for some rows; no other part has the number."""
+    """Writes results of `annotate_batch` for some rows; `number` must be unique."""
     path = work / f"{PREFIX}{number:06d}.safetensors"
     with replacing(path, sealed=True) as temporary:
         save_file(split_by_row(rows, values), temporary)
@@ -34,7 +34,7 @@ def split_by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.nd
 
 
 def unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
-    """Numbers of the batches of which a part lacks a row."""
+    """Numbers of the batches with a row that is in no part."""
     finished: set[str] = set()
     for path in _parts(work):
         with safe_open(path, "numpy") as part:

@@ -74,29 +74,34 @@ def make_batch(examples: Sequence[Example], *, packed: bool) -> Batch:
     Position t predicts token t + 1. A token that does not exist comes from no position of the
     batch: the first of a row is no target (`gift.data.encoding`).
     """
-    lengths = [len(example.input_ids) for example in examples]
-    width = 0 if packed else max(lengths)
-    starts = np.cumsum([0, *lengths]) if packed else np.arange(len(lengths)) * width
-    inputs = (
-        _packed_inputs(examples, lengths, starts) if packed else _padded_inputs(examples, width)
-    )
+    inputs, starts = make_inputs([example.input_ids for example in examples], packed=packed)
     predicts = [
         start + np.flatnonzero(example.is_target) - 1
-        for start, example in zip(starts, examples, strict=False)
+        for start, example in zip(starts, examples, strict=True)
     ]
     targets = [example.input_ids[example.is_target] for example in examples]
     return Batch(inputs, _int64(np.concatenate(predicts)), _int64(np.concatenate(targets)))
 
 
+def make_inputs(
+    rows: Sequence[np.ndarray], *, packed: bool
+) -> tuple[dict[str, Any], Sequence[int]]:
+    """The `inputs` of a `Batch` of rows of token ids, and the place of each row's first token."""
+    lengths = [len(row) for row in rows]
+    if packed:
+        borders = np.cumsum([0, *lengths])
+        return _packed_inputs(rows, lengths, borders), borders[:-1].tolist()
+    return _padded_inputs(rows, max(lengths)), [row * max(lengths) for row in range(len(rows))]
+
+
 def _packed_inputs(
-    examples: Sequence[Example], lengths: Sequence[int], borders: np.ndarray
+    rows: Sequence[np.ndarray], lengths: Sequence[int], borders: np.ndarray
 ) -> dict[str, Any]:
     """Transformers' names for packed rows, and `row_lengths`, which `gift.data.packing` reads."""
-    ids = np.concatenate([example.input_ids for example in examples])
     positions = np.concatenate([np.arange(length) for length in lengths])
     cumulative = torch.from_numpy(borders.astype(np.int32))
     return {
-        "input_ids": _int64(ids)[None],
+        "input_ids": _int64(np.concatenate(rows))[None],
         "position_ids": _int64(positions)[None],
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,
@@ -106,12 +111,12 @@ def _packed_inputs(
     }
 
 
-def _padded_inputs(examples: Sequence[Example], width: int) -> dict[str, Any]:
-    ids = np.zeros((len(examples), width), np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    for number, example in enumerate(examples):
-        ids[number, : len(example.input_ids)] = example.input_ids
-        mask[number, : len(example.input_ids)] = 1
+def _padded_inputs(rows: Sequence[np.ndarray], width: int) -> dict[str, Any]:
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 

@@ -40,6 +40,7 @@ def packed_attention(
     *,
     row_lengths: tuple[int, ...],
     cu_seq_lens_q: Tensor,
+    max_length_q: int,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -50,7 +51,9 @@ def packed_attention(
 
     Args:
         query: [1, H, T, d]; key and value [1, H_kv, T, d], each head for H / H_kv of the query's.
-        row_lengths: tokens of each row, T in all; `cu_seq_lens_q` int32 [rows + 1] are its borders.
+        row_lengths: tokens of each row, T in all, `max_length_q` at most; `cu_seq_lens_q` int32
+            [rows + 1] are their borders. The kernel reads the latter two alone, so that a compiled
+            block takes any number of rows.
         sliding_window: a token sees itself and the `sliding_window - 1` before it.
 
     Returns:
@@ -64,7 +67,7 @@ def packed_attention(
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and is_16_bit and dropout == 0 and "window_size" in _VARLEN_OPTIONS:
         tensors = query, key, value, cu_seq_lens_q
-        return _fused(*tensors, max(row_lengths), scaling, sliding_window), None
+        return _fused(*tensors, max_length_q, scaling, sliding_window), None
     rows = []
     for q, k, v in zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True):
         length = q.shape[2]

@@ -38,7 +38,7 @@ class Rendering(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Word:
+class _Span:
     """A piece of an assistant turn that has a mark; `lead` is the text before it in its field."""
 
     turn: int
@@ -48,11 +48,11 @@ class _Word:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The position of a word in the text, and the template's text after it."""
+class _LocatedSpan:
+    """The position of a span in the text, and the template's text after it."""
 
     mark: str
-    word: _Word
+    span: _Span
     start: int
     end: int
     following: str
@@ -70,18 +70,18 @@ def find_targets(
     name = f"row {row}"
     text = render(conversation, tokenizer, name)
     nonce = hash_bytes(text.encode())[:16]
-    turns, words = _marked(conversation.turns, nonce)
+    turns, spans = _marked(conversation.turns, nonce)
     marked = Conversation(turns, conversation.tools)
     pieces = re.split(f"({nonce}-[0-9]+-)", render(marked, tokenizer, name))
-    notes = _missing_words(name, conversation.turns, words, set(pieces[1::2]))
+    notes = _missing_spans(name, conversation.turns, spans, set(pieces[1::2]))
     notes += check_rendered(name, conversation, text, tokenizer)
-    places = _locate(name, text, pieces, words)
+    located = _locate(name, text, pieces, spans)
     ends = _end_tokens(tokenizer)
     if any(ends.search(turn["content"] or "") for turn in conversation.turns):
         notes.append("a turn holds the text of a special token and is read as that token")
     targets = []
     for turn, message in enumerate(conversation.turns):
-        own = [place for place in places if place.word.turn == turn]
+        own = [one for one in located if one.span.turn == turn]
         if message["role"] != "assistant" or not own:
             continue
         before = Conversation(conversation.turns[:turn], conversation.tools)
@@ -104,7 +104,7 @@ def find_targets(
         if turn + 1 < len(turns):
             alone = render(Conversation(turns[: turn + 1], conversation.tools), tokenizer, name)
             # Templates write a call's name again in the header of its result.
-            own = own[: sum(alone.count(mark) for mark in {place.mark for place in own})]
+            own = own[: sum(alone.count(mark) for mark in {one.mark for one in own})]
             tail = alone.rpartition(own[-1].mark)[2]
             following = _until_difference(own[-1].following, tail, ends)
             if ends.search(tail) and not ends.search(following):
@@ -188,39 +188,39 @@ def check_rendered(
     return notes
 
 
-def _marked(turns: Sequence[Message], nonce: str) -> tuple[list[Message], dict[str, _Word]]:
+def _marked(turns: Sequence[Message], nonce: str) -> tuple[list[Message], dict[str, _Span]]:
     """The turns with a mark in place of each piece of what the assistant says."""
-    words: dict[str, _Word] = {}
+    spans: dict[str, _Span] = {}
     marked = []
     for number, turn in enumerate(turns):
         turn = dict(turn)
         if turn["role"] == "assistant":
             for key in REASONING_KEYS:
                 if key in turn:
-                    turn[key] = _mark_text(turn[key], number, words, nonce, is_reasoning=True)
+                    turn[key] = _mark_text(turn[key], number, spans, nonce, is_reasoning=True)
             if turn["content"]:
-                turn["content"] = _mark_text(turn["content"], number, words, nonce)
+                turn["content"] = _mark_text(turn["content"], number, spans, nonce)
             if "tool_calls" in turn:
                 turn["tool_calls"] = [
-                    _mark_call(call, number, words, nonce) for call in turn["tool_calls"]
+                    _mark_call(call, number, spans, nonce) for call in turn["tool_calls"]
                 ]
         marked.append(turn)
-    return marked, words
+    return marked, spans
 
 
 def _mark_text(
-    text: str, turn: int, words: dict[str, _Word], nonce: str, is_reasoning: bool = False
+    text: str, turn: int, spans: dict[str, _Span], nonce: str, is_reasoning: bool = False
 ) -> str:
-    """The text with marks for its words; tags stay, since templates search for `</think>`."""
+    """The text with marks for its spans; tags stay, since templates search for `</think>`."""
     pieces, position = [], 0
     lead = None if is_reasoning else ""
-    # A reply that consists of tags only is one word.
-    has_words = bool(TAG.sub("", text).strip())
-    for piece in TAG.split(text) if has_words else [text]:
+    # A reply that consists of tags only is one span.
+    has_text = bool(TAG.sub("", text).strip())
+    for piece in TAG.split(text) if has_text else [text]:
         position += len(piece)
-        if piece.strip() and not (has_words and TAG.fullmatch(piece)):
+        if piece.strip() and not (has_text and TAG.fullmatch(piece)):
             thought = is_reasoning or END_OF_REASONING in text[position:]
-            words[mark := f"{nonce}-{len(words)}-"] = _Word(
+            spans[mark := f"{nonce}-{len(spans)}-"] = _Span(
                 turn, "reasoning" if thought else "reply", piece, lead
             )
             pieces.append(mark)
@@ -231,58 +231,58 @@ def _mark_text(
 
 
 def _mark_call(
-    call: dict[str, Any], turn: int, words: dict[str, _Word], nonce: str
+    call: dict[str, Any], turn: int, spans: dict[str, _Span], nonce: str
 ) -> dict[str, Any]:
     """A tool call with a mark for its function's name."""
     function = call.get("function", call)
-    words[mark := f"{nonce}-{len(words)}-"] = _Word(turn, "call", function["name"])
+    spans[mark := f"{nonce}-{len(spans)}-"] = _Span(turn, "call", function["name"])
     named = {**function, "name": mark}
     return {**call, "function": named} if "function" in call else named
 
 
-def _missing_words(
-    name: str, turns: Sequence[Message], words: Mapping[str, _Word], found: set[str]
+def _missing_spans(
+    name: str, turns: Sequence[Message], spans: Mapping[str, _Span], found: set[str]
 ) -> list[str]:
     """A note if reasoning of an earlier exchange is dropped; InputError for anything else."""
     last_question = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
     notes = []
-    for word in (word for mark, word in words.items() if mark not in found):
-        if word.kind != "reasoning" or word.turn > last_question:
+    for span in (span for mark, span in spans.items() if mark not in found):
+        if span.kind != "reasoning" or span.turn > last_question:
             raise InputError(
-                f"{name}: the chat template does not render the {word.kind} of turn "
-                f"{word.turn + 1} ({word.text.strip()[:40]!r}); use a template that does"
+                f"{name}: the chat template does not render the {span.kind} of turn "
+                f"{span.turn + 1} ({span.text.strip()[:40]!r}); use a template that does"
             )
         notes.append("the chat template leaves out the reasoning of earlier turns")
     return notes
 
 
 def _locate(
-    name: str, text: str, pieces: Sequence[str], words: Mapping[str, _Word]
-) -> list[_Place]:
-    """The positions of the words in the text, which equals `pieces` except for the marks."""
+    name: str, text: str, pieces: Sequence[str], spans: Mapping[str, _Span]
+) -> list[_LocatedSpan]:
+    """The positions of the spans in the text, which equals `pieces` except for the marks."""
     position = len(pieces[0])
-    places = []
+    located = []
     for mark, following in zip(pieces[1::2], pieces[2::2], strict=True):
-        word = words[mark]
-        end = _end_of(word.text, text, position, following)
+        span = spans[mark]
+        end = _end_of(span.text, text, position, following)
         if end is None or not text.startswith(pieces[0]):
             raise InputError(
-                f"{name}: the chat template changes the {word.kind} of turn {word.turn + 1}, or "
+                f"{name}: the chat template changes the {span.kind} of turn {span.turn + 1}, or "
                 "writes something else for it, so its targets cannot be found"
             )
-        places.append(_Place(mark, word, position, end, following))
+        located.append(_LocatedSpan(mark, span, position, end, following))
         position = end + len(following)
-    return places
+    return located
 
 
-def _end_of(word: str, text: str, start: int, following: str) -> int | None:
-    """The end of a word that starts at `start`; the template may strip its white space."""
-    core = word.strip()
-    leading = len(word) - len(word.lstrip())
+def _end_of(span: str, text: str, start: int, following: str) -> int | None:
+    """The end of a span that starts at `start`; the template may strip its white space."""
+    core = span.strip()
+    leading = len(span) - len(span.lstrip())
     at = text.find(core, start, start + leading + len(core))
     if at < 0 or text[start:at].strip():
         return None
-    trailing = len(word) - len(word.rstrip())
+    trailing = len(span) - len(span.rstrip())
     for end in range(at + len(core) + trailing, at + len(core) - 1, -1):
         if not text[at + len(core) : end].strip() and text.startswith(following, end):
             return end
@@ -290,7 +290,7 @@ def _end_of(word: str, text: str, start: int, following: str) -> int | None:
 
 
 def _start(
-    first: _Place,
+    first: _LocatedSpan,
     text: str,
     prompt: str,
     before: Conversation,
@@ -298,9 +298,9 @@ def _start(
 ) -> int:
     """The start of a turn's targets: after everything that the template adds by itself."""
     gap = text[len(prompt) : first.start]
-    lead = first.word.lead
+    lead = first.span.lead
     if lead is not None:
-        # Tags that the data has before its first word, such as `<think>`, are targets.
+        # Tags that the data has before its first span, such as `<think>`, are targets.
         added = gap.rstrip().removesuffix(lead.strip()) if lead.strip() else gap
         if not added.strip():
             return len(prompt)
@@ -313,7 +313,7 @@ def _start(
     header = render(bare, tokenizer, "").partition(reply)[0]
     if prompt == render(before, tokenizer, ""):  # it ignores add_generation_prompt
         return max(len(prompt), _common_length(header, text))
-    is_added = first.word.kind == "call" and text.startswith(header)
+    is_added = first.span.kind == "call" and text.startswith(header)
     return max(len(prompt), len(header)) if is_added else len(prompt)
 
 
@@ -325,7 +325,7 @@ def _until_difference(following: str, other: str, ends: re.Pattern[str]) -> str:
 
 
 def _ending(following: str, ends: re.Pattern[str], has_calls: bool) -> int:
-    """Length of the turn's own end in the text that follows its last word."""
+    """Length of the turn's own end in the text that follows its last span."""
     found = [match.end() for match in ends.finditer(following)]
     if not found:
         return len(following.rstrip())

@@ -13,7 +13,7 @@ from gift.console import console, error_console, progress, quiet
 from gift.demo import world
 from gift.demo.pair import make_pair
 from gift.errors import InputError
-from gift.storage.lock import owned
+from gift.storage.lock import locked
 from gift.study.run import study, worker_pool
 
 FIRST_PAIR_SEED = 10
@@ -95,7 +95,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     InputError: the output has unknown files, or pairs with other settings.
     """
     place = config.output / WORLD_FOLDER
-    with owned(config.output):
+    with locked(config.output):
         if config.output.exists() and not place.exists() and any(config.output.iterdir()):
             raise InputError(f"--output: {config.output} exists and is not a demo; choose another")
         references = "clean" if config.clean else "noisy"

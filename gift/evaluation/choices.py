@@ -8,18 +8,23 @@ the letter as the continuation. One forward pass a question where letters are si
 is generated, and no logits are held.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gift.data.batches import Batch, make_inputs
+from gift.data.encoding import Example
+from gift.data.packing import enable_packing
 from gift.distributed.ranks import ALONE, Group
 from gift.errors import InputError
 from gift.evaluation.generation import reply_limits
 from gift.evaluation.questions import LETTERS, Question
 from gift.models.head import last_hidden_state, lm_head
+from gift.models.memory import in_parts
 from gift_kernels import token_confidence
 
 CHOICE_PROMPT = "Answer with the letter of the right option alone."
@@ -30,6 +35,12 @@ class _Asked(NamedTuple):
 
     inputs: list[list[int]]
     options: list[list[tuple[int, int, int]]]
+
+    def rows(self) -> list[Example]:
+        """The passes as rows without targets."""
+        return [
+            Example(0, np.array(ids, np.int32), np.zeros(len(ids), bool)) for ids in self.inputs
+        ]
 
 
 def rate_options(
@@ -67,9 +78,14 @@ def rate_options(
         if row not in scores
     ]
     batches = [pending[n : n + batch_size] for n in range(0, len(pending), batch_size)]
+    packed = enable_packing(model, [row for each in asked for row in each.rows()])
     own: dict[int, list[float]] = {}
-    for rows in group.share(batches):
-        found = dict(zip(rows, _score(model, [asked[row] for row in rows]), strict=True))
+
+    def score(rows: Sequence[int]) -> list[list[float]]:
+        return _score(model, [asked[row] for row in rows], packed)
+
+    for rows, scores_of in in_parts(score, group.share(batches), "questions"):
+        found = dict(zip(rows, scores_of, strict=True))
         own |= found
         on_batch(found)
     scores |= dict(group.gather(list(own.items())))
@@ -98,21 +114,23 @@ def _ask(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> _Asked:
 
 
 @torch.no_grad()
-def _score(model: Any, batch: Sequence[_Asked]) -> list[list[float]]:
-    device = model.get_input_embeddings().weight.device
-    passes = [torch.tensor(ids) for asked in batch for ids in asked.inputs]
-    ids = nn.utils.rnn.pad_sequence(passes, batch_first=True).to(device)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in passes], batch_first=True)
-    rows, first = [], 0
+def _score(model: Any, batch: Sequence[_Asked], packed: bool) -> list[list[float]]:
+    passes = [row.input_ids for asked in batch for row in asked.rows()]
+    inputs, starts = make_inputs(passes, packed=packed)
+    predicts: list[int] = []
+    targets: list[int] = []
+    first = 0
     for asked in batch:
-        rows += [(first + n, *rest) for option in asked.options for n, *rest in option]
+        for number, place, token in itertools.chain.from_iterable(asked.options):
+            predicts.append(starts[first + number] + place)
+            targets.append(token)
         first += len(asked.inputs)
-    place = torch.tensor(rows, device=device)
-    states = last_hidden_state(model, input_ids=ids, attention_mask=mask.to(device))
-    hidden: Tensor = states[place[:, 0], place[:, 1]]
+    made = Batch(inputs, torch.tensor(predicts), torch.tensor(targets))
+    made = made.to(model.get_input_embeddings().weight.device)
     head = lm_head(model)
+    hidden = last_hidden_state(model, **made.inputs).flatten(0, 1).index_select(0, made.predicts)
     _, stats = token_confidence(
-        hidden.to(head.weight.dtype), head.weight, place[:, 2], stats=("nll",), **head.options()
+        hidden.to(head.weight.dtype), head.weight, made.targets, stats=("nll",), **head.options()
     )
     assert stats.nll is not None
     left = iter((-stats.nll.double()).tolist())

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from gift.distributed.ranks import ALONE, Group
 from gift.errors import InputError
 from gift.models.loading import context_length
+from gift.models.memory import in_parts
 
 # Removing finished sequences from the batch copies the cache, which costs about as much as a step
 # of the whole batch; it pays off if at least this share of the batch is finished.
@@ -85,15 +86,19 @@ def generate_replies(
     replies = dict(done or {})
     own: list[FinishedReply] = []
     with _evaluating(model):
-        # Whole batches, so that several ranks give the same replies as one.
-        for batch in group.share(_pending_batches(prompts, samples, replies, batch_size)):
-            tokens = _decode_batch(
+
+        def decode(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
+            return _decode_batch(
                 model,
                 [prompts[row] for row, _ in batch],
                 [limits[row] for row, _ in batch],
                 end_ids,
                 _Sampler(batch, seed, temperature, top_p, max_new_tokens, model.device),
             )
+
+        # Whole batches, so that several ranks give the same replies as one.
+        batches = group.share(_pending_batches(prompts, samples, replies, batch_size))
+        for batch, tokens in in_parts(decode, batches, "replies"):
             finished = [
                 (row, sample, _reply(tokenizer, ids, end_ids))
                 for (row, sample), ids in zip(batch, tokens, strict=True)

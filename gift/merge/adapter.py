@@ -158,7 +158,7 @@ def _check_pattern(path: Path, field: str, patterns: Any) -> None:
             raise InputError(f"{path}: {field}: {pattern} is {value!r}, not a positive number")
 
 
-def refuse_dead_values(adapter: Adapter) -> None:
+def refuse_unusable_values(adapter: Adapter) -> None:
     """Reads an adapter's tensors once; InputError for NaN, infinity or an update that is all 0."""
     changes = adapter.saved or adapter.uses_dora
     for module in adapter.modules:

@@ -14,8 +14,8 @@ from gift.merge.stream import Job, ShardPlan, shard_jobs
 from gift.merge.transforms import (
     FactorReader,
     LoraTransform,
+    MergeSettings,
     MethodTransform,
-    Recipe,
     ReplaceTransform,
     Transform,
 )
@@ -26,7 +26,7 @@ from gift.storage.shards import TORCH_DTYPES, Checkpoint, TensorEntry, open_shar
 STATISTICS_FILE = "statistics.safetensors"
 STATISTICS_MANIFEST = "manifest.json"
 
-__all__ = ["Recipe", "Statistics", "build_shards", "open_statistics"]
+__all__ = ["MergeSettings", "Statistics", "build_shards", "open_statistics"]
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,14 @@ def _differs(tensor: TensorPlan) -> bool:
     return tensor.source.is_float and (tensor.is_adapted or tensor.base is not None)
 
 
-def build_shards(plan: MergePlan, recipe: Recipe, statistics: Statistics) -> list[ShardPlan]:
+def build_shards(
+    plan: MergePlan, settings: MergeSettings, statistics: Statistics
+) -> list[ShardPlan]:
     """One plan per file of the checkpoint, its tensors in the source's order.
 
     An untied head is appended to the file that holds the embedding.
     """
-    reader = FactorReader(recipe.device)
+    reader = FactorReader(settings.device)
     checkpoint = plan.checkpoint
     head = plan.tensors.get(plan.untied_head or "")
     extra = head if head is not None and head.name not in checkpoint.tensors else None
@@ -100,10 +102,10 @@ def build_shards(plan: MergePlan, recipe: Recipe, statistics: Statistics) -> lis
             if tensor is None or tensor.source != entry:
                 # A duplicate that the index does not point to: copied unchanged.
                 tensor = TensorPlan(entry.name, entry)
-            jobs.append(_job(tensor, recipe, reader, statistics))
+            jobs.append(_job(tensor, settings, reader, statistics))
         header_order = [entry.name for entry in shard.entries]
         if extra is not None and extra.source.path == shard.path:
-            jobs.append(_job(extra, recipe, reader, statistics))
+            jobs.append(_job(extra, settings, reader, statistics))
             header_order.append(extra.name)
         converted = any(job.spec.dtype != job.source.dtype for job in jobs)
         shards.append(
@@ -118,13 +120,15 @@ def build_shards(plan: MergePlan, recipe: Recipe, statistics: Statistics) -> lis
     return shards
 
 
-def _job(tensor: TensorPlan, recipe: Recipe, reader: FactorReader, statistics: Statistics) -> Job:
+def _job(
+    tensor: TensorPlan, settings: MergeSettings, reader: FactorReader, statistics: Statistics
+) -> Job:
     source = tensor.source
     if not source.is_float:
         return Job(spec_of(source), source)
-    out = recipe.dtype or source.dtype
+    out = settings.dtype or source.dtype
     spec = spec_of(source, out, name=tensor.name)
-    transform = _transform(tensor, recipe, reader, statistics, TORCH_DTYPES[out])
+    transform = _transform(tensor, settings, reader, statistics, TORCH_DTYPES[out])
     if transform is None and out != source.dtype:
         transform = Transform([source], TORCH_DTYPES[out])
     return Job(spec, source, transform)
@@ -132,19 +136,19 @@ def _job(tensor: TensorPlan, recipe: Recipe, reader: FactorReader, statistics: S
 
 def _transform(
     tensor: TensorPlan,
-    recipe: Recipe,
+    settings: MergeSettings,
     reader: FactorReader,
     statistics: Statistics,
     out: torch.dtype,
 ) -> Transform | None:
     """The method's transform for one floating-point tensor; None if the tensor stays unchanged."""
-    method = recipe.method
-    weight = method.sum_weight(recipe.options, recipe.adapters, tensor.base is not None)
+    method = settings.method
+    weight = method.sum_weight(settings.options, settings.adapters, tensor.base is not None)
     if weight is not None:
         if not tensor.is_adapted:
             return None
         if not tensor.saved:
-            return LoraTransform(tensor, reader, weight, recipe.device, out)
+            return LoraTransform(tensor, reader, weight, settings.device, out)
         alone = len(tensor.saved) == 1 and not tensor.changes
         if alone and tensor.base is None and tensor.saved[0].scale * weight == 1:
             return ReplaceTransform([tensor.source, tensor.saved[0].entry], out)
@@ -154,7 +158,7 @@ def _transform(
     return MethodTransform(
         tensor,
         reader,
-        recipe,
+        settings,
         out,
         fishers=found if method.statistics == "diagonal" else (),
         grams=found if method.statistics == "gram" else (),

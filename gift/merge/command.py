@@ -20,8 +20,8 @@ from gift.distributed import ranks
 from gift.distributed.ranks import Group
 from gift.errors import InputError
 from gift.merge import output as merge_output
-from gift.merge.adapter import read_adapter, refuse_dead_values
-from gift.merge.build import Recipe, build_shards, open_statistics
+from gift.merge.adapter import read_adapter, refuse_unusable_values
+from gift.merge.build import MergeSettings, build_shards, open_statistics
 from gift.merge.method import Method
 from gift.merge.methods import METHODS
 from gift.merge.plan import MergePlan, plan_merge, plan_rows
@@ -77,9 +77,9 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
         allow_dora=method.takes_dora,
     )
     device, dtype = pick_device(config.device), OUTPUT_DTYPES[config.dtype]
-    recipe = Recipe(config, len(plan.adapters), device, dtype)
+    settings = MergeSettings(config, len(plan.adapters), device, dtype)
     statistics = open_statistics(config.statistics, method, plan)
-    shards = build_shards(plan, recipe, statistics)
+    shards = build_shards(plan, settings, statistics)
     files, left_out = merge_output.side_files(
         folder, [INDEX_FILE, *(shard.name for shard in shards)]
     )
@@ -89,8 +89,8 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     if output is None:
         return summary
     for adapter in adapters:
-        refuse_dead_values(adapter)
-    made_from = _made_from(config, checkpoint, base, plan, recipe, statistics.fingerprint)
+        refuse_unusable_values(adapter)
+    made_from = _made_from(config, checkpoint, base, plan, settings, statistics.fingerprint)
     keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
     partial = ranks.begin_shared(group, output, made_from, keep)
     if group.is_main:
@@ -182,7 +182,7 @@ def _made_from(
     checkpoint: Checkpoint,
     base: Checkpoint | None,
     plan: MergePlan,
-    recipe: Recipe,
+    settings: MergeSettings,
     statistics: str,
 ) -> dict[str, Any]:
     """Everything that determines the output's bytes; shards by name, size, time and header."""
@@ -192,7 +192,7 @@ def _made_from(
         "base's shards": base.fingerprint() if base is not None else None,
         "adapters": [adapter.hashes() for adapter in plan.adapters],
         "statistics": statistics,
-        "device": recipe.device.type,
+        "device": settings.device.type,
         "block bytes": BLOCK_BYTES,
         "versions": versions(),
     }

@@ -34,7 +34,7 @@ from gift.models.loading import (
     resolve_model,
     versions,
 )
-from gift.storage.files import hash_file, naming, write_json
+from gift.storage.files import hash_file, naming_file, write_json
 from gift.storage.publish import output_folder
 
 
@@ -53,7 +53,7 @@ def merge_statistics(config: StatisticsConfig, key: str = "") -> dict[str, Any]:
         collect = fisher_diagonals if diagonal else gram_matrices
         statistics = collect(model, data.kept)
         partial = output.begin()
-        with naming(partial / STATISTICS_FILE):
+        with naming_file(partial / STATISTICS_FILE):
             save_file(statistics, partial / STATISTICS_FILE)
         summary = {**data_summary(data), "tensors": len(statistics)}
         write_json(

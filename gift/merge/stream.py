@@ -16,7 +16,7 @@ from gift.console import progress
 from gift.distributed.ranks import ALONE, Group
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualWriter
 from gift.merge.transforms import BLOCK_BYTES, Transform
-from gift.storage.files import hash_file, naming, read_json, replacing, sealed_files
+from gift.storage.files import hash_file, naming_file, read_json, replacing, sealed_files
 from gift.storage.publish import Output
 from gift.storage.shards import (
     ShardWriter,
@@ -115,7 +115,7 @@ def write_shards(
             residual = None
             if save_residual:
                 residual = ResidualWriter(output.partial / RESIDUAL_FOLDER, shard.name)
-            with naming(path):
+            with naming_file(path):
                 hashes = write_shard(shard, path, residual, bar.advance)
                 residual_files = residual.finish() if residual is not None else {}
             settle()

@@ -25,7 +25,7 @@ BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeSettings:
     """The method with its settings, and its other inputs except tensors.
 
     `adapters` is their number, `dtype` the safetensors name of a common output dtype or None.
@@ -179,7 +179,7 @@ class MethodTransform(Transform):
         self,
         tensor: TensorPlan,
         reader: FactorReader,
-        recipe: Recipe,
+        settings: MergeSettings,
         out_dtype: torch.dtype,
         fishers: Sequence[TensorEntry] = (),
         grams: Sequence[TensorEntry] = (),
@@ -189,7 +189,7 @@ class MethodTransform(Transform):
         super().__init__([tensor.source, *base, *saved, *fishers], out_dtype)
         self._tensor = tensor
         self._reader = reader
-        self._recipe = recipe
+        self._settings = settings
         self._fishers = len(fishers)
         self._grams = tuple(grams)
         self._factors: list[tuple[int, Factors]] = []
@@ -199,14 +199,14 @@ class MethodTransform(Transform):
         self._factors = [
             (change.adapter, self._reader.factors(change)) for change in self._tensor.changes
         ]
-        self._known = self._recipe.method.prepare(self, self._recipe.options)
+        self._known = self._settings.method.prepare(self, self._settings.options)
 
     def release(self) -> None:
         self._factors, self._known = [], None
 
     def block(self, span: Span, tensors: list[Tensor]) -> Tensor:
-        rows = [tensor.to(self._recipe.device, self.compute_dtype) for tensor in tensors]
-        merged = self._recipe.method.merge(self._rows(span, rows), self._recipe.options)
+        rows = [tensor.to(self._settings.device, self.compute_dtype) for tensor in tensors]
+        merged = self._settings.method.merge(self._rows(span, rows), self._settings.options)
         return merged.to(self.out_dtype)
 
     def _rows(self, span: Span, rows: list[Tensor]) -> Rows:
@@ -223,7 +223,7 @@ class MethodTransform(Transform):
 
     def _task_vectors(self, span: Span, rows: list[Tensor]) -> list[Tensor]:
         """τ of every adapter for these rows; zero where an adapter does not change the tensor."""
-        tasks = [torch.zeros_like(rows[0]) for _ in range(self._recipe.adapters)]
+        tasks = [torch.zeros_like(rows[0]) for _ in range(self._settings.adapters)]
         for adapter, factors in self._factors:
             left = factors.left[span.matrix, span.begin : span.end].to(rows[0].dtype)
             right = factors.right[span.matrix].to(rows[0].dtype)
@@ -239,19 +239,19 @@ class MethodTransform(Transform):
         return min(self._tensor.source.matrices[1:]) == 1
 
     def vectors(self) -> list[Iterable[Tensor]]:
-        count = self._recipe.adapters + (self._tensor.base is not None)
+        count = self._settings.adapters + (self._tensor.base is not None)
         return [_VectorBlocks(self, number) for number in range(count)]
 
     def instruct_part(self, matrix: int) -> Tensor:
         return self.read_vector(0, Span(matrix, 0, self._tensor.source.matrices[1]))
 
     def grams(self) -> list[Tensor]:
-        return [read_tensor(entry).to(self._recipe.device).float() for entry in self._grams]
+        return [read_tensor(entry).to(self._settings.device).float() for entry in self._grams]
 
     def read_vector(self, number: int, span: Span) -> Tensor:
         """Reads one task vector's rows."""
         rows = [
-            read_span(entry, span).to(self._recipe.device, self.compute_dtype)
+            read_span(entry, span).to(self._settings.device, self.compute_dtype)
             for entry in self.sources
         ]
         return self._rows(span, rows).vectors[number]

@@ -20,7 +20,7 @@ from gift.merge.methods import METHODS
 from gift.merge.plan import check_whole, plan_merge, refuse_quantised
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransform
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
-from gift.merge.transforms import Recipe
+from gift.merge.transforms import MergeSettings
 from gift.models.loading import pick_device, resolve_model, versions
 from gift.storage.files import read_json, read_record, write_json
 from gift.storage.publish import Output, check_published, output_folder
@@ -127,8 +127,8 @@ def _subtracting_shards(
     weight = _subtractable_weight(manifest, adapters)
     scales = [-weight * entry["scale"] for entry in manifest["adapters"]]
     plan = plan_merge(checkpoint, read_json(folder / "config.json"), adapters, scales)
-    recipe = Recipe(MergeOptions(), len(adapters), pick_device(config.device))
-    return build_shards(plan, recipe, Statistics())
+    settings = MergeSettings(MergeOptions(), len(adapters), pick_device(config.device))
+    return build_shards(plan, settings, Statistics())
 
 
 def _subtractable_weight(manifest: Mapping[str, Any], adapters: list[Adapter]) -> float:

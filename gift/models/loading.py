@@ -3,6 +3,7 @@
 import gc
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from gift.errors import InputError
 from gift.storage.files import hash_file, hash_json, read_json
 from gift.storage.publish import check_published, warn
 from gift.storage.shards import open_checkpoint
+
+HASHED_AT_ONCE = 4
 
 
 def resolve_model(name: str) -> Path:
@@ -215,8 +218,10 @@ def folder_context(folder: Path) -> int | None:
 
 def model_hash(folder: Path) -> str:
     """Hash of a model folder's config and weights; InputError: see `open_checkpoint`."""
-    shards = [shard.path for shard in open_checkpoint(folder).shards]
-    return hash_json({path.name: hash_file(path) for path in (folder / "config.json", *shards)})
+    paths = [folder / "config.json", *(shard.path for shard in open_checkpoint(folder).shards)]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # a hash takes one core, and a disk has more
+        hashes = pool.map(hash_file, paths)
+    return hash_json(dict(zip([path.name for path in paths], hashes, strict=True)))
 
 
 def versions() -> dict[str, str]:

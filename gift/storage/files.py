@@ -24,7 +24,7 @@ def replacing(path: Path, *, sealed: bool = False) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     try:
-        with naming(path):
+        with naming_file(path):
             yield temporary
             sync(temporary)
             name = f"{path.stem}.{hash_file(temporary)}{path.suffix}" if sealed else path.name
@@ -51,7 +51,7 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Turns operating-system errors in the block into OSErrors that name a file, else `path`."""
     try:
         yield

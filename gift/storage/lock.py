@@ -25,7 +25,7 @@ def lock_path(output: Path) -> Path:
 
 
 @contextmanager
-def owned(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Owns `output` while the block runs.
 
     Parent folders are created, and removed again if they stay empty.

@@ -50,7 +50,7 @@ from gift.storage.files import (
     temporary_path,
     write_json,
 )
-from gift.storage.lock import owned
+from gift.storage.lock import locked
 
 LIST_FILE = "gift_files.json"
 WORK_FOLDER = "work"
@@ -153,10 +153,10 @@ def output_folder(path: Path, *, overwrite: bool = False, key: str = "") -> Iter
         key: stored in `gift_files.json`; `gift run` recognises a folder's inputs by it.
 
     Raises:
-        InputError: see `lock.owned`; or `path` exists and `overwrite` is not given.
+        InputError: see `lock.locked`; or `path` exists and `overwrite` is not given.
         OSError: the disk is full; names the file, the space and how to resume.
     """
-    with owned(path):
+    with locked(path):
         complete(path)
         if not overwrite and path.exists() and any(path.iterdir()):
             raise InputError(
@@ -198,7 +198,7 @@ def complete(path: Path) -> None:
 
 def remove_published(path: Path) -> None:
     """Removes a published folder; if killed, it leaves the folder complete or absent."""
-    with owned(path):
+    with locked(path):
         complete(path)
         if path.exists():
             replaced_path(path).mkdir()

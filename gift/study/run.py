@@ -18,7 +18,7 @@ from gift.calibration.command import calibration
 from gift.config import StudyConfig
 from gift.config.study import INSTRUCT
 from gift.console import console, progress
-from gift.errors import InputError, lacks_memory
+from gift.errors import InputError, is_out_of_memory
 from gift.evaluate import evaluate
 from gift.merge.command import merge
 from gift.merge.diff import diff
@@ -26,7 +26,7 @@ from gift.merge.statistics import merge_statistics
 from gift.models.loading import versions
 from gift.run import is_finished
 from gift.storage.files import read_json, write_json
-from gift.storage.lock import owned
+from gift.storage.lock import locked
 from gift.storage.publish import remove_published
 from gift.study.plan import STAGES_FOLDER, TUNING, Rates, Run, Stage, plan, plan_tuning
 from gift.study.report import write_report
@@ -51,7 +51,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
 
     InputError: see `plan`; an error of a stage, with its name; `output` is another study, or none.
     """
-    with owned(config.output):
+    with locked(config.output):
         _refuse_other_folder(config.output)
         tried = plan_tuning(config)
         runs = plan(config, {})
@@ -208,7 +208,7 @@ def _seconds(future: "Future[float]", stage: Stage) -> float:
             "it; the same command resumes, with fewer workers"
         ) from None
     except RuntimeError as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise RuntimeError(f"out of memory in {stage.label}: {error}") from error
         raise
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gift.distributed.ranks import Group, gather_tensors
-from gift.storage.files import hash_file, naming, read_json, replacing, sealed_files, sync
+from gift.storage.files import hash_file, naming_file, read_json, replacing, sealed_files, sync
 from gift.training.micro_batches import BAND_NAMES
 
 
@@ -47,7 +47,7 @@ class TrainingState:
         state = {**self._tensors(), "random": torch.stack(gather_tensors(torch.get_rng_state()))}
         if torch.cuda.is_initialized():
             state["cuda_random"] = torch.stack(gather_tensors(torch.cuda.get_rng_state()))
-        with naming(folder), _quiet():
+        with naming_file(folder), _quiet():
             try:
                 dcp.save(state, checkpoint_id=folder, no_dist=self._group.size == 1)
             except CheckpointException as error:  # a BaseException

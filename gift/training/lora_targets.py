@@ -22,13 +22,13 @@ ALL_LINEAR = "all-linear"
 class LoraTargets:
     """Names for PEFT's `target_modules` and `target_parameters`, and what all-linear leaves out.
 
-    `parameters` are stacks [E, M, K] of expert weights, which are not modules. `left` names
+    `parameters` are stacks [E, M, K] of expert weights, which are not modules. `not_adapted` names
     matrices of the blocks, such as routers, that get no LoRA pair.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    not_adapted: tuple[str, ...] = ()
 
 
 def find_targets(config: TrainOptions, model: Any) -> LoraTargets:
@@ -73,14 +73,16 @@ def _all_linear(model: Any) -> LoraTargets:
         f"{name}.weight" for name, module in body.named_modules() if _is_embedding(module)
     }
     weights = {f"{name}.weight" for name in linear}
-    left = {
+    not_adapted = {
         _without_numbers(name)
         for name, parameter in body.named_parameters()
         if parameter.ndim > 1 and name not in stacks | embeddings | weights
     }
     modules = {name.rpartition(".")[2] for name in linear}
     parameters = {".".join(name.split(".")[-2:]) for name in stacks}
-    return LoraTargets(tuple(sorted(modules)), tuple(sorted(parameters)), tuple(sorted(left)))
+    return LoraTargets(
+        tuple(sorted(modules)), tuple(sorted(parameters)), tuple(sorted(not_adapted))
+    )
 
 
 def _named(names: list[str], model: Any) -> LoraTargets:

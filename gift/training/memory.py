@@ -31,7 +31,7 @@ from gift.console import error_console
 from gift.data.batches import size_of
 from gift.data.encoding import Example
 from gift.distributed.ranks import Group
-from gift.errors import InputError, lacks_memory
+from gift.errors import InputError, is_out_of_memory
 from gift.models.memory import attempt
 from gift.storage.files import read_json, write_json
 from gift.training.gradients import accumulate_gradients
@@ -105,7 +105,7 @@ def forgotten_if_short(work: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             (work / RECORD).unlink(missing_ok=True)
         raise
 

@@ -32,7 +32,7 @@ class FormulaOptions(Protocol):
 
 
 class Signal(Protocol):
-    """Float32 [N], from the trained model's statistics and from what does not depend on it."""
+    """Computes float32 [N] from the trained model's statistics and the targets' fixed values."""
 
     def __call__(self, own: TokenStats, targets: Targets, options: FormulaOptions, /) -> Tensor: ...
 
@@ -41,14 +41,12 @@ class Signal(Protocol):
 class Weighting:
     """How a token's weight is formed.
 
-    formula, source: for `--help` and the table in the docs.
-    about: one sentence for a study's report.
-    signal: the weight before `--confidence-level`, power, floor and threshold.
-    statistics: what `signal` reads of the trained model.
-    needs_guide: whether `signal` reads the guide's confidences.
-    most: an upper bound of `signal` that reads nothing of the trained model. Optional, and saves
-        work: a token whose weight is known to be 0 is left out of the loss's matrix products.
-    unread: options that do not change this weighting; to set them is an error.
+    formula, source: for `--help` and the table in the docs. about: one sentence for a study's
+    report. signal: the weight before `--confidence-level`, power, floor and threshold. statistics:
+    the trained model's statistics that `signal` reads. needs_guide: whether `signal` reads the
+    guide's confidences. most: an upper bound of `signal` that does not read the trained model.
+    Optional: tokens whose weight is then known to be 0 are left out of the loss's matrix products.
+    unread: options that this weighting does not read; setting them is an error.
     """
 
     formula: str

@@ -1,4 +1,4 @@
-"""What is known of the target tokens before the trained model reads them."""
+"""Values of the target tokens that do not depend on the trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

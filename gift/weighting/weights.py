@@ -23,7 +23,7 @@ from gift_kernels.reference import transform_weight
 
 
 def check_weighting(config: TrainOptions) -> None:
-    """InputError where an option would change what the weighting does not have."""
+    """InputError where an option is set that the weighting does not read."""
     fields = TrainOptions.model_fields
     for name in WEIGHTINGS[config.weighting].unread:
         if getattr(config, name) != fields[name].default:

@@ -221,6 +221,6 @@ def lora_merge_(
     arguments = checks.merge_arguments(
         weight, lora_a, lora_b, scale, fan_in_fan_out, stochastic_rounding_seed, impl
     )
-    checks.own_memory(weight)
+    checks.no_shared_memory(weight)
     torch.ops.gift_kernels.lora_merge_.default(*arguments)
     return weight

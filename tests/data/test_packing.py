@@ -1,4 +1,4 @@
-"""Packed rows: each gives what it gives alone; no padding; what cannot be packed says so."""
+"""Packed rows give the same as single rows, without padding; what cannot be packed gets a note."""
 
 import itertools
 import re
@@ -75,7 +75,7 @@ def make_rows(lengths: tuple[int, ...] = (5, 17, 3, 30)) -> list[Example]:
 
 @torch.no_grad()
 def hidden_states(model: Any, rows: list[Example], packed: bool) -> Tensor:
-    """Those that predict the targets, row after row."""
+    """The hidden states that predict the targets, row after row."""
     batch = make_batch(rows, packed=packed)
     return last_hidden_state(model, **batch.inputs).flatten(0, 1)[batch.predicts]
 
@@ -141,7 +141,7 @@ def test_attention_that_mixes_rows_or_forgets_windows_is_not_trusted(
 def test_no_padded_token_reaches_a_linear_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Annotation and training of rows of very unlike lengths, the checks before them apart."""
+    """Annotation and training of rows of very different lengths, without the checks before them."""
     for name, seed in (("instruct", 1), ("base", 2)):
         tiny.make_model(tmp_path / name, "qwen2", seed=seed)
     data = tiny.write_rows(tmp_path / "rows.jsonl")
@@ -210,9 +210,8 @@ def test_the_fused_kernel_is_called_for_the_same_attention(
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window}
-    expected, _ = packed_attention(
-        nn.Module(), query, key, value, None, row_lengths=lengths, cu_seq_lens_q=borders, **options
-    )
+    packing = {"row_lengths": lengths, "cu_seq_lens_q": borders, "max_length_q": 30}
+    expected, _ = packed_attention(nn.Module(), query, key, value, None, **packing, **options)
     found = gift.data.packing._fused(query, key, value, borders, 30, 0.3, window)
     torch.testing.assert_close(found, expected)
 

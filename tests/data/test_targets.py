@@ -1,4 +1,4 @@
-"""What becomes a target under the chat templates of the families that are in use."""
+"""Targets under the chat templates of the common model families."""
 
 import json
 

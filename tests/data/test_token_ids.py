@@ -1,4 +1,4 @@
-"""A model whose tokens have other ids than the data's is refused by every stage."""
+"""Every stage refuses a model whose token ids differ from the data's."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Stages in several processes: the files of one process, errors told by all, resuming.
+"""Stages in several processes: the same files as one process, errors on all, resuming.
 
 Ranks are forked, and exchange over gloo as those that torchrun starts.
 """
@@ -53,14 +53,14 @@ def in_inputs(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
-    """The command takes torchrun's signal over."""
+    """The command installs a handler for torchrun's signal."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """A published folder's files, without the stage's times and the list that has their hash."""
+    """A published folder's files, without the stage's times and the list of hashes."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Evaluations through a server, and what they wrote."""
+"""Evaluations through a server, and their results."""
 
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,4 +1,4 @@
-"""A server with OpenAI's protocol that answers as it is told to, for tests; not a test."""
+"""An OpenAI-compatible server with scripted answers; a helper for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers are found where the pattern says, compared as promised, and never hang the program."""
+"""Answers are extracted by the pattern and compared as documented, and never hang the program."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Benchmarks by name and multiple choice: rows as the data sets have them, scores by hand."""
+"""Benchmarks by name, and multiple choice: rows in the data sets' formats, scores by hand."""
 
 import json
 from pathlib import Path

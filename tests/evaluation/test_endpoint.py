@@ -1,4 +1,4 @@
-"""An evaluation through a server: what is asked, what is shown, what is refused."""
+"""An evaluation through a server: its requests, its output, and what it refuses."""
 
 import json
 import sys

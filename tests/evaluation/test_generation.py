@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(architecture: str) -> Any:
-    """A random model, in float64 where Transformers computes it so: rounding then turns no draw."""
+    """A random model, in float64 where Transformers allows it, so that rounding changes no draw."""
     torch.manual_seed(3)
     model = ARCHITECTURES[architecture]().eval()
     return model if architecture == "gemma2" else model.double()

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: of a local folder, with the numbers that the model itself gives."""
+"""Tasks of lm-eval from a local folder, against numbers computed from the model directly."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Rows of questions are understood, and those that cannot be used are named."""
+"""Rows of questions are read, and unusable ones are named."""
 
 import json
 from pathlib import Path

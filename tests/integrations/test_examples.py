@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, learns and leaves what it says; none is longer than 60 lines."""
+"""Every script in examples/ runs, learns and writes its output; none is longer than 60 lines."""
 
 from __future__ import annotations
 

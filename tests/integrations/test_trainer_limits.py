@@ -1,4 +1,4 @@
-"""What the weighted loss cannot do is refused by name before training."""
+"""Unsupported settings of the weighted loss are refused by name before training."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_rows_that_trl_packs_keep_their_weights(
     assert len(packed) < len(ROWS)
 
     def labelled(rows: Any) -> list[tuple[float, ...]]:
-        """Token, label and weight of every label, in an order of their own."""
+        """Token, label and weight of every label, sorted."""
         triples = (
             triple
             for row in rows

@@ -1,4 +1,4 @@
-"""A store joined to a Hugging Face data set: every weight at the label it was made for."""
+"""A store joined to a Hugging Face data set: every weight is at its label."""
 
 from __future__ import annotations
 

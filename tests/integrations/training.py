@@ -1,4 +1,4 @@
-"""Real trainers on tiny models, and what full logits in float32 say of the same step.
+"""Real trainers on tiny models, and the same step with full logits in float32.
 
 An optimizer step takes all ROWS once, whatever the accumulation and the number of processes, so
 that there is one right loss and one right gradient.
@@ -28,7 +28,7 @@ Gradients = dict[str, Tensor]
 
 
 def make_rows(vocabulary: int) -> list[Row]:
-    """Rows of unlike lengths with random tokens and weights; the prompt is no target."""
+    """Rows of different lengths with random tokens and weights; the prompt is no target."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for count in LABELS:

@@ -1,4 +1,4 @@
-"""Cases, data and the judgement that all tests of the linear cross-entropy share.
+"""Cases, data and comparisons that all tests of the linear cross-entropy share.
 
 Truth is `gift_kernels.reference` in float64 on the inputs as they were rounded to the tested dtype.
 The budget is twice the error that the reference makes when it computes in that dtype itself, or a

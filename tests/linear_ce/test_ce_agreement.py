@@ -1,4 +1,4 @@
-"""Ranks that share a vocabulary and were given different calls: an error on every rank."""
+"""Ranks of a vocabulary-parallel head with different arguments: an error on every rank."""
 
 from __future__ import annotations
 

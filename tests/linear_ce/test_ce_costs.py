@@ -1,4 +1,4 @@
-"""What weighted_ce and token_confidence make: gradients, tensors and products, and no more."""
+"""The gradients, tensors and products of weighted_ce and token_confidence, and no more."""
 
 from __future__ import annotations
 

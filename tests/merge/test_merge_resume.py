@@ -1,4 +1,4 @@
-"""A merge killed amid its shards' bytes leaves nothing that looks finished, and goes on from there.
+"""A merge killed within a shard leaves nothing that looks finished, and resumes.
 
 `tests/storage/test_kills.py` kills between the operations on files; here the kill comes between two
 blocks of one file, with shards finished before it.

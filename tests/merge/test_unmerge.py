@@ -1,4 +1,4 @@
-"""Taking a merge back: bit for bit with the residual, to one rounding without."""
+"""Undoing a merge: bitwise with the residual, to one rounding without."""
 
 from pathlib import Path
 from typing import Any

@@ -88,7 +88,7 @@ def in_child(
 
 
 def published(output: Path, stage: str) -> dict[str, dict[str, Any]]:
-    """What stands under the names of finished folders: the output, or those of a run's stages."""
+    """The finished folders: the output, or those of a run's stages."""
     names = ("confidence", "adapter", "merged", "evaluation") if stage == "run" else (".",)
     return {name: content(output / name) for name in names if (output / name).exists()}
 

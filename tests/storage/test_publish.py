@@ -1,4 +1,4 @@
-"""Who owns an output folder, what counts as finished, and what is found when it is damaged."""
+"""Locks of output folders, what counts as finished, and detected damage."""
 
 import errno
 import json

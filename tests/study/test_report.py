@@ -1,4 +1,4 @@
-"""The report: one file with every section, that asks nothing of the network and runs nothing."""
+"""The report: one file with every section, without network access or scripts."""
 
 import base64
 import json

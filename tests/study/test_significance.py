@@ -1,4 +1,4 @@
-"""Intervals cover what they should; tests and their adjustment agree with what is known."""
+"""Coverage of intervals; tests and their adjustment against known results."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`gift study`: shares what is equal, resumes, tunes every method alike, compares run by run."""
+"""`gift study`: shares equal stages, resumes, tunes every method alike, compares run by run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A step's computations, counted: products in 16 bits, no waits, nothing computed for nobody."""
+"""A step's operations, counted: 16-bit products, no synchronisation, nothing unused."""
 
 import sys
 from collections import Counter

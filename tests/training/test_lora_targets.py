@@ -1,4 +1,4 @@
-"""--lora-targets: what gets a LoRA pair, and what is refused by name before anything is loaded."""
+"""--lora-targets: which weights get a LoRA pair, and what is refused before loading."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_all_linear_is_every_linear_layer_but_the_output_layer(folder, pair):
     assert set(targets.modules) == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    assert not targets.parameters and not targets.left
+    assert not targets.parameters and not targets.not_adapted
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_all_linear_adapts_fused_experts_and_names_the_routers_it_leaves(config)
     model = structure(config)
     targets = find_targets(options, model)
     assert targets.parameters == ("experts.down_proj", "experts.gate_up_proj")
-    assert targets.left == ("layers.*.mlp.gate.weight",)
+    assert targets.not_adapted == ("layers.*.mlp.gate.weight",)
     adapted = get_peft_model(model, lora_config(options, targets))
     pairs = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
     assert len([name for name in pairs if "experts" in name]) == 2 * config.num_hidden_layers

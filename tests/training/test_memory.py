@@ -1,4 +1,4 @@
-"""What a step keeps in memory: found by a trial, agreed on, kept for a resumed run."""
+"""Fitting a step into memory: by a trial, the same on all ranks, kept for a resumed run."""
 
 import json
 from pathlib import Path

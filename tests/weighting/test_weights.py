@@ -1,4 +1,4 @@
-"""Weights of tokens: their formulas; the loss is the same whether the kernels form them."""
+"""Weights of tokens: their formulas; the same loss as with weights formed in the kernels."""
 
 from math import log
 from pathlib import Path

@@ -25,8 +25,7 @@ class Launch:
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """`kernel[grid](*arguments, *alike, **named, **options)`; `kernel` must always be the
-        same."""
+        """`kernel[grid](*arguments, *alike, **named, **options)`, always of the same kernel."""
         kinds = tuple(map(_kind, arguments))
         known = self.compiled.get(kinds)
         if known is not None:
