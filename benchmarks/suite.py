@@ -15,7 +15,7 @@ from benchmarks.measure import empty_row
 from benchmarks.turns import LOST, Settings
 
 CASE_BY_CASE = ("benchmarks", "more")  # parts that a new process goes on with
-GRACE_SECONDS = 15  # that a step may take after the budget's end
+GRACE_SECONDS = 30  # that a step may take after the budget's end
 
 
 @dataclass
@@ -48,8 +48,10 @@ class Suite:
         A kernel or a compiler that hangs cannot be interrupted from Python. What was measured is on
         disk; a new process goes on, without the provider that was running.
         """
+        ended = self.left() + GRACE_SECONDS < seconds
         limit = max(1.0, min(seconds, self.left() + GRACE_SECONDS))
-        timer = threading.Timer(limit, self.give_up, (f"stopped after {limit:.0f} s", case))
+        reason = "the budget ended" if ended else f"failed: stopped after {limit:.0f} s"
+        timer = threading.Timer(limit, self.give_up, (reason, None if ended else case))
         timer.daemon = True
         timer.start()
         try:
@@ -63,10 +65,10 @@ class Suite:
         running = self.settings.running
         if case is not None and running is not None:
             row = {"case": case.label, **empty_row(case, running)}
-            self.results.rows.append({**row, "status": f"failed: {reason} {LOST}"})
+            self.results.rows.append({**row, "status": f"{reason} {LOST}"})
         else:
             part = self.part if case is None else case.label
-            self.add("not run", {"part": part, "reason": f"failed: {reason}"})
+            self.add("not run", {"part": part, "reason": reason})
         self.go_on_in_a_new_process()
 
     def go_on_in_a_new_process(self) -> None:

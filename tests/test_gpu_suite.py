@@ -159,6 +159,20 @@ def test_a_step_that_does_not_end_is_given_up(
     assert not gone_on.wait(1.2)
 
 
+def test_the_end_of_the_budget_is_nobodys_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone_on = threading.Event()
+    monkeypatch.setattr(os, "execv", lambda *_: gone_on.set())
+    suite = replace(new_suite(tmp_path, "benchmarks"), seconds=0.0)
+    suite.settings.running = own_providers()[0]
+    with suite.limited(90.0, toy_cases()[0]):
+        assert gone_on.wait(20)
+    written = report.read_results(tmp_path)
+    assert not written.rows and not gpu_summary.failures(written, measured=False)
+    assert written.tables["not run"] == [{"part": "benchmarks", "reason": "the budget ended"}]
+
+
 def test_whole_stages_that_take_too_long_keep_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +225,11 @@ def test_the_time_of_the_host_is_judged() -> None:
     rows = [{"call": "frozen head", "tokens": tokens, "µs": 700.0 + tokens} for tokens in (1, 256)]
     rows += [{"call": "lora_merge_, bfloat16 factors", "tokens": 0, "µs": 30.0}]
     assert [row["met"] for row in goals.judge_host(rows)] == ["no", "yes", "not measured"]
+
+
+def test_the_tests_to_run_natively_are_there() -> None:
+    for name in (*gpu_suite.GOLDEN_TESTS, *gpu_suite.KERNEL_TESTS):
+        assert (report.ROOT / name).is_file(), name
 
 
 def test_every_goal_of_time_has_a_count() -> None:
