@@ -63,7 +63,7 @@ def _options(
 
 CONFIGS: dict[str, type[Options]] = {}
 # Commands that share their work among processes.
-SHARED = ("annotate", "train", "merge", "evaluate")
+SHARED = ("annotate", "train", "merge", "evaluate", "run")
 # Options that determine the memory of a forward pass.
 SIZES = ("batch_tokens", "batch_size", "micro_batch_tokens", "eval_batch_size")
 

@@ -8,6 +8,7 @@ right key is finished and skipped, and a killed run resumes where it stopped.
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from gift.confidence_store import CONFIDENCE_FILE
 from gift.config import AnnotateConfig, EvaluateConfig, MergeConfig, RunOptions, TrainConfig
 from gift.console import print_table
 from gift.data.encoding import read_rows
+from gift.distributed import ranks
 from gift.errors import InputError
 from gift.evaluate import check_evaluation, evaluate
 from gift.merge.adapter import WEIGHTS_FILE
@@ -34,11 +36,14 @@ from gift.storage.publish import (
     published_key,
     replaced_path,
 )
-from gift.train import train
+from gift.train import SPLIT, train
 from gift.training.lora_targets import find_targets
+from gift.training.sharding import require_processes
 from gift.weighting.weights import check_weighting
 
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt")
+# Not in a stage's key: what does not change its result, and paths, whose content the key has.
+WITHOUT_EFFECT = {"shard", *SPLIT}
 PATH_FIELDS = {"output", "overwrite", "model", "base", "data", "confidence", "tokenizer", "adapter"}
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -54,32 +59,47 @@ class Stage(NamedTuple):
 
     def key(self) -> str:
         """Hash of the settings and of the content of the inputs."""
-        settings = self.config.model_dump(mode="json", exclude=PATH_FIELDS)
+        settings = self.config.model_dump(mode="json", exclude=PATH_FIELDS | WITHOUT_EFFECT)
         return hash_json([self.name, settings, self.inputs()])
 
 
 def run(config: RunOptions) -> dict[str, str]:
     """Runs the stages that are not finished yet; returns "done" or "already there" for each.
 
+    Each stage shares its work among the ranks; the main one owns the output and decides what is
+    finished.
+
     InputError: a stage's folder was made with other settings or inputs, or is damaged, and
     `overwrite` is not given; another run owns the output; what a stage raises.
     """
     check_pair(config)
-    with locked(config.output):
-        stages = _stages(config)
-        _refuse_other_folder(config.output, [stage.config.output for stage in stages])
-        states, rows = {}, []
+    stages = _stages(config)
+    states, rows = {}, []
+    with ExitStack() as owner:
+
+        def own_output() -> None:
+            owner.enter_context(locked(config.output))
+            _refuse_other_folder(config.output, [stage.config.output for stage in stages])
+
+        with ranks.process_group(on_host=True) as group:
+            group.from_main(own_output)
         for stage in stages:
             started = time.perf_counter()
-            output = stage.config.output
-            finished = is_finished(output, stage.key(), config.overwrite)
+
+            def find_state(stage: Stage = stage) -> tuple[str, bool]:
+                key = stage.key()
+                return key, is_finished(stage.config.output, key, config.overwrite)
+
+            with ranks.process_group(on_host=True) as group:
+                key, finished = group.from_main(find_state)
             if not finished:
                 options = stage.config.model_copy(update={"overwrite": config.overwrite})
-                stage.function(options, stage.key())
+                stage.function(options, key)
             states[stage.name] = "already there" if finished else "done"
             seconds = "" if finished else f"{time.perf_counter() - started:.1f}"
-            rows.append((stage.name, states[stage.name], seconds, str(output)))
-    print_table(f"Run: {config.output}", ("stage", "", "seconds", "output"), rows)
+            rows.append((stage.name, states[stage.name], seconds, str(stage.config.output)))
+    if group.is_main:
+        print_table(f"Run: {config.output}", ("stage", "", "seconds", "output"), rows)
     return states
 
 
@@ -116,6 +136,8 @@ def check_pair(config: RunOptions) -> None:
     """InputError, before any stage, where the models or options do not fit each other."""
     config.refuse_unread_settings()
     check_weighting(config)
+    if config.shard:
+        require_processes()
     _refuse_other_shapes(
         config,
         _check_model(config, "--base", config.base),

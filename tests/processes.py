@@ -57,11 +57,3 @@ def fork_ranks(size: int, action: Callable[[int], Any], log: Path) -> list[tuple
     os.kill(keeper, signal.SIGKILL)
     os.waitpid(keeper, 0)
     return [(status, Path(f"{log}-{rank}.err").read_text()) for rank, status in enumerate(statuses)]
-
-
-def start_anew(attempt: int) -> None:
-    """Lets the next group of this rank be that of another attempt, as torchrun's restarts do.
-
-    Groups of one attempt would read each other's keys in the store.
-    """
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from processes import fork_ranks
+from safetensors.torch import load
 
 import gift.annotation.batches
 import gift.train as train_module
@@ -53,6 +55,7 @@ def config(folder: Path, output: Path, **options) -> RunConfig:
         "checkpoint_steps": 1,
         "epochs": 2,
         "lora_rank": 4,
+        "lora_dropout": 0.0,  # its masks differ by rank
         **options,
     }
     return RunConfig(output=output, **settings)
@@ -82,6 +85,30 @@ def test_finished_stages_are_skipped(folder, finished, capsys):
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert before == after
     assert capsys.readouterr().out.count("already there") == 4
+
+
+def test_processes_share_every_stage(folder, finished, tmp_path):
+    """And skip what is finished, also with options that only split the work otherwise."""
+    output, expected = tmp_path / "out", contents(finished)
+
+    def run_twice(rank: int) -> None:
+        first = run(config(folder, output, shard=True))
+        again = run(config(folder, output, micro_batch_tokens=60))
+        (tmp_path / f"states-{rank}").write_text(f"{[*first.values(), *again.values()]}")
+
+    ended = fork_ranks(2, run_twice, tmp_path / "rank")
+    assert [status for status, _ in ended] == [0, 0], ended
+    states = f"{['done'] * 4 + ['already there'] * 4}"
+    assert [(tmp_path / f"states-{rank}").read_text() for rank in range(2)] == [states] * 2
+    assert not (tmp_path / "rank-1.out").read_text()
+    found = contents(output)
+    assert found["confidence.safetensors"] == expected["confidence.safetensors"]
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        ours, alone = load(found[name]), load(expected[name])
+        assert ours.keys() == alone.keys()
+        for key in alone:
+            torch.testing.assert_close(ours[key], alone[key], rtol=1e-4, atol=1e-5)
+    assert len(found["samples.jsonl"].splitlines()) == 6
 
 
 def test_changed_settings_are_refused_then_redo_only_what_they_touch(folder, tmp_path):
@@ -206,6 +233,7 @@ def test_a_base_of_another_shape_is_refused_first(folder, tmp_path, architecture
     [
         ({"trim_keep": 50}, "--trim-keep: --method lora does not read it"),
         ({"control": "random", "weighting": "self"}, "--control: --weighting self"),
+        ({"shard": True}, "--shard: divides the model among processes"),
     ],
 )
 def test_settings_that_another_choice_reads_are_refused_first(folder, tmp_path, options, message):

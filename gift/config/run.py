@@ -9,10 +9,12 @@ from gift.config.annotate import AnnotateOptions
 from gift.config.evaluate import EvaluateOptions
 from gift.config.merge import MergeOptions
 from gift.config.options import DataOptions, DeviceOptions, OutputOptions
-from gift.config.train import TrainOptions
+from gift.config.train import ShardOptions, TrainOptions
 
 
-class RunStages(AnnotateOptions, TrainOptions, MergeOptions, DataOptions, DeviceOptions):
+class RunStages(
+    AnnotateOptions, TrainOptions, ShardOptions, MergeOptions, DataOptions, DeviceOptions
+):
     """The options of a run's first three stages; no two have the same name."""
 
 

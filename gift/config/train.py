@@ -123,7 +123,17 @@ class TrainOptions(Options):
         return WEIGHTINGS[self.weighting].needs_guide
 
 
-class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
+class ShardOptions(Options):
+    """How the frozen model is divided among processes."""
+
+    shard: bool = Field(
+        default=False,
+        description="Divide the frozen model among the processes of torchrun (FSDP2) in training, "
+        "for models that one device does not hold. Changes memory and speed, not the adapter.",
+    )
+
+
+class TrainConfig(TrainOptions, ShardOptions, DataOptions, DeviceOptions, OutputOptions):
     """Options of `gift train`."""
 
     model: str = Field(description="The model to adapt: the base model, a folder or a hub id.")
@@ -138,9 +148,4 @@ class TrainConfig(TrainOptions, DataOptions, DeviceOptions, OutputOptions):
         default=None,
         description="Model whose tokenizer and chat template to use where there is no confidence "
         "store: the instruct model.",
-    )
-    shard: bool = Field(
-        default=False,
-        description="Divide the frozen model among the processes of torchrun (FSDP2), for models "
-        "that one device does not hold. Changes memory and speed, not the adapter.",
     )

@@ -5,6 +5,8 @@ it. A process that fails tells the others why, and they end with the same messag
 torchrun ends the others; without torchrun they notice at their next collective.
 """
 
+import functools
+import itertools
 import os
 import resource
 import sys
@@ -31,6 +33,8 @@ GONE = "by peer"
 # How long a process waits for the others to start, and for their shares.
 START_WAIT = timedelta(minutes=30)
 LONGEST_WAIT = timedelta(days=30)
+# A command may open one group after the other; each has keys of its own in the store.
+GROUP_NUMBERS = itertools.count()
 
 
 class LostProcess(OSError):
@@ -140,14 +144,14 @@ def process_group(*, on_host: bool = False) -> Iterator[Group]:
 
 
 def _common_store(group: Group) -> dist.Store:
-    """The store that all ranks reach, for keys of this attempt alone."""
+    """The store that all ranks reach, for keys of this group alone."""
     if group.rank >= group.size:
         raise InputError(
             f"RANK: is {group.rank}, and WORLD_SIZE is {group.size}; ranks are numbered from 0"
         )
     port = whole_number("MASTER_PORT")
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=START_WAIT))
+        store = _meet(group, port)
     except ValueError as error:  # a variable is not set
         raise InputError(f"{error}; start several processes with torchrun") from None
     except dist.DistError as error:
@@ -156,7 +160,14 @@ def _common_store(group: Group) -> dist.Store:
             f"{os.environ['MASTER_ADDR']} ({str(error).splitlines()[0]}); choose a free port"
         ) from error
     # torchrun keeps the store when it restarts all processes (--max-restarts).
-    return dist.PrefixStore(f"gift/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"gift/{attempt}/{next(GROUP_NUMBERS)}", store)
+
+
+@functools.cache  # without torchrun the main rank hosts it, for the later groups too
+def _meet(group: Group, port: int) -> dist.Store:
+    store, _, _ = next(dist.rendezvous("env://", timeout=START_WAIT))
+    return store
 
 
 def _await_all(store: dist.Store, group: Group) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gift.distributed.environment import processes
 from gift.distributed.ranks import LONGEST_WAIT
 from gift.errors import InputError
 from gift.models.head import lm_head
@@ -25,10 +26,10 @@ from gift.models.loading import load_causal_lm, model_structure
 
 def require_processes() -> None:
     """InputError where this process is alone."""
-    if not dist.is_initialized():
+    if processes() == 1:
         raise InputError(
             "--shard: divides the model among processes, and this is a single one; start "
-            "torchrun --nproc-per-node N -m gift.cli train ..., or leave --shard away"
+            "several with torchrun --nproc-per-node N -m gift.cli, or leave --shard away"
         )
 
 

@@ -11,18 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stages
 import torch
-from processes import fork_ranks, start_anew
+from processes import fork_ranks
 from transformers import AutoModelForCausalLM
 
 from gift import cli
 from gift.annotation import batches as annotation_batches
 from gift.config import EvaluateConfig
+from gift.distributed import ranks
 from gift.distributed.ranks import LostProcess
 from gift.errors import InputError
 from gift.speed import SPEED_FILE
@@ -178,7 +180,8 @@ def test_a_restarted_attempt_reads_nothing_of_the_failed_one(
         with pytest.raises((LostProcess, RuntimeError)):
             stages.call("annotate", tmp_path / "out")
         monkeypatch.setattr(annotation_batches, "annotate_batch", annotate_batch)
-        start_anew(1)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setattr(ranks, "GROUP_NUMBERS", count())  # in new processes
         stages.call("annotate", tmp_path / "out")
 
     ended = fork_ranks(2, restarted, tmp_path / "rank")

@@ -308,13 +308,19 @@ def statistics_of(folder: Path, model: str, kind: str) -> dict[str, Tensor]:
     return load_file(folder / f"{kind}-{model}" / "statistics.safetensors")
 
 
+def merge_with_statistics(
+    folder: Path, method: str
+) -> tuple[Path, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """The merged folder; tensors and statistics of the instruct and the task model."""
+    names = ("model", "task")
+    collected = [collect(folder, name, method) for name in names]
+    merged = run_merge(folder, method=method, base=str(folder / "base"), statistics=collected)
+    statistics = [statistics_of(folder, name, method) for name in names]
+    return merged, [tensors(folder / name) for name in names], statistics
+
+
 def test_fisher_merge_weighs_the_models_by_their_squared_gradients(task_models: Path) -> None:
-    folders = [collect(task_models, name, "fisher") for name in ("model", "task")]
-    merged = run_merge(
-        task_models, method="fisher", base=str(task_models / "base"), statistics=folders
-    )
-    models = [tensors(task_models / name) for name in ("model", "task")]
-    fishers = [statistics_of(task_models, name, "fisher") for name in ("model", "task")]
+    merged, models, fishers = merge_with_statistics(task_models, "fisher")
     found = tensors(merged)
     for name in models[0]:
         weights = [fisher[name].double() for fisher in fishers]
@@ -345,12 +351,7 @@ def test_fisher_diagonals_are_the_mean_squared_gradients_of_the_rows(task_models
 
 
 def test_regmean_merge_solves_each_linear_layer_and_averages_the_rest(task_models: Path) -> None:
-    folders = [collect(task_models, name, "regmean") for name in ("model", "task")]
-    merged = run_merge(
-        task_models, method="regmean", base=str(task_models / "base"), statistics=folders
-    )
-    models = [tensors(task_models / name) for name in ("model", "task")]
-    grams = [statistics_of(task_models, name, "regmean") for name in ("model", "task")]
+    merged, models, grams = merge_with_statistics(task_models, "regmean")
     found = tensors(merged)
     for name in models[0]:
         pair = [model[name].double() for model in models]

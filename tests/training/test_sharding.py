@@ -8,14 +8,13 @@ import os
 import signal
 import time
 import weakref
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from processes import fork_ranks, start_anew
+from processes import fork_ranks
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -170,37 +169,29 @@ def ranks(folder: Path) -> Path:
 
     def of_four(_: int) -> None:
         call(folder, "llama", folder / "four", shard=True)
-        start_anew(1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
             count_steps(patch, last=3)
             call(folder, "llama", folder / "resumed", shard=True)
 
     def of_two(rank: int) -> None:
-        attempts, found = count(), {}
+        found = {}
         for name, (model, options) in RUNS.items():
-            start_anew(next(attempts))
             call(folder, model, folder / f"two {name}", shard=True, **options)
-        start_anew(next(attempts))
         call(folder, "llama", folder / "two whole", shard=False)
         for name in ("llama", "gemma2"):
-            start_anew(next(attempts))
             found[name] = look_at(folder / name)
         with pytest.MonkeyPatch.context() as patch:
             limit_memory(patch, rank)
             steps = count_steps(patch)
-            start_anew(next(attempts))
             found["resumed"] = call(folder, "llama", folder / "resumed", shard=True)
             found["steps"] = len(steps)
         dropout = {"shard": True, "lora_dropout": 0.2}
-        start_anew(next(attempts))
         call(folder, "llama", folder / "masked", **dropout)
         found["random"] = [torch.get_rng_state().tolist()]
         found["seed"] = torch.initial_seed()
-        start_anew(next(attempts))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
             count_steps(patch, last=3)
             call(folder, "llama", folder / "masked resumed", **dropout)
-        start_anew(next(attempts))
         call(folder, "llama", folder / "masked resumed", **dropout)
         found["random"].append(torch.get_rng_state().tolist())
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
@@ -298,6 +289,6 @@ def test_a_killed_rank_ends_the_other_with_an_error_that_says_so(folder: Path) -
 
 
 def test_one_process_alone_has_nothing_to_share(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--shard: .* start torchrun --nproc-per-node"):
+    with pytest.raises(InputError, match="--shard: .* start several with torchrun"):
         call(folder, "llama", tmp_path / "adapter", shard=True)
     assert not list(tmp_path.iterdir())
