@@ -21,7 +21,20 @@ Loaded = TypeVar("Loaded")
 
 SPEED_FILE = "speed.json"
 # Dense 16-bit TFLOP/s from the makers' data sheets, by a part of the device's name.
-PEAK = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}
+# The first part that the name has counts.
+PEAK = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "4090": 165,
+    "3090": 71,
+}
 
 
 class Clock:

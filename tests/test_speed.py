@@ -164,3 +164,21 @@ def test_an_evaluation_says_where_the_time_went(
     seconds = json.loads((output / "speed.json").read_text())["seconds"]
     assert seconds.keys() == {"load", "hash", "compute", "check"}
     assert "Time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("Another", None),
+    ],
+)
+def test_a_devices_peak_follows_from_its_name(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert gift.speed._peak(torch.device("cuda")) == peak

@@ -2,16 +2,20 @@
 
 It returns the loss, the rows' statistics and, if requested, gradients computed in the forward: dH
 of every row, unscaled, and dW and db of the weighted sum. The backward only scales them: row i of
-dH by its weight and upstream gradient, dW and db by the upstream gradient of the sum. Where each
-row has its own upstream gradient (`reduction="none"`) and the head is trainable, the backward
-computes dW from recomputed logits, by `gift_kernels::linear_ce_head_gradient`.
+dH by its weight and upstream gradient, dW and db by the upstream gradient of the sum.
+
+With a trainable head two cases leave dW and db to the backward. If each row has its own upstream
+gradient (`reduction="none"`), `gift_kernels::linear_ce_head_gradient` recomputes the logits.
+Otherwise Triton keeps the exponentials of a call that is not traced, if all rows fit, and
+multiplies them in the backward (`LinearCE.deferred`).
 
 `linear_ce` is registered as `gift_kernels::linear_ce` for torch.compile and other tracing. Outside
 of it `call` runs the same functions as a plain `autograd.Function`: a registered operator with so
 many arguments takes 0.25 to 0.3 ms more of the host's time for each forward, nearly all of it in
 Python (torch 2.13), where a whole call of few tokens takes as much.
 
-Saved for the backward: dH float32 [N, D], the row weights and, for a trainable head, dW and db.
+Saved for the backward: dH float32 [N, D], the row weights and, for a trainable head, dW and db or
+what they are made of.
 Rows that are ignored, and rows of weight 0 unless `keep_zero_rows`, are left out of all products.
 """
 
@@ -93,6 +97,7 @@ def solve(
     vocab_start: int,
     impl: str,
     chunk_size: int | None,
+    defer: bool = False,
 ) -> LinearCE:
     """hidden [N, D], lm_head_weight [V, D], target int64 [N], row_weight [N]; see `Problem`.
 
@@ -122,6 +127,7 @@ def solve(
         keep_zero_rows=keep_zero_rows,
         shard=None,
         chunk_size=chunk_size,
+        defer=defer,
     )
     vocab_sizes = {name: head.weight.shape[0] for name, head in problem.heads().items()}
     if group_name is not None:
@@ -163,12 +169,13 @@ def _shard(group_name: str, vocab_start: int) -> VocabShard:
 
 
 def _registered(*arguments: Any) -> tuple[Tensor, ...]:
-    result = solve(*arguments)
-    return tuple(result.nll.new_empty(0) if value is None else value for value in result)
+    *found, _ = result = solve(*arguments)
+    return tuple(result.nll.new_empty(0) if value is None else value for value in found)
 
 
-_registered.__signature__ = inspect.signature(solve).replace(
-    return_annotation=tuple[(Tensor,) * len(LinearCE._fields)]
+_registered.__signature__ = inspect.Signature(
+    list(inspect.signature(solve).parameters.values())[:-1],  # all but `defer`
+    return_annotation=tuple[(Tensor,) * (len(LinearCE._fields) - 1)],
 )
 linear_ce = torch.library.custom_op("gift_kernels::linear_ce", _registered, mutates_args=())
 _ARGUMENT_NAMES = [argument.name for argument in linear_ce._opoverload._schema.arguments]
@@ -196,7 +203,7 @@ def _(hidden, lm_head_weight, bias, target, *arguments):  # pyright: ignore
         dh=empty(*hidden.shape, wanted=options["want_dh"]),
         dw=empty(*lm_head_weight.shape, wanted=options["want_dw"] and head_wanted),
         db=empty(lm_head_weight.shape[0], wanted=options["want_db"] and head_wanted),
-    )
+    )[:-1]
 
 
 @torch.library.custom_op("gift_kernels::linear_ce_head_gradient", mutates_args=())
@@ -280,8 +287,13 @@ def _save(ctx: Any, arguments: tuple[Any, ...], result: LinearCE, weight_trained
     trained = [options[name] for name in _TRAINED]
     ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in trained]
     ctx.wanted = (options["want_dh"], options["want_dw"], options["want_db"])
-    ctx.impl, ctx.recompute, inputs = options["impl"], None, ()
-    if options["rowwise"] and (options["want_dw"] or options["want_db"]):
+    ctx.impl, ctx.recompute, ctx.deferred, inputs = options["impl"], None, None, ()
+    if result.deferred is not None:
+        # Its tensors are saved as autograd saves tensors, which frees them in the backward.
+        without = result.deferred._replace(tensors=[])
+        ctx.deferred = (without, options["logit_scale"], options["logit_softcap"])
+        inputs = (options["lm_head_weight"], options["bias"], *result.deferred.tensors)
+    elif options["rowwise"] and (options["want_dw"] or options["want_db"]):
         ctx.recompute = [options[name] for name in _RECOMPUTE_OPTIONS]
         inputs = arguments[:4]
     ctx.save_for_backward(
@@ -315,13 +327,15 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
             dh = rescaled(dh, of_sum, weight, hidden_dtype)
         else:
             dh = eager.scale_rows(dh, of_sum * weight).to(hidden_dtype)
-    if ctx.recompute is not None:
+    if ctx.deferred is not None:
+        dw, db = _deferred_gradients(ctx, inputs, of_sum)
+    elif ctx.recompute is not None:
         dw, db = head_gradient(*inputs, of_sum * weight, *ctx.recompute)
     elif want_dw and ctx.impl == "triton":
         dw = rescaled(dw, of_sum, None, head_dtype)
     elif want_dw:
         dw = torch.where(of_sum == 0, 0, dw * of_sum)
-    if want_db and ctx.recompute is None:
+    if want_db and ctx.recompute is None and ctx.deferred is None:
         db = torch.where(of_sum == 0, 0, db * of_sum)
     if nll is not None:
         # A row of weight 0 whose nll is infinite or NaN adds 0 to the loss: its weight's gradient
@@ -334,6 +348,19 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
         db.to(bias_dtype) if want_db else None,
         row_weight_gradient,
     ]
+
+
+def _deferred_gradients(ctx: Any, saved: list[Tensor], upstream: Tensor) -> tuple[Any, Any]:
+    """dW and db of what `solve` deferred; None where not wanted."""
+    lm_head_weight, bias, *tensors = saved
+    deferred, logit_scale, logit_softcap = ctx.deferred
+    _, want_dw, want_db = ctx.wanted
+    head = LinearInputs(tensors[0], lm_head_weight, bias, logit_scale, logit_softcap)
+    found = deferred._replace(tensors=tensors)
+    with _surroundings(ctx.impl, lm_head_weight):
+        return _backend(ctx.impl).solve_deferred(
+            head, found, upstream, want_dw=want_dw, want_db=want_db
+        )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -364,10 +391,10 @@ class _LinearCE(torch.autograd.Function):
     ) -> LinearCE:
         target, rest = others
         arguments = (hidden, lm_head_weight, bias, target, row_weight, *rest)
-        result = solve(*arguments)
+        result = solve(*arguments, defer=True)
         _save(ctx, arguments, result, ctx.needs_input_grad[_TRAINED.index("row_weight")])
-        ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
-        return result
+        ctx.mark_non_differentiable(*(value for value in result[1:-1] if value is not None))
+        return result._replace(deferred=None)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:

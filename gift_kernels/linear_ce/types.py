@@ -1,7 +1,7 @@
 """Types of the linear cross-entropy: groups of arguments, results, and the operator's problem."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,8 @@ class Problem(NamedTuple):
     `temperature` divides the guide's logits, or the model's own where there is neither guide nor
     gradient. With `rowwise` there is one loss per row, with its own upstream gradient, so dW and db
     are computed in the backward. Without `keep_zero_rows` rows of weight 0 may be left out of every
-    product, and their statistics are then 0. `with_stats` requests lse, top1 and largest.
+    product, and their statistics are then 0. `with_stats` requests lse, top1 and largest. With
+    `defer` dW and db may be left to the backward, which knows the upstream gradient.
     """
 
     head: LinearInputs
@@ -126,6 +127,7 @@ class Problem(NamedTuple):
     keep_zero_rows: bool
     shard: VocabShard | None
     chunk_size: int | None
+    defer: bool = False
 
     def heads(self) -> dict[str, LinearInputs]:
         """The heads by argument: the model's, and the guide's if there is one."""
@@ -151,6 +153,7 @@ class LinearCE(NamedTuple):
     dh: Tensor | None = None  # [N, D]
     dw: Tensor | None = None  # [V, D]
     db: Tensor | None = None  # [V]
+    deferred: Any = None  # of Triton alone: what `solve_deferred` makes dW and db of
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -36,6 +36,10 @@ class _Mutant:
         gradients = self._backend.solve_head_gradient(*arguments, **options)
         return tuple(self._head_gradient * gradient for gradient in gradients)
 
+    def solve_deferred(self, *arguments: Any, **options: Any) -> Any:
+        gradients = self._backend.solve_deferred(*arguments, **options)
+        return tuple(g if g is None else self._head_gradient * g for g in gradients)
+
 
 def _same(value: Any) -> Any:
     return value

@@ -23,6 +23,7 @@ from ce_cases import (
 )
 from ce_problems import (
     BF16,
+    FP16,
     FP32,
     NAN,
     ce,
@@ -151,6 +152,26 @@ def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
             assert torch.equal(value, getattr(apart, name)), name
         elif value.numel() > 0:
             assert norm_error(value, getattr(apart, name).double()) < 3e-3, name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_dw_made_in_the_backward_is_rounded_once(dtype: torch.dtype, device: str) -> None:
+    """Whatever the upstream gradient; and again the same, because autograd may ask twice."""
+    size = 64 if dtype == FP32 else 32
+    problem = random_problem(64, size, 300, dtype, device)
+    whole, kept = ce.solve(problem), ce.solve(problem._replace(defer=True))
+    assert kept.dw is None and torch.equal(kept.dh, whole.dh)
+    for upstream in (0.3, 1.0, 0.3):
+        factor = torch.tensor(upstream, device=device)
+        wanted = {"want_dw": True, "want_db": True}
+        dw, db = ce.solve_deferred(problem.head, kept.deferred, factor, **wanted)
+        # In float16 the sum has a scale of its own, which is multiplied in another order.
+        dw_rounding, db_rounding = (2**-10, 1e-6) if dtype == FP16 else (0, 0)
+        true = (whole.dw * factor).to(dtype)
+        torch.testing.assert_close(dw, true, rtol=dw_rounding, atol=dw_rounding / 2**14)
+        torch.testing.assert_close(db, whole.db * factor, rtol=db_rounding, atol=0)
+    none = ce.solve_deferred(problem.head, kept.deferred, 0 * factor, **wanted)
+    assert not any(tensor.any() for tensor in none)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -141,6 +141,18 @@ def dw(
     return product("dw", arch, tiles, (tiles.BLOCK_K, tiles.BLOCK_M), dtype, tma)
 
 
+def dw_stored(arch: int, tiles: ProductTiles, dtype: str = "bf16") -> KernelRequest:
+    """dW that nothing is added to: stored once, in the dtype of the head."""
+    added = dw(arch, tiles, dtype)
+    flags = added.constexprs["FLAGS"]._replace(ACCUMULATE=False)
+    return replace(
+        added,
+        signature={**added.signature, "dw_ptr": f"*{dtype}"},
+        constexprs={**added.constexprs, "FLAGS": flags},
+        label=added.label.replace("dw-", "dw-stored-"),
+    )
+
+
 def product(
     name: str,
     arch: int,
@@ -194,7 +206,7 @@ def requests() -> list[KernelRequest]:
         for options in GUIDED_OPTIONS if arch == 90 else [ALL_OPTIONS]:
             tiles = tiles_of(machine, options, tma=tma, guided=True)[0]
             found.append(two_heads(arch, tiles, options))
-        for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES)):
+        for of, table in ((dh, PRODUCT_TILES), (dw, DW_TILES), (dw_stored, DW_TILES)):
             found += [of(arch, tiles) for tiles in tiles_for(table, machine, torch.bfloat16)]
         found.append(dh(arch, tiles_for(PRODUCT_TILES, machine, torch.bfloat16)[0], splits=2))
     # Heads that the copy engine cannot read; the loop's pointers are 64 bits wide.

@@ -35,6 +35,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "frozen head": PLAIN,
     "trainable head": {**PLAIN, "want_dw": True, "want_db": True},
     "a gradient for each row": {**PLAIN, "want_dw": True, "rowwise": True},
+    "dW in the backward": {**PLAIN, "want_dw": True, "want_db": True, "defer": True},
 }
 STATISTICS = {"with_stats": True, "with_entropy": True, "keep_zero_rows": True}
 guide_or_not = pytest.mark.parametrize("guided", [False, True], ids=["", "guide"])
@@ -128,13 +129,14 @@ def problem_on_meta(
 
 
 def peak(*sizes: int, guided: bool, **changes: Any) -> int:
-    """Bytes beside the inputs and dW."""
+    """Bytes beside the inputs and dW in float32, or what is kept for it."""
     problem = problem_on_meta(*sizes, guided, **changes)
     heads = [one for one in (problem.head, problem.guide) if one is not None]
     inputs = [tensor for one in heads for tensor in (one.hidden, one.weight)]
     with Memory([*inputs, problem.target]) as memory:
         result = ce.solve(problem)
-    return memory.peak - (4 * result.dw.numel() if result.dw is not None else 0)
+    later = result.dw is not None or result.deferred is not None
+    return memory.peak - (4 * problem.head.weight.numel() if later else 0)
 
 
 @guide_or_not
@@ -179,6 +181,32 @@ def test_passes_over_the_head(
     rest = max(0, TOKENS - 2 * hidden_size) / TOKENS if call == "trainable head" else 0
     unit = TOKENS * hidden_size * vocab_size
     assert sum(products) / unit == units + guided + rest
+
+
+def test_dw_in_the_backward_takes_one_product_and_no_memory_but_its_own(
+    products: list[int],
+) -> None:
+    """E is kept for it, so no logit is made again, and no float32 dW is made."""
+    problem = problem_on_meta(TOKENS, *LLAMA_3, guided=False, **CALLS["dW in the backward"])
+    found = ce.solve(problem)
+    unit = TOKENS * LLAMA_3[0] * LLAMA_3[1]
+    assert found.dw is None and sum(products) == 2 * unit
+    upstream, head = torch.empty((), device="meta"), problem.head
+    with Memory([*found.deferred.tensors, head.weight]) as memory:
+        dw, db = ce.solve_deferred(head, found.deferred, upstream, want_dw=True, want_db=True)
+    assert sum(products) == 3 * unit
+    assert dw.dtype == head.weight.dtype and db.dtype == FP32
+    assert memory.peak < 2 * dw.numel() + 80e6
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_what_is_kept_for_dw_grows_with_the_tokens(tokens: int) -> None:
+    """A float32 dW would take 2.1 GB whatever their number."""
+    problem = problem_on_meta(tokens, *LLAMA_3, guided=False, **CALLS["dW in the backward"])
+    storages = [tensor.untyped_storage() for tensor in ce.solve(problem).deferred.tensors]
+    kept = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    exponentials = 2 * tokens * LLAMA_3[1]
+    assert exponentials < kept < 1.1 * exponentials + 80e6
 
 
 @pytest.mark.parametrize("sizes", [LLAMA_3, QWEN_2_5, GEMMA_2], ids=str)

@@ -34,11 +34,12 @@ class Chunk:
         with_entropy: bool = False,
         exponentials: bool = True,
         final: bool = False,
+        exp: Tensor | None = None,
     ) -> None:
         """`count` is N, `most` the largest number of rows and of columns.
 
         Without `exponentials` no E is stored. With `final` the references are known and no sums are
-        computed.
+        computed. `exp` is a first buffer for E, if there is one already.
         """
         tiles, device = plan.logit_tiles, head.hidden.device
         self.head, self.plan = head, plan
@@ -87,7 +88,9 @@ class Chunk:
         if exponentials:
             products = plan.product_tiles
             self.head_operand = operand(head.weight, (products.BLOCK_K, products.BLOCK_D), self.tma)
-            self.exp = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
+            if exp is None:
+                exp = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
+            self.exp = exp
 
     @property
     def exp(self) -> Tensor:

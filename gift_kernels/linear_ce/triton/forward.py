@@ -11,8 +11,8 @@ From a row's weight to its gradient:
    complete). No weight has entered yet.
 4. Given weights were transformed in step 1; if they are confidences, `finish_rows` writes them.
 5. dH: the operator's backward multiplies row i by its weight and its upstream gradient
-   (`scaled_rows`). dW and db: `head_gradients` multiplies E by the weights and the hidden states
-   (`Chunk.add_to_dw`); see `head_gradient`.
+   (`scaled_rows`). dW and db: `solve_deferred` in the backward, or for more rows `head_gradients`,
+   multiplies E by the weights and the hidden states (`Chunk.add_to_dw`); see `head_gradient`.
 
 Statistics alone are step 2 without E. A trainable head costs three products for rows whose E is
 kept until the weights are known, and where only dW is wanted; four for all other rows.
@@ -43,10 +43,14 @@ from gift_kernels.linear_ce.triton.chunk_size import (
     default_plan,
 )
 from gift_kernels.linear_ce.triton.head_gradient import (
+    Deferred,
     Gradients,
     add_kept_rows,
     add_rows_again,
+    deferred,
+    deferred_gradients,
     kept_rows,
+    most_kept,
     weights_in_order,
     with_room_above,
 )
@@ -108,14 +112,16 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
     )
     guide = None if together is None else Guide(together, problem.temperature, transform)
     call = (head, target, rows, plan, problem.shard, asked)
-    dw, db = None, None
-    if not problem.rowwise and (problem.want_dw or problem.want_db):
-        wanted = {"want_dw": problem.want_dw, "want_db": problem.want_db}
-        found, (dh, dw, db) = head_gradients(*call, **wanted, guide=guide)
-    else:
-        grad = problem.want_dh or problem.want_dw or problem.want_db
+    dw, db, left = None, None, None
+    wanted = {"want_dw": problem.want_dw, "want_db": problem.want_db}
+    if problem.rowwise or not any(wanted.values()):
+        grad = problem.want_dh or any(wanted.values())
         own = 1.0 if grad or problem.guide is not None else problem.temperature
         found, dh, _ = row_pass(*call, temperature=own, guide=guide)
+    elif problem.defer and problem.want_dw and 0 < target.shape[0] <= most_kept(head, plan):
+        found, dh, left = row_pass_for_later(*call, guide)
+    else:
+        found, (dh, dw, db) = head_gradients(*call, **wanted, guide=guide)
     return LinearCE(
         loss=found.loss if problem.rowwise else found.loss.sum(),
         row_count=rows.row_count,
@@ -128,7 +134,37 @@ def solve(problem: Problem, plan: Plan | None = None) -> LinearCE:
         dh=None if dh is None else dh[0],
         dw=dw,
         db=db,
+        deferred=left,
     )
+
+
+def row_pass_for_later(
+    head: LinearInputs,
+    target: Tensor,
+    rows: Rows,
+    plan: Plan,
+    shard: VocabShard | None,
+    asked: Asked,
+    guide: Guide | None,
+) -> tuple[RowStats, Tensor | None, Deferred]:
+    """`row_pass` with dH finished, and what `solve_deferred` makes dW and db of."""
+    kept = kept_rows(head, plan, head.hidden.shape[0], asked.entropy, None)
+    asked = asked._replace(factors=True)
+    found, dh, factors = row_pass(head, target, rows, plan, shard, asked, kept=kept, guide=guide)
+    assert kept is not None and factors is not None
+    if dh is not None:
+        of_rows = (factors.local_target, factors.factor, factors.target_factor)
+        finish_dh(dh, head, plan, rows, *of_rows, shard)
+    return found, dh, deferred(kept, rows, factors)
+
+
+def solve_deferred(
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, D] in the head's dtype and db float32 [V], times upstream []; None: not wanted."""
+    head = with_contiguous_bias(head)
+    _, dw, db = deferred_gradients(head, found, upstream, want_dw=want_dw, want_db=want_db)
+    return dw, db
 
 
 def head_gradients(

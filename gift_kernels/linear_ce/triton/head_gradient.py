@@ -6,9 +6,12 @@ G needs the log-sum-exp, which is known after the pass over all columns. There a
 
 - Kept: the pass stores E = 2^(x − ref) of all columns for as many rows as fit in the memory of dW
   itself (float32 [V, D] holds 16-bit [2 D, V]). `Chunk.add_to_dw` turns E into w G in registers
-  before the product with the hidden states: three products in all. E of chunk c is stored where dW
-  of chunk c − 1 will be, E of chunk 0 in a buffer of its own. dW is computed from the last chunk to
-  the first, so each chunk of dW overwrites an E that is no longer needed.
+  before the product with the hidden states: three products in all.
+  If these are all rows and autograd can save E, dW is left to the backward (`Deferred`), where the
+  upstream gradient is known: dW is stored once, scaled and in the dtype of the head.
+  Otherwise it is computed in the forward. E of chunk c is stored where dW of chunk c − 1 will be,
+  E of chunk 0 in a buffer of its own. dW is computed from the last chunk to the first, so each
+  chunk of dW overwrites an E that is no longer needed.
 - Recomputed: logits of all other rows are computed a second time, with the final references: four
   products.
 """
@@ -38,7 +41,10 @@ class WeightsInOrder(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Buffers for the gradients of a call with a trainable head, float32; None: not requested."""
+    """Buffers for the gradients of a call with a trainable head; None: not requested.
+
+    float32, except that dW has the head's dtype where one product computes all of it.
+    """
 
     dh: Tensor | None  # [splits, N, D] of each row's nll, without weights; their sum at the end [0]
     dw: Tensor | None  # [V, D] of the weighted sum
@@ -74,24 +80,75 @@ def weights_in_order(
     )
 
 
-def kept_rows(
-    head: LinearInputs, plan: Plan, count: int, with_entropy: bool, dw: Tensor
-) -> KeptRows | None:
-    """Memory in dW [V, D] for E of as many rows as fit, or None if less than a tile fits."""
+def most_kept(head: LinearInputs, plan: Plan) -> int:
+    """How many rows have an E that takes no more memory than dW [V, D] in float32; may be 0."""
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())
-    most = min(most // plan.pad * plan.pad, plan.kept.rows)
+    return min(most // plan.pad * plan.pad, plan.kept.rows)
+
+
+def kept_rows(
+    head: LinearInputs, plan: Plan, count: int, with_entropy: bool, dw: Tensor | None
+) -> KeptRows | None:
+    """As many rows as may be kept, or None; their E in the memory of dW, or without dW its own."""
+    most, vocab_size = most_kept(head, plan), head.weight.shape[0]
     if count == 0 or most == 0:
         return None
     chunk = Chunk(head, plan, count, (most, plan.kept.columns), with_entropy=with_entropy)
-    memory = dw.view(-1).view(chunk.dtype)
     rows, columns = chunk.exp.shape
+    chunks = triton.cdiv(vocab_size, columns)
+    if dw is None:
+        step = rows * columns
+        memory = chunk.exp.new_empty((chunks - 1) * step)
+    else:
+        memory = dw.view(-1).view(chunk.dtype)
+        step = columns * memory.numel() // vocab_size  # of one chunk's dW
     exponentials = [chunk.exp]
-    step = columns * memory.numel() // dw.shape[0]  # of one chunk's dW
-    for number in range(1, triton.cdiv(dw.shape[0], columns)):
+    for number in range(1, chunks):
         start = (number - 1) * step
         exponentials.append(memory[start : start + rows * columns].view(rows, columns))
-    references = dw.new_empty(len(exponentials), min(rows, count))
+    options = {"dtype": torch.float32, "device": chunk.exp.device}
+    references = torch.empty(chunks, min(rows, count), **options)
     return KeptRows(chunk, exponentials, references)
+
+
+class Deferred(NamedTuple):
+    """What dW and db of all rows are made of, once the upstream gradient is known."""
+
+    plan: Plan
+    tensors: list[Tensor]  # hidden states of a chunk, references, `Rows`, `RowFactors`, and E
+
+
+def deferred(kept: KeptRows, rows: Rows, found: RowFactors) -> Deferred:
+    """All that `deferred_gradients` reads, as tensors that autograd can keep."""
+    tensors = [kept.chunk.hidden, kept.references, *rows, *found, *kept.exponentials]
+    return Deferred(kept.chunk.plan, tensors)
+
+
+def deferred_gradients(
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
+) -> Gradients:
+    """dW, rounded once to the dtype of the head, and db of upstream [] times the weighted sum.
+
+    The hidden states of `head` are not read. What is kept stays as it is.
+    """
+    hidden, references, *others = found.tensors
+    rows, others = Rows(*others[: len(Rows._fields)]), others[len(Rows._fields) :]
+    factors = with_room_above(RowFactors(*others[: len(RowFactors._fields)]), head)
+    exponentials = others[len(RowFactors._fields) :]
+    head = head._replace(hidden=hidden)
+    shape = exponentials[0].shape
+    chunk = Chunk(head, found.plan, shape[0], tuple(shape), final=True, exp=exponentials[0])
+    chunk.hidden.copy_(hidden)
+    into = Gradients(
+        None,
+        torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_dw else None,
+        head.weight.new_empty(head.weight.shape[0], dtype=torch.float32) if want_db else None,
+    )
+    # An upstream gradient of 0 gives 0 whatever the sum is.
+    order = weights_in_order(head, rows, factors, torch.where(upstream == 0, 0, rows.weight))
+    order = order._replace(scale=order.scale * upstream)
+    add_kept_rows(KeptRows(chunk, exponentials, references), rows, factors, order, into)
+    return into
 
 
 def add_kept_rows(

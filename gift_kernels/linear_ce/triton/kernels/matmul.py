@@ -146,7 +146,7 @@ def _add_tile(acc, out_ptr, rows, first_d, mask_m, D, ACCUMULATE: tl.constexpr):
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     if ACCUMULATE:
         acc += tl.load(out_ptrs, mask=mask, other=0.0)
-    tl.store(out_ptrs, acc, mask=mask)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def _dh_kernel(
 def _dw_kernel(
     exp,  # [rows, columns], or its descriptor
     hidden,  # [rows, D], or its descriptor
-    dw_ptr,  # [V, D] float32
+    dw_ptr,  # [V, D] float32, or the dtype of the head where nothing is added later
     weights,  # RowWeights
     count_ptr,  # [1] int32, valid tokens
     scale_ptr,  # [1] factor of dW
