@@ -11,7 +11,7 @@ one rename makes the output folder appear when it is complete (`gift.storage.pub
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gift.config import MergeConfig
 from gift.console import console, print_summary, print_table
@@ -29,6 +29,7 @@ from gift.merge.residual import RESIDUAL_FOLDER
 from gift.merge.stream import MANIFEST_FILE, ShardPlan, write_shards
 from gift.merge.transforms import BLOCK_BYTES
 from gift.models.loading import pick_device, resolve_model, versions
+from gift.speed import Clock, print_times
 from gift.storage.files import hash_json, read_json, write_json
 from gift.storage.publish import Output, check_published
 from gift.storage.shards import INDEX_FILE, Checkpoint, open_checkpoint
@@ -45,20 +46,34 @@ def merge(config: MergeConfig, key: str = "") -> dict[str, Any]:
     InputError: everything that cannot be merged correctly, in one message and before any output is
     written; an existing output without `overwrite`; too little disk.
     """
+    clock = Clock()
     with ranks.process_group(on_host=True) as group:
+        with clock("plan"):
+            prepared = _prepare(config)
         if config.dry_run:
-            return _merge(config, None, group)
+            return prepared.summary
         with ranks.shared_folder(
             group, config.output, overwrite=config.overwrite, key=key
         ) as output:
-            summary = _merge(config, output, group)
-        print_summary(f"Merged model: {config.output}", summary)
-        return summary
+            _write(config, prepared, output, group, clock)
+        print_summary(f"Merged model: {config.output}", prepared.summary)
+        print_times(clock)
+        return prepared.summary
 
 
-def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str, Any]:
-    """Plans the merge and writes it to `output`; only plans if that is None."""
-    coefficients = config.coefficients()
+class _Prepared(NamedTuple):
+    """A merge that was validated, before anything is written."""
+
+    plan: MergePlan
+    shards: Sequence[ShardPlan]
+    side_files: Sequence[Path]
+    notes: Sequence[str]
+    summary: dict[str, Any]
+    made_from: dict[str, Any]
+
+
+def _prepare(config: MergeConfig) -> _Prepared:
+    """Plans and validates the merge, and prints the plan."""
     method = METHODS[config.method]
     _check_options(config, method)
     folder = resolve_model(config.model)
@@ -71,7 +86,7 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
         checkpoint,
         read_json(folder / merge_output.CONFIG_FILE),
         adapters,
-        coefficients,
+        config.coefficients(),
         base=base,
         untie=config.untie_embeddings,
         allow_dora=method.takes_dora,
@@ -85,25 +100,32 @@ def _merge(config: MergeConfig, output: Output | None, group: Group) -> dict[str
     )
     notes = [*plan.notes, *_notes(config, plan, folder, left_out), *statistics.notes]
     _print_plan(config, plan, notes)
-    summary = _summary(plan, shards)
-    if output is None:
-        return summary
-    for adapter in adapters:
-        refuse_unusable_values(adapter)
-    made_from = _made_from(config, checkpoint, base, plan, settings, statistics.fingerprint)
+    made_from = {}
+    if not config.dry_run:
+        for adapter in adapters:
+            refuse_unusable_values(adapter)
+        made_from = _made_from(config, checkpoint, base, plan, settings, statistics.fingerprint)
+    return _Prepared(plan, shards, files, notes, _summary(plan, shards), made_from)
+
+
+def _write(
+    config: MergeConfig, prepared: _Prepared, output: Output, group: Group, clock: Clock
+) -> None:
+    """Writes the merged model to `output`."""
+    plan, shards, files, notes, summary, made_from = prepared
     keep = [RESIDUAL_FOLDER, *(shard.name for shard in shards)]
     partial = ranks.begin_shared(group, output, made_from, keep)
     if group.is_main:
         _check_disk(partial, shards)
-    done = write_shards(output, shards, config.save_residual, group)
+    done = write_shards(output, shards, clock, config.save_residual, group)
     if not group.is_main:
-        return summary
-    merge_output.copy_side_files(folder, files, partial)
-    _write_rest(config, plan, shards, partial)
-    manifest = _manifest(config, plan, hash_json(made_from), notes, summary)
-    merge_output.write_card(partial, manifest)
-    write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
-    return summary
+        return
+    with clock("save"):
+        merge_output.copy_side_files(plan.checkpoint.folder, files, partial)
+        _write_rest(config, plan, shards, partial)
+        manifest = _manifest(config, plan, hash_json(made_from), notes, summary)
+        merge_output.write_card(partial, manifest)
+        write_json(partial / MANIFEST_FILE, {**manifest, "shards": done})
 
 
 def adapter_folder(name: str) -> Path:

@@ -16,6 +16,7 @@ from gift.console import progress
 from gift.distributed.ranks import ALONE, Group
 from gift.merge.residual import RESIDUAL_FOLDER, ResidualWriter
 from gift.merge.transforms import BLOCK_BYTES, Transform
+from gift.speed import Clock
 from gift.storage.files import hash_file, naming_file, read_json, replacing, sealed_files
 from gift.storage.publish import Output
 from gift.storage.shards import (
@@ -75,6 +76,7 @@ class ShardPlan:
 def write_shards(
     output: Output,
     shards: Sequence[ShardPlan],
+    clock: Clock,
     save_residual: bool = False,
     group: Group = ALONE,
 ) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def write_shards(
 
     A record in the work folder names each shard that was re-read and found correct. One shard is
     verified while the next is written. The ranks of a group share the shards; each returns all.
+    The clock gets the seconds to merge and write, to wait for the verification, and for others.
     """
     finished = group.from_main(lambda: _finished_shards(output, shards))
     share = group.share([shard for shard in shards if shard.name not in finished])
@@ -92,7 +95,8 @@ def write_shards(
 
     def settle() -> None:
         for name, hashes, residual_files, verified in waiting:
-            verified.result()
+            with clock("verify"):
+                verified.result()
             files = {name: hash_file(output.partial / name), **residual_files}
             done[name] = {"made": "written", "sha256": hashes}
             record = {"shard": name, "files": files, **done[name]}
@@ -115,14 +119,15 @@ def write_shards(
             residual = None
             if save_residual:
                 residual = ResidualWriter(output.partial / RESIDUAL_FOLDER, shard.name)
-            with naming_file(path):
+            with clock("merge"), naming_file(path):
                 hashes = write_shard(shard, path, residual, bar.advance)
                 residual_files = residual.finish() if residual is not None else {}
             settle()
             verified = verifier.submit(verify_shard, path, hashes)
             waiting.append((shard.name, hashes, residual_files, verified))
         settle()
-    return finished | dict(group.gather(list(done.items())))
+    with clock("others"):
+        return finished | dict(group.gather(list(done.items())))
 
 
 def _take_over(source: Path, target: Path) -> str:

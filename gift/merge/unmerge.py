@@ -22,6 +22,7 @@ from gift.merge.residual import RESIDUAL_FOLDER, ResidualReader, RestoreTransfor
 from gift.merge.stream import MANIFEST_FILE, Job, ShardPlan, write_shards
 from gift.merge.transforms import MergeSettings
 from gift.models.loading import pick_device, resolve_model, versions
+from gift.speed import Clock
 from gift.storage.files import read_json, read_record, write_json
 from gift.storage.publish import Output, check_published, output_folder
 from gift.storage.shards import INDEX_FILE, Checkpoint, open_checkpoint, spec_of
@@ -77,7 +78,7 @@ def _unmerge(config: UnmergeConfig, output: Output) -> dict[str, Any]:
         "versions": versions(),
     }
     partial = output.begin(made_from, keep=names)
-    done = write_shards(output, shards)
+    done = write_shards(output, shards, Clock())
     found: dict[str, str] = {}
     for entry in done.values():
         found |= entry.get("sha256", {})
