@@ -126,7 +126,7 @@ def is_finished(output: Path, key: str, overwrite: bool) -> bool:
             problem = f"is damaged ({error})"
     if not overwrite:
         raise InputError(
-            f"--output: {output} {problem}; pass --overwrite to make it anew, or choose another "
+            f"--output: {output} {problem}; pass --overwrite to make it again, or choose another "
             "folder"
         )
     return False

@@ -63,7 +63,7 @@ def require_client(config: EvaluateConfig) -> None:
     if not (_key().isascii() and _key().isprintable()):
         raise InputError(
             "OPENAI_API_KEY: holds characters that no key has, such as a line break or a letter "
-            "beyond ASCII; set it anew"
+            "beyond ASCII; set it again"
         )
     refuse_equal_samples(config.samples, config.temperature)
     if importlib.util.find_spec("openai") is None:

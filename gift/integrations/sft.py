@@ -28,7 +28,7 @@ class WeightedSFTTrainer(WeightedLossMixin, SFTTrainer):
             raise InputError("train_dataset: has images; the weighted loss reads text alone")
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type != "nll":
-            raise InputError(f"loss_type: {loss_type} would be passed over; weights='self' is DFT")
+            raise InputError(f"loss_type: {loss_type} would have no effect; weights='self' is DFT")
 
     def _prepare_dataset(
         self,

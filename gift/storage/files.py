@@ -128,7 +128,7 @@ def read_record(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     if lacking:
         raise InputError(
             f"{path}: lacks {', '.join(lacking)}; another version or another program wrote it, "
-            f"make {path.parent} anew"
+            f"make {path.parent} again"
         )
     return record
 

@@ -241,7 +241,7 @@ def check_published(folder: Path, *, nested: bool = True, sizes_only: bool = Fal
         else:
             continue
         raise InputError(
-            f"{path}: {problem}; make {folder} anew, or remove {folder / LIST_FILE} if the change "
+            f"{path}: {problem}; make {folder} again, or remove {folder / LIST_FILE} if the change "
             "was meant"
         )
 

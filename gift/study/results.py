@@ -274,7 +274,7 @@ def read_study(folder: Path) -> Study:
     study = Study(folder)
     for path in study.read_stages():
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; the study's command makes it anew")
+            raise InputError(f"{path}: no such folder; the study's command makes it again")
         check_published(path)
     return study
 

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("trainer", "train_dataset: no column token_weight", {"rows": PLAIN}),
         ("sft", "train_dataset: no column token_weight", {"rows": PLAIN}),
         ("sft", "train_dataset: has token_weight but no input_ids, labels", {"rows": TEXTS}),
-        ("sft", "loss_type: dft would be passed over", {"loss_type": "dft"}),
+        ("sft", "loss_type: dft would have no effect", {"loss_type": "dft"}),
         ("trainer", "compute_loss_func: ", {"options": {"compute_loss_func": sum}}),
         ("trainer", "weights: expected 'column', 'self'", {"options": {"weights": "guide"}}),
         ("trainer", "train_dataset: has a column token_weight", {"options": {"weights": "self"}}),

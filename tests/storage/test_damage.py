@@ -278,5 +278,5 @@ def test_a_record_without_what_is_expected_of_it_is_one_error(
     path.write_text(json.dumps(record))
     if path.name != LIST_FILE:
         (path.parent / LIST_FILE).unlink()
-    with pytest.raises(InputError, match=rf"{file}: lacks {key}; .* make {path.parent} anew"):
+    with pytest.raises(InputError, match=rf"{file}: lacks {key}; .* make {path.parent} again"):
         call(stage, tmp_path / "out")
