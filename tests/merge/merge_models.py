@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from gift.config import MergeConfig
 from gift.merge.command import merge
+from gift.merge.methods import METHODS
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 96,
@@ -148,3 +149,36 @@ def edit_adapter(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     stored = load_file(path)
     edit(stored)
     save_file(stored, path)
+
+
+def save_three(folder: Path) -> None:
+    """A base, an instruct model near it and two adapters, in float64."""
+    save_model(folder / "base", dtype=torch.float64)
+    save_model(folder / "model", dtype=torch.float64)
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    generator = torch.Generator().manual_seed(7)
+    moved = {
+        name: w + 0.05 * torch.randn(w.shape, generator=generator, dtype=w.dtype)
+        for name, w in weights.items()
+    }
+    save_file(moved, path, {"format": "pt"})
+    for number in (1, 2):
+        options: dict[str, Any] = {"seed": number, "target_modules": ["q_proj", "down_proj"]}
+        save_adapter(folder / f"adapter{number}", folder / "model", **options)
+
+
+# For `merge_two`; none is a default.
+SETTINGS = {"task_weight": 0.8, "instruct_weight": 0.6, "trim_keep": 30}
+
+
+def merge_two(folder: Path, method: str, has_base: bool) -> Path:
+    """The two adapters of `save_three` merged, the second at half its scale."""
+    return run_merge(
+        folder,
+        method=method,
+        adapter=[str(folder / f"adapter{number}") for number in (1, 2)],
+        scale=["1", "0.5"],
+        base=str(folder / "base") if has_base else None,
+        **{name: SETTINGS[name] for name in SETTINGS if name in METHODS[method].settings},
+    )

@@ -13,17 +13,7 @@ from gift.merge.method import Rows
 from gift.merge.methods import METHODS
 
 FOLDER = Path(methods.__file__).parent
-NEW_METHOD = """
-from gift.merge.method import Method
-
-METHOD = Method(
-    name="half-way",
-    about="Half of both.",
-    formula="(θ_I + θ_0 + Σ τ) / 2",
-    source="a test",
-    merge=lambda rows, options: (rows.instruct + rows.origin + sum(rows.vectors)) / 2,
-)
-"""
+EXAMPLE = re.compile(r"```python\n(.*?METHOD = .*?)```", re.DOTALL)
 
 
 def test_every_file_is_the_method_it_is_named_for() -> None:
@@ -59,9 +49,14 @@ def test_choices_of_the_commands_are_the_registrys() -> None:
 
 
 def test_one_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half_way.py").write_text(NEW_METHOD, encoding="utf-8")
+    """The example of CONTRIBUTING.md."""
+    example = EXAMPLE.search((FOLDER.parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert example is not None
+    (tmp_path / "mean.py").write_text(example[1], encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     found = methods.read_methods()
-    assert found.keys() == METHODS.keys() | {"half-way"}
-    rows = Rows(torch.tensor([[3.0]]), torch.tensor([[1.0]]), [torch.tensor([[4.0]])])
-    assert found["half-way"].merge(rows, MergeOptions()).item() == (3 + 1 + (3 - 1) + 4) / 2
+    assert found.keys() == METHODS.keys() | {"mean"}
+    one, options = torch.tensor([[3.0]]), MergeOptions(task_weight=0.5)
+    rows = Rows(one, None, [torch.tensor([[4.0]]), torch.tensor([[6.0]])])
+    assert found["mean"].merge(rows, options).item() == 3 + 0.5 * (4 + 6) / 2
+    assert found["mean"].sum_weight(options, 2, False) == 0.5 / 2

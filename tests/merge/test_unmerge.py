@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from merge_models import llama, run_merge, save_adapter, save_model, save_pair, tensors
+from merge_models import (
+    SETTINGS,
+    llama,
+    merge_two,
+    run_merge,
+    save_adapter,
+    save_model,
+    save_pair,
+    save_three,
+    tensors,
+)
 from safetensors.torch import load_file, save_file
 
-from gift.config import UnmergeConfig
+from gift.config import MergeOptions, UnmergeConfig
 from gift.errors import InputError
+from gift.merge.methods import METHODS
 from gift.merge.residual import decode_block, encode_block
 from gift.merge.unmerge import unmerge
 from gift.storage.publish import LIST_FILE
@@ -81,6 +92,27 @@ def test_a_method_that_is_a_plain_sum_with_its_settings_is_taken_back(tmp_path: 
     run_merge(tmp_path, instruct_weight=0.5, overwrite=True, **options)
     with pytest.raises(InputError, match="re-adapt.*no plain sum"):
         unmerge(UnmergeConfig(model=str(merged), adapter=adapter, output=tmp_path / "again"))
+
+
+@pytest.mark.parametrize("has_base", [False, True], ids=["", "base"])
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].statistics])
+def test_what_a_method_calls_a_plain_sum_is_taken_back(
+    method: str, has_base: bool, tmp_path: Path
+) -> None:
+    if METHODS[method].needs_base and not has_base:
+        return
+    save_three(tmp_path)
+    merged = merge_two(tmp_path, method, has_base)
+    options = MergeOptions(**{k: v for k, v in SETTINGS.items() if k in METHODS[method].settings})
+    adapters = [str(tmp_path / f"adapter{number}") for number in (1, 2)]
+    config = UnmergeConfig(model=str(merged), adapter=adapters, output=tmp_path / "back")
+    if METHODS[method].sum_weight(options, len(adapters), has_base) is None:
+        with pytest.raises(InputError, match="no plain sum"):
+            unmerge(config)
+        return
+    unmerge(config)
+    for name, tensor in tensors(tmp_path / "model").items():
+        torch.testing.assert_close(tensors(tmp_path / "back")[name], tensor, rtol=0, atol=1e-12)
 
 
 def test_a_residual_of_other_weights_is_refused(tmp_path: Path) -> None:

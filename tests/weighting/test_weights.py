@@ -24,6 +24,7 @@ from gift.weighting.weights import (
 )
 from gift_kernels import TokenStats, WeightTransform, weighted_ce
 
+# Those that the loss can form by itself.
 PLAIN = ("uniform", "self", "guide", "own-times-guide")
 
 

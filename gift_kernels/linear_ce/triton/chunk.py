@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gift_kernels.linear_ce.triton.chunk_size import Plan, cdiv, logit_factors
+from gift_kernels.linear_ce.triton.chunk_size import COUNT_STEP, Plan, cdiv, logit_factors
 from gift_kernels.linear_ce.triton.kernels import logits as triton_logits
 from gift_kernels.linear_ce.triton.kernels import matmul as triton_products
 from gift_kernels.linear_ce.triton.kernels import row_gradients
@@ -48,7 +48,9 @@ class Chunk:
         self.width = tiles.BLOCK_V
         self.columns = min(most[1], cdiv(self.vocab_size, self.width) * self.width)
         # A step over rows in dW = Eᵀ H reads only rows of E that a tile of logits has written.
-        assert tiles.BLOCK_N % plan.dw_tiles.BLOCK_K == 0, plan
+        step = plan.dw_tiles.BLOCK_K
+        assert tiles.BLOCK_N % step == 0, f"BLOCK_N is no multiple of BLOCK_K of dW: {plan}"
+        assert tiles.BLOCK_N <= COUNT_STEP, f"BLOCK_N is above {COUNT_STEP}: {plan}"
         self.rows = min(most[0], cdiv(max(count, 1), plan.pad) * plan.pad)
         assert self.rows % plan.pad == 0 and self.columns % self.width == 0, (most, plan)
         self.factors = logit_factors(head, temperature)

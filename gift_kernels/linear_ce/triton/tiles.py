@@ -71,6 +71,7 @@ class Machine(NamedTuple):
 INTERPRETER, SMALL = 0, -1
 # The fastest candidate on an H200 with the kernels of commit c35b29c; not timed with later ones.
 # FLATTEN would serialize the products, because the epilogue changes the accumulators in place.
+# Its limits: docs/kernel-design.md, Tiles.
 HOPPER_TILES = LogitTiles(128, 256, 64, 8, 8, 4, 2, 1, False)
 # Largest first: the arithmetic of a tile grows with its area, its traffic with its perimeter. The
 # interpreter's are small enough for several tiles in a small test.
