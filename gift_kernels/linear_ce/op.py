@@ -14,8 +14,8 @@ of it `call` runs the same functions as a plain `autograd.Function`: a registere
 many arguments takes 0.25 to 0.3 ms more of the host's time for each forward, nearly all of it in
 Python (torch 2.13), where a whole call of few tokens takes as much.
 
-Saved for the backward: dH float32 [N, D], the row weights and, for a trainable head, dW and db or
-what they are made of.
+Saved for the backward: dH float32 [splits, N, D], the row weights and, for a trainable head, dW and
+db or what they are made of.
 Rows that are ignored, and rows of weight 0 unless `keep_zero_rows`, are left out of all products.
 """
 
@@ -289,10 +289,11 @@ def _save(ctx: Any, arguments: tuple[Any, ...], result: LinearCE, weight_trained
     ctx.wanted = (options["want_dh"], options["want_dw"], options["want_db"])
     ctx.impl, ctx.recompute, ctx.deferred, inputs = options["impl"], None, None, ()
     if result.deferred is not None:
-        # Its tensors are saved as autograd saves tensors, which frees them in the backward.
-        without = result.deferred._replace(tensors=[])
-        ctx.deferred = (without, options["logit_scale"], options["logit_softcap"])
-        inputs = (options["lm_head_weight"], options["bias"], *result.deferred.tensors)
+        # Its tensors are saved as autograd saves tensors, which frees them in the backward. The
+        # head's values are not needed: it may change, or be freed, before the backward.
+        head = (options["lm_head_weight"].shape, options["logit_scale"], options["logit_softcap"])
+        ctx.deferred = (result.deferred._replace(tensors=[]), head)
+        inputs = tuple(result.deferred.tensors)
     elif options["rowwise"] and (options["want_dw"] or options["want_db"]):
         ctx.recompute = [options[name] for name in _RECOMPUTE_OPTIONS]
         inputs = arguments[:4]
@@ -350,17 +351,15 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _deferred_gradients(ctx: Any, saved: list[Tensor], upstream: Tensor) -> tuple[Any, Any]:
-    """dW and db of what `solve` deferred; None where not wanted."""
-    lm_head_weight, bias, *tensors = saved
-    deferred, logit_scale, logit_softcap = ctx.deferred
-    _, want_dw, want_db = ctx.wanted
-    head = LinearInputs(tensors[0], lm_head_weight, bias, logit_scale, logit_softcap)
-    found = deferred._replace(tensors=tensors)
-    with _surroundings(ctx.impl, lm_head_weight):
-        return _backend(ctx.impl).solve_deferred(
-            head, found, upstream, want_dw=want_dw, want_db=want_db
-        )
+@torch._disable_dynamo  # compiled autograd would trace the launches
+def _deferred_gradients(ctx: Any, saved: list[Tensor], upstream: Tensor) -> tuple[Tensor, Any]:
+    """dW, and db where it is wanted, of what `solve` deferred."""
+    deferred, (shape, logit_scale, logit_softcap) = ctx.deferred
+    found = deferred._replace(tensors=saved)
+    # In the place of the head is its gradient.
+    head = LinearInputs(saved[0], saved[0].new_empty(shape), None, logit_scale, logit_softcap)
+    with _surroundings(ctx.impl, upstream):
+        return _backend(ctx.impl).solve_deferred(head, found, upstream, want_db=ctx.wanted[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

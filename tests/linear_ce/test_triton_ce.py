@@ -6,6 +6,7 @@ Outputs and gradients for every option are judged in the tests that all implemen
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any
 
 import pytest
@@ -154,6 +155,11 @@ def test_a_guide_in_the_same_launches_or_before_them_gives_the_same(
             assert norm_error(value, getattr(apart, name).double()) < 3e-3, name
 
 
+def solve_deferred(problem: Any, deferred: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    dw = torch.full_like(problem.head.weight, torch.nan)
+    return ce.solve_deferred(problem.head._replace(weight=dw), deferred, upstream, want_db=True)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_dw_made_in_the_backward_is_rounded_once(dtype: torch.dtype, device: str) -> None:
     """Whatever the upstream gradient; and again the same, because autograd may ask twice."""
@@ -163,15 +169,36 @@ def test_dw_made_in_the_backward_is_rounded_once(dtype: torch.dtype, device: str
     assert kept.dw is None and torch.equal(kept.dh, whole.dh)
     for upstream in (0.3, 1.0, 0.3):
         factor = torch.tensor(upstream, device=device)
-        wanted = {"want_dw": True, "want_db": True}
-        dw, db = ce.solve_deferred(problem.head, kept.deferred, factor, **wanted)
+        dw, db = solve_deferred(problem, kept.deferred, factor)
         # In float16 the sum has a scale of its own, which is multiplied in another order.
         dw_rounding, db_rounding = (2**-10, 1e-6) if dtype == FP16 else (0, 0)
         true = (whole.dw * factor).to(dtype)
         torch.testing.assert_close(dw, true, rtol=dw_rounding, atol=dw_rounding / 2**14)
         torch.testing.assert_close(db, whole.db * factor, rtol=db_rounding, atol=0)
-    none = ce.solve_deferred(problem.head, kept.deferred, 0 * factor, **wanted)
+    none = solve_deferred(problem, kept.deferred, 0 * factor)
     assert not any(tensor.any() for tensor in none)
+
+
+def test_the_head_may_change_or_go_before_the_backward(device: str) -> None:
+    """As with a ZeRO-3 gather, an optimizer of another loss, or a head made for one call."""
+    problem = random_problem(40, 32, 70, BF16, device)
+    hidden, head = problem.head.hidden, problem.head.weight.clone().requires_grad_()
+    bias = torch.zeros(70, device=device)
+
+    def loss_of(weight: Tensor) -> Tensor:
+        return weighted_ce(hidden, weight, problem.target, bias=bias, impl="triton")
+
+    expected = torch.autograd.grad(loss_of(head), head)[0]
+    loss = loss_of(head)
+    with torch.no_grad():
+        head.zero_()
+        bias.fill_(torch.nan)
+    assert torch.equal(torch.autograd.grad(loss, head)[0], expected)
+    made = (head * 1).detach().requires_grad_() * 2
+    alive = weakref.ref(made)
+    loss = loss_of(made)
+    del made
+    assert loss.requires_grad and alive() is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

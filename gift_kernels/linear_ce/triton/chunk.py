@@ -195,13 +195,14 @@ class Chunk:
         self, rows: Rows, state: RowState, dh: Tensor | None, first_row: int, first_v: int
     ) -> None:
         """Adds the partial sums to the state; rescales E and dH to the new references."""
-        self.layout.merge(
+        added = dh if first_v > 0 else None
+        self.layout.merge[added is not None](
             triton_rows._merge_kernel,
             self.layout.merge_programs,
             self.partial,
             state.parts,
             self._exp,
-            dh if first_v > 0 else None,
+            added,
             rows.index,
             rows.count,
             first_row,

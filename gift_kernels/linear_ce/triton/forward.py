@@ -159,11 +159,11 @@ def row_pass_for_later(
 
 
 def solve_deferred(
-    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW [V, D] in the head's dtype and db float32 [V], times upstream []; None: not wanted."""
-    head = with_contiguous_bias(head)
-    _, dw, db = deferred_gradients(head, found, upstream, want_dw=want_dw, want_db=want_db)
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_db: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dW [V, D], written to `head.weight`, and db float32 [V] if wanted, both times upstream []."""
+    _, dw, db = deferred_gradients(head, found, upstream, want_db=want_db)
+    assert dw is not None
     return dw, db
 
 

@@ -81,7 +81,10 @@ def weights_in_order(
 
 
 def most_kept(head: LinearInputs, plan: Plan) -> int:
-    """How many rows have an E that takes no more memory than dW [V, D] in float32; may be 0."""
+    """How many rows have an E [rows, V] of at most the size of dW [V, D] in float32; may be 0.
+
+    The columns of its last chunk may be more than those that are left.
+    """
     most = head.hidden.shape[1] * (4 // head.hidden.element_size())
     return min(most // plan.pad * plan.pad, plan.kept.rows)
 
@@ -125,11 +128,11 @@ def deferred(kept: KeptRows, rows: Rows, found: RowFactors) -> Deferred:
 
 
 def deferred_gradients(
-    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_dw: bool, want_db: bool
+    head: LinearInputs, found: Deferred, upstream: Tensor, *, want_db: bool
 ) -> Gradients:
     """dW, rounded once to the dtype of the head, and db of upstream [] times the weighted sum.
 
-    The hidden states of `head` are not read. What is kept stays as it is.
+    dW is written to `head.weight`; no value of `head` is read. What is kept stays as it is.
     """
     hidden, references, *others = found.tensors
     rows, others = Rows(*others[: len(Rows._fields)]), others[len(Rows._fields) :]
@@ -139,11 +142,8 @@ def deferred_gradients(
     shape = exponentials[0].shape
     chunk = Chunk(head, found.plan, shape[0], tuple(shape), final=True, exp=exponentials[0])
     chunk.hidden.copy_(hidden)
-    into = Gradients(
-        None,
-        torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_dw else None,
-        head.weight.new_empty(head.weight.shape[0], dtype=torch.float32) if want_db else None,
-    )
+    db = head.weight.new_empty(head.weight.shape[0], dtype=torch.float32) if want_db else None
+    into = Gradients(None, head.weight, db)
     # An upstream gradient of 0 gives 0 whatever the sum is.
     order = weights_in_order(head, rows, factors, torch.where(upstream == 0, 0, rows.weight))
     order = order._replace(scale=order.scale * upstream)

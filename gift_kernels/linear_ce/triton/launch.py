@@ -32,7 +32,8 @@ class Launch:
             known[grid](*arguments, *self.last)
             return
         found = kernel[grid](*arguments, *self.alike, **self.named, **self.options)
-        if found is not None:  # as in the interpreter
+        # Not None, as in the interpreter, nor the future of an asynchronous compilation.
+        if hasattr(type(found), "__getitem__"):
             self.compiled[kinds] = found
 
 

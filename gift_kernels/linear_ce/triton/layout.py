@@ -66,14 +66,15 @@ class Layout:
             DTYPE=DTYPES[kind.dtype],
         )
         self.sizes = triton_logits.Sizes(self.hidden_size, *kind.head_strides, kind.rows)
-        self.gather, self.merge = self._gather(), self._merge()
+        self.gather = self._gather()
         self.logits = Launch(
             *(self.sizes, self.factors),
             TILES=plan.logit_tiles,
             FLAGS=self.flags,
             warps_and_stages=_warps_and_stages(plan.logit_tiles),
         )
-        # Whether a product accumulates is compiled into the kernel.
+        # Whether there is a dH to rescale, and whether a product accumulates, is compiled in.
+        self.merge = [self._merge(splits) for splits in (1, plan.splits)]
         self.dh = [self._dh(accumulate) for accumulate in (False, True)]
         self.dw = [self._dw(accumulate) for accumulate in (False, True)]
         self.db = [self._db(accumulate) for accumulate in (False, True)]
@@ -97,7 +98,7 @@ class Layout:
             BLOCK_D=self.row_block[1],
         )
 
-    def _merge(self) -> Launch:
+    def _merge(self, splits: int) -> Launch:
         kind = self.kind
         return Launch(
             *(self.slices, kind.rows, self.hidden_size, kind.factors.bits),
@@ -106,7 +107,7 @@ class Layout:
             ENTROPY=kind.with_entropy,
             EXPONENTIALS=kind.exponentials,
             MARGIN=self.margin,
-            SPLITS=kind.plan.splits,
+            SPLITS=splits,
             BLOCK_N=2 * self.row_block[0],
         )
 
