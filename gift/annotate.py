@@ -10,18 +10,25 @@ reach the head.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from gift.annotation.batches import Guide, Plan, fewer, note_tokens, settle_batches
-from gift.annotation.parts import collect_parts, split_by_row, write_part
+from gift.annotation.batches import Guide, Plan, fewer, note_tokens
+from gift.annotation.parts import (
+    begun_tokens,
+    collect_parts,
+    split_by_row,
+    unfinished,
+    write_part,
+)
 from gift.confidence_store import GuideStatistics, write_store
 from gift.config import AnnotateConfig, DataOptions
 from gift.config.annotate import AnnotateOptions
-from gift.console import error_console, print_summary, progress
+from gift.console import Bar, error_console, print_summary, progress
 from gift.data.encoding import (
     EncodedData,
     Example,
@@ -84,15 +91,10 @@ def _annotate(config: AnnotateConfig, output: Output, group: Group) -> dict[str,
     guide, weights = load_and_hash(folder, clock, load)
     made_from = _made_from(config, weights, tokenizer, guide.packed)
     ranks.begin_shared(group, output, made_from)
-    with clock("compute"):
-        plan = settle_batches(guide, data.kept, config.batch_tokens, group, output.work)
-    _annotate_batches(config, guide, plan, output.work, group, clock)
-    if group.size > 1:
-        with clock("others"):
-            group.barrier()
+    plan = _annotate_rows(config, guide, data.kept, output.work, group, clock)
     if not group.is_main:
         return {}
-    values = collect_parts(data, output.work)
+    values = collect_parts(data, output.work, plan.tokens)
     confidence = [row[0] for row in values]
     largest, top1, entropy = np.concatenate(values, axis=1)[1:]
     statistics = GuideStatistics(largest, top1.astype(bool), entropy)
@@ -226,7 +228,7 @@ class Annotator:
             rows, *others = self._guide.plan(self._tokens, pending)
             found = self._guide.attempt(rows)
             if found is None:
-                self._tokens = fewer(self._tokens, rows)
+                self._tokens = fewer(self._tokens, [rows])
                 note_tokens(self._tokens)
                 continue
             by_row = split_by_row(rows, found.cpu().numpy())
@@ -280,25 +282,71 @@ def _load_guide(config: AnnotateConfig, folder: Path, data: EncodedData) -> Guid
     return Guide(model, enable_packing(model, data.kept), config.guide_temperature)
 
 
+def _annotate_rows(
+    config: AnnotateConfig,
+    guide: Guide,
+    rows: Sequence[Example],
+    work: Path,
+    group: Group,
+    clock: Clock,
+) -> Plan:
+    """Saves the values of all rows in `work`; returns the plan, whose batches fit on every rank."""
+    tokens = group.from_main(lambda: begun_tokens(work)) or config.batch_tokens
+    if tokens < config.batch_tokens:
+        note_tokens(tokens)
+    while True:
+        batches = guide.plan(tokens, rows)
+        missing = partial(unfinished, batches, work, tokens)
+        plan = Plan(tokens, batches, group.from_main(missing))
+        too_large = _annotate_batches(config, guide, plan, work, group, clock)
+        if not too_large:
+            return plan
+        lost = len(batches) - len(group.from_main(missing))
+        tokens = fewer(tokens, [batches[number] for number in too_large])
+        note_tokens(tokens, lost)
+
+
 def _annotate_batches(
     config: AnnotateConfig, guide: Guide, plan: Plan, work: Path, group: Group, clock: Clock
-) -> None:
-    """Annotates this rank's share of the missing batches; saves several per file in `work`."""
-    done = (len(plan.batches) - len(plan.missing)) // group.size
-    found = list(plan.found)
-    with progress("annotate", done + len(plan.share), done + len(found)) as bar:
-        for start in range(0, len(plan.share), config.part_batches):
-            part = plan.share[start : start + config.part_batches]
-            with clock("compute"):
-                for number in part[len(found) :]:
-                    found.append(guide.annotate(plan.batches[number]))
-                    bar.advance()
-            with clock("wait"):
-                values = torch.cat(found, dim=1).cpu().numpy()
-            rows = [example for number in part for example in plan.batches[number]]
-            with clock("save"):
-                write_part(work, part[0], rows, values)
-            found.clear()
+) -> list[int]:
+    """Annotates this rank's share of the missing batches; saves several per part in `work`.
+
+    All ranks stop after a part in which a batch did not fit on one of them; returns the numbers of
+    such batches. The first part is the largest batch alone, so that little is lost.
+    """
+    share, count = group.share(plan.missing), group.count(len(plan.missing))
+    done = group.count(len(plan.batches) - len(plan.missing))
+    with progress("annotate", done + count, done) as bar:
+        for start, stop in pairwise([0, *range(1, count, config.part_batches), count]):
+            too_large = _annotate_part(guide, plan, share[start:stop], work, clock, bar)
+            if group.size > 1:
+                with clock("others"):
+                    too_large = group.gather(too_large)
+            if too_large:
+                return too_large
+    return []
+
+
+def _annotate_part(
+    guide: Guide, plan: Plan, part: Sequence[int], work: Path, clock: Clock, bar: Bar
+) -> list[int]:
+    """Saves the values of these batches; saves nothing and returns the one that does not fit."""
+    if not part:
+        return []
+    found = []
+    with clock("compute"):
+        for number in part:
+            values = guide.attempt(plan.batches[number])
+            if values is None:
+                return [number]
+            found.append(values)
+            bar.advance()
+    with clock("wait"):
+        values = np.concatenate([of_batch.cpu().numpy() for of_batch in found], axis=1)
+    rows = [example for number in part for example in plan.batches[number]]
+    with clock("save"):
+        write_part(work, plan.tokens, part[0], rows, values)
+    return []
 
 
 def _trial_rows(model: Any, max_length: int) -> list[Example]:

@@ -1,31 +1,24 @@
 """Batches of rows that fit into memory, and the guide's confidences in their targets.
 
-If the largest batch does not fit, all batches get half the tokens, and so on down to the longest
-row. Results are bitwise those of the smaller `--batch-tokens`.
+If a batch does not fit, all rows are computed in batches of half the tokens, and so on down to
+single rows. Results are bitwise those of the smaller `--batch-tokens`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gift.annotation.parts import unfinished
 from gift.confidence_store import STATISTICS
 from gift.console import error_console
 from gift.data.batches import Batch, make_batch, plan_batches, size_of
 from gift.data.encoding import Example
-from gift.distributed.ranks import Group
 from gift.errors import InputError
 from gift.models.head import last_hidden_state, lm_head
 from gift.models.memory import attempt
-from gift.storage.files import read_json, write_json
 from gift_kernels import token_confidence
-
-MEMORY_FILE = "memory.json"
 
 
 @dataclass(frozen=True)
@@ -54,59 +47,29 @@ class Guide:
 
 
 class Plan(NamedTuple):
-    """All batches, of at most `tokens` tokens, and the numbers of those that are not finished.
-
-    `share` has this rank's batches, and `found` the results of the first of them.
-    """
+    """All batches, of at most `tokens` tokens, and the numbers of those that are not finished."""
 
     tokens: int
     batches: list[list[Example]]
     missing: Sequence[int]
-    share: Sequence[int]
-    found: list[Tensor]
 
 
-def settle_batches(
-    guide: Guide, rows: Sequence[Example], tokens: int, group: Group, work: Path
-) -> Plan:
-    """Batches of at most `tokens` tokens, or of as many as fit into the memory of every rank.
-
-    The number is stored in `work`, so that a resumed run has the same batches.
-
-    InputError: the longest row does not fit by itself.
-    """
-    asked, record = tokens, work / MEMORY_FILE
-    tokens = group.from_main(lambda: read_json(record)["tokens"] if record.exists() else asked)
-    while True:
-        batches = guide.plan(tokens, rows)
-        missing = group.from_main(partial(unfinished, batches, work))
-        share = group.share(missing)
-        first = [guide.attempt(batches[number]) for number in share[:1]]
-        found = [one for one in first if one is not None]
-        if all(group.gather([len(found) == len(first)])):
-            break
-        tokens = fewer(tokens, rows)
-    if tokens < asked and group.is_main:
-        note_tokens(tokens)
-        write_json(record, {"tokens": tokens})
-    return Plan(tokens, batches, missing, share, found)
-
-
-def fewer(tokens: int, rows: Sequence[Example]) -> int:
-    """Half the tokens of a batch; InputError where that would make no batch smaller."""
-    longest = max(len(example.input_ids) for example in rows)
-    if tokens <= longest:
-        raise InputError(
-            f"--max-length: the memory does not hold a row of {longest} tokens; lower it, or use "
-            "a larger device"
-        )
+def fewer(tokens: int, too_large: Iterable[Sequence[Example]]) -> int:
+    """Half the tokens of batches that do not fit; InputError where one of them is a single row."""
+    for rows in too_large:
+        if len(rows) == 1:
+            raise InputError(
+                f"--max-length: the memory does not hold a row of {len(rows[0].input_ids)} tokens; "
+                "lower it, or use a larger device"
+            )
     return tokens // 2
 
 
-def note_tokens(tokens: int) -> None:
-    """Prints a note that larger batches do not fit."""
+def note_tokens(tokens: int, lost: int = 0) -> None:
+    """Prints a note that larger batches do not fit, and how many finished ones are lost by it."""
+    again = f"; finished ones that are computed again: {lost}" if lost else ""
     error_console.print(
-        f"note: batches of at most {tokens} tokens; the memory does not hold larger ones",
+        f"note: batches of at most {tokens} tokens; the memory does not hold larger ones{again}",
         markup=False,
         highlight=False,
         soft_wrap=True,

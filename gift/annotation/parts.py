@@ -1,5 +1,10 @@
-"""Files of an unfinished annotation, each with the values of some rows, for a resumed run."""
+"""Files of an unfinished annotation, each with the values of some rows, for a resumed run.
 
+The parts of different `--batch-tokens` are kept apart: their batches are other rows, and values
+depend on the batch, by rounding.
+"""
+
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +16,14 @@ from gift.data.encoding import EncodedData, Example
 from gift.errors import InputError
 from gift.storage.files import replacing, sealed_files
 
-PREFIX = "part-"
+_PART = re.compile(r"part-(?P<tokens>\d+)-\d+\.safetensors")
 
 
-def write_part(work: Path, number: int, rows: Sequence[Example], values: np.ndarray) -> None:
-    """Writes results of `annotate_batch` for some rows; `number` must be unique."""
-    path = work / f"{PREFIX}{number:06d}.safetensors"
+def write_part(
+    work: Path, tokens: int, number: int, rows: Sequence[Example], values: np.ndarray
+) -> None:
+    """Writes results of `annotate_batch` for some rows; `number` must be unique for `tokens`."""
+    path = work / f"part-{tokens}-{number:06d}.safetensors"
     with replacing(path, sealed=True) as temporary:
         save_file(split_by_row(rows, values), temporary)
 
@@ -33,10 +40,15 @@ def split_by_row(rows: Sequence[Example], values: np.ndarray) -> dict[str, np.nd
     return by_row
 
 
-def unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
+def begun_tokens(work: Path) -> int | None:
+    """The `--batch-tokens` with which an interrupted run would go on, the smallest of any part."""
+    return min(_parts(work), default=None)
+
+
+def unfinished(batches: Sequence[Sequence[Example]], work: Path, tokens: int) -> list[int]:
     """Numbers of the batches with a row that is in no part."""
     finished: set[str] = set()
-    for path in _parts(work):
+    for path in _parts(work).get(tokens, ()):
         with safe_open(path, "numpy") as part:
             finished |= set(part.keys())
     return [
@@ -46,10 +58,10 @@ def unfinished(batches: Sequence[Sequence[Example]], work: Path) -> list[int]:
     ]
 
 
-def collect_parts(data: EncodedData, work: Path) -> list[np.ndarray]:
+def collect_parts(data: EncodedData, work: Path, tokens: int) -> list[np.ndarray]:
     """Results of `annotate_batch` in row order, from the parts of all ranks."""
     values: dict[str, np.ndarray] = {}
-    for path in _parts(work):
+    for path in _parts(work).get(tokens, ()):
         values |= load_file(path)
     if len(values) != len(data.kept):
         raise OSError(
@@ -62,6 +74,10 @@ def collect_parts(data: EncodedData, work: Path) -> list[np.ndarray]:
     ]
 
 
-def _parts(work: Path) -> list[Path]:
-    """The intact parts in the work folder."""
-    return [path for name, path in sealed_files(work).items() if name.startswith(PREFIX)]
+def _parts(work: Path) -> dict[int, list[Path]]:
+    """The intact parts in the work folder, by `--batch-tokens`."""
+    parts: dict[int, list[Path]] = {}
+    for name, path in sealed_files(work).items():
+        if match := _PART.fullmatch(name):
+            parts.setdefault(int(match["tokens"]), []).append(path)
+    return parts

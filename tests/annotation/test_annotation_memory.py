@@ -34,8 +34,13 @@ def annotated(folder: Path, output: Path, **options: Any) -> bytes:
     return (output / CONFIDENCE_FILE).read_bytes()
 
 
-def limit_memory(patch: pytest.MonkeyPatch, room: int, cut_after: int | None = None) -> list[int]:
-    """Batches of more than `room` tokens fail; returns the tokens of all that are tried."""
+def limit_memory(
+    patch: pytest.MonkeyPatch, room: int, cut_after: int | None = None, free_at_first: int = 0
+) -> list[int]:
+    """Batches of more than `room` tokens fail; returns the tokens of all that are tried.
+
+    With `cut_after` the command is interrupted after so many; the first `free_at_first` fit.
+    """
     real, tried = gift.annotation.batches.annotate_batch, []
 
     def limited(model: Any, batch: Any, *rest: Any) -> Any:
@@ -43,7 +48,7 @@ def limit_memory(patch: pytest.MonkeyPatch, room: int, cut_after: int | None = N
             raise KeyboardInterrupt
         tried.append(batch.inputs["input_ids"].numel())
         found = real(model, batch, *rest)
-        if tried[-1] > room:
+        if tried[-1] > room and len(tried) > free_at_first:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return found
 
@@ -82,17 +87,61 @@ def test_what_fits_is_computed_once(
     assert sum(tried) == tokens and tried[0] == max(tried)
 
 
+@pytest.mark.parametrize("finished_larger", [0, 1])
 def test_an_interrupted_run_keeps_the_smaller_batches(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_larger: int
 ) -> None:
     asked = annotated(folder, tmp_path / "asked", batch_tokens=100)
     with monkeypatch.context() as patch:
-        limit_memory(patch, 100, cut_after=4)
+        limit_memory(patch, 100, cut_after=4, free_at_first=finished_larger)
         with pytest.raises(KeyboardInterrupt):
             annotated(folder, tmp_path / "store")
     tried = limit_memory(monkeypatch, 10_000)
     assert annotated(folder, tmp_path / "store") == asked
     assert max(tried) <= 100
+
+
+@pytest.mark.parametrize("cut_after", [1, 2])
+def test_smaller_batches_after_a_resume_give_the_bytes_that_they_give_when_asked_for(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cut_after: int,
+) -> None:
+    """Batch N of 200 tokens, finished before the interruption, is not batch N of 100 tokens."""
+    asked = annotated(folder, tmp_path / "asked", batch_tokens=100)
+    with monkeypatch.context() as patch:
+        limit_memory(patch, 10_000, cut_after=cut_after)
+        with pytest.raises(KeyboardInterrupt):
+            annotated(folder, tmp_path / "store", batch_tokens=200)
+    limit_memory(monkeypatch, 100)
+    assert annotated(folder, tmp_path / "store", batch_tokens=200) == asked
+    assert f"finished ones that are computed again: {cut_after}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("part_batches", [1, 16])
+def test_a_later_batch_that_does_not_fit_gives_the_bytes_of_smaller_ones(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    packed: bool,
+    part_batches: int,
+) -> None:
+    if not packed:
+        monkeypatch.setattr("gift.annotate.enable_packing", lambda *_: False)
+    asked = annotated(folder, tmp_path / "asked", batch_tokens=100)
+    tried = limit_memory(monkeypatch, 100, free_at_first=1)
+    options = {"batch_tokens": 200, "part_batches": part_batches}
+    assert annotated(folder, tmp_path / "store", **options) == asked
+    assert min(tried[:2]) > 100 >= max(tried[2:]), "the second batch of 200 tokens fails"
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "does not hold" in line]
+    assert note == (
+        "note: batches of at most 100 tokens; the memory does not hold larger ones; "
+        "finished ones that are computed again: 1"
+    )
 
 
 def test_a_row_that_does_not_fit_is_one_clear_error(
@@ -125,6 +174,21 @@ def test_all_ranks_take_what_fits_on_each(
     def annotate_as(rank: int) -> None:
         limit_memory(monkeypatch, 100 if os.environ["RANK"] == "1" else 10_000)
         annotated(folder, tmp_path / "store")
+
+    ended = fork_ranks(2, annotate_as, tmp_path / "rank")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert (tmp_path / "store" / CONFIDENCE_FILE).read_bytes() == asked
+
+
+def test_a_later_batch_that_does_not_fit_on_one_rank_is_agreed_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = annotated(folder, tmp_path / "asked", batch_tokens=50)
+
+    def annotate_as(rank: int) -> None:
+        tried = limit_memory(monkeypatch, 55 if rank == 1 else 10_000, free_at_first=1)
+        annotated(folder, tmp_path / "store", batch_tokens=100)
+        assert min(tried[:2]) > 55 >= max(tried[2:]), "a rank goes on in vain"
 
     ended = fork_ranks(2, annotate_as, tmp_path / "rank")
     assert [status for status, _ in ended] == [0, 0], ended

@@ -24,7 +24,7 @@ from gift.storage.publish import LIST_FILE, partial_path
 
 # Stage: what to interrupt, at which call, and the kept result that is damaged then.
 INTERRUPTED = {
-    "annotate": ("gift.annotation.batches.annotate_batch", 5, "work/part-000000.*"),
+    "annotate": ("gift.annotation.batches.annotate_batch", 5, "work/part-*-000000.*"),
     "train": ("gift.train.accumulate_gradients", 2, "work/checkpoint-*/__0_0.distcp"),
     "merge": ("gift.merge.output.copy_side_files", 1, "gift_residual/model.safetensors.json"),
     "evaluate": ("gift.evaluate._check", 1, "work/000000-0000.*"),
