@@ -252,8 +252,8 @@ def _count_short(
     short = sum(limit < config.max_new_tokens for limit in limits)
     if short:
         warn(
-            f"{short} of {len(inputs)} questions leave less than --max-new-tokens "
-            f"{config.max_new_tokens} in the model's context, the least {min(limits)} tokens"
+            f"{short} of {len(inputs)} questions leave less than a reply's {config.max_new_tokens} "
+            f"tokens in the model's context, the least {min(limits)} tokens"
         )
     return short
 

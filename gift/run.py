@@ -82,6 +82,7 @@ def run(config: RunOptions) -> dict[str, str]:
             _refuse_other_folder(config.output, [stage.config.output for stage in stages])
 
         with ranks.process_group(on_host=True) as group:
+            group.require_equal(config.model_dump(mode="json"))
             group.from_main(own_output)
         for stage in stages:
             started = time.perf_counter()

@@ -111,6 +111,15 @@ def test_processes_share_every_stage(folder, finished, tmp_path):
     assert len(found["samples.jsonl"].splitlines()) == 6
 
 
+def test_processes_with_other_options_are_refused_before_any_stage(folder, tmp_path):
+    ended = fork_ranks(
+        2, lambda rank: run(config(folder, tmp_path / "out", seed=rank)), tmp_path / "rank"
+    )
+    for status, error in ended:
+        assert status == 1 and "process 1 of 2 differs from process 0 in seed" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_changed_settings_are_refused_then_redo_only_what_they_touch(folder, tmp_path):
     output = tmp_path / "out"
     run(config(folder, output))

@@ -115,7 +115,7 @@ def test_a_run_loads_and_hashes_each_model_once_and_says_where_the_time_went(
         "adapter": {"load", "hash", "trial", "compute", "wait", "save"},
     }.items():
         assert json.loads((output / stage / "speed.json").read_text())["seconds"].keys() == kinds
-    assert printed.count("Time") == 2 and "useful tflops" in printed
+    assert printed.count("Time") == 3 and "useful tflops" in printed
     step = json.loads((output / "adapter" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"tokens_per_second", "useful_tflops", "seconds"} <= step.keys()
 

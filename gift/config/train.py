@@ -48,11 +48,16 @@ class TrainOptions(Options):
         "its weights (the authors' code).",
     )
     confidence_floor: float = Field(
-        default=0.0, ge=0, description="Smallest weight a token can have."
+        default=0.0,
+        ge=0,
+        description="Confidences below it are raised to it, before the power.",
     )
     confidence_power: float = Field(default=1.0, ge=0, description="Exponent of the weights.")
     confidence_threshold: float = Field(
-        default=0.0, ge=0, le=1, description="Weights below it become 0."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Tokens of less confidence weigh 0, whatever floor and power.",
     )
     end_weight: float | None = Field(
         default=None,

@@ -209,7 +209,7 @@ def _exchange(*, alone: bool = True) -> Iterator[None]:
     except RuntimeError as error:
         if not alone and not isinstance(error, dist.DistError) and GONE not in str(error).lower():
             raise
-        first_line = (str(error).splitlines() or [repr(error)])[0]
+        first_line = (str(error).splitlines() or [repr(error)])[0].split(". ")[0]
         raise LostProcess(
             "another process of this run ended without a message, killed or out of memory "
             f"({first_line}); run the same command again to resume"
@@ -219,7 +219,9 @@ def _exchange(*, alone: bool = True) -> Iterator[None]:
 def _tell(store: dist.Store, group: Group, error: BaseException) -> None:
     """Stores the first failure; LostProcess with it where this error only follows from it."""
     message = (str(error).splitlines() or [""])[0] or type(error).__name__
-    if not isinstance(error, InputError | OSError):
+    if isinstance(error, KeyboardInterrupt):
+        message = str(error) or "interrupted"
+    elif not isinstance(error, InputError | OSError):
         message = f"{type(error).__name__}: {message}"
     own = f"process {group.rank} of {group.size}: {message}"
     try:

@@ -138,8 +138,8 @@ def print_metrics(config: EvaluateConfig, metrics: dict[str, Any]) -> None:
     if metrics.get("unfinished", 0) > WARN_UNFINISHED:
         warn(
             f"{_percent(metrics['unfinished'])} of the replies did not end within "
-            f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens, or "
-            "the model does not use its end token"
+            f"{config.max_new_tokens} tokens or the model's context; raise --max-new-tokens "
+            "(gift run: --eval-max-new-tokens), or the model does not use its end token"
         )
 
 

@@ -29,7 +29,7 @@ def require_processes() -> None:
     if processes() == 1:
         raise InputError(
             "--shard: divides the model among processes, and this is a single one; start "
-            "several with torchrun --nproc-per-node N -m gift.cli, or leave --shard away"
+            "several with torchrun --nproc-per-node N -m gift.cli, or leave --shard out"
         )
 
 

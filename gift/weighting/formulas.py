@@ -42,7 +42,7 @@ class Weighting:
     """How a token's weight is formed.
 
     formula, source: for `--help` and the table in the docs. about: one sentence for a study's
-    report. signal: the weight before `--confidence-level`, power, floor and threshold. statistics:
+    report. signal: the weight before `--confidence-level`, threshold, floor and power. statistics:
     the trained model's statistics that `signal` reads. needs_guide: whether `signal` reads the
     guide's confidences. most: an upper bound of `signal` that does not read the trained model.
     Optional: tokens whose weight is then known to be 0 are left out of the loss's matrix products.

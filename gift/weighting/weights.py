@@ -147,7 +147,7 @@ def _span(config: TrainOptions, example: Example, line_starts: np.ndarray | None
 
 
 def _shape(config: TrainOptions, signal: Tensor, targets: Targets) -> Tensor:
-    """The weights [N] of a signal [N]: its means, then floor, power and threshold."""
+    """The weights [N] of a signal [N]: its means, then threshold, floor and power."""
     return transform_weight(_share(config, signal, targets), _transform(config))
 
 
