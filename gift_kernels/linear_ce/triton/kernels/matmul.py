@@ -47,11 +47,17 @@ class RowWeights(NamedTuple):
     target: Any  # [rows] int32 rows of this head, −1: none
 
 
+class Corner(NamedTuple):
+    """First row and column of a tile."""
+
+    m: Any
+    d: Any
+
+
 @triton.jit
-def _dh_tile(
-    exp, head, first_m, first_d, first_v, m, start, C, size, TILES: tl.constexpr, TMA: tl.constexpr
-):
+def _dh_tile(exp, head, corner, first_v, m, start, C, size, TILES: tl.constexpr, TMA: tl.constexpr):
     """exp [m, start : C] @ head[first_v + start : first_v + C], one tile, float32."""
+    first_m, first_d = corner.m, corner.d
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     BLOCK_K: tl.constexpr = TILES.BLOCK_K
@@ -98,9 +104,8 @@ def _dw_tile(
     exp,
     hidden,
     weights,
+    corner,
     first_v,
-    first_m,
-    first_d,
     n,
     C,
     size,
@@ -108,6 +113,7 @@ def _dw_tile(
     TMA: tl.constexpr,
 ):
     """dlogits.T [C, n] @ hidden [n, D], one tile, float32."""
+    first_m, first_d = corner.m, corner.d
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_D: tl.constexpr = TILES.BLOCK_D
     BLOCK_K: tl.constexpr = TILES.BLOCK_K
@@ -203,7 +209,8 @@ def _dh_kernel(
         start, end = 0, C
         if SPLITS > 1:
             start, end = part * part_size, tl.minimum(C, (part + 1) * part_size)
-        acc = _dh_tile(exp, head, first_m, first_d, first_v, n, start, end, size, TILES, FLAGS.TMA)
+        corner = Corner(first_m, first_d)
+        acc = _dh_tile(exp, head, corner, first_v, n, start, end, size, TILES, FLAGS.TMA)
         offs_m = first_m + tl.arange(0, BLOCK_M)
         rows = tl.load(index_ptr + first_row + offs_m, mask=offs_m < n, other=0)
         out_ptr = dh_ptr + part.to(tl.int64) * N * size.D
@@ -234,9 +241,8 @@ def _dw_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_d, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_d = tile_of(tile, tiles_m, tiles_d, TILES.GROUP_M)
         first_m, first_d = pid_m * BLOCK_M, pid_d * BLOCK_D
-        acc = _dw_tile(
-            exp, hidden, weights, first_v, first_m, first_d, n, C, size, TILES, FLAGS.TMA
-        )  # fmt: skip
+        corner = Corner(first_m, first_d)
+        acc = _dw_tile(exp, hidden, weights, corner, first_v, n, C, size, TILES, FLAGS.TMA)
         offs_m = first_m + tl.arange(0, BLOCK_M)
         rows = first_v + offs_m
         _add_parts(
