@@ -73,13 +73,16 @@ def problem(tokens: int, trainable: bool = False) -> tuple[Tensor, Tensor, Tenso
     return hidden, head, empty(2, tokens // 2, dtype=torch.int64)
 
 
+OLD_PYTORCH = torch.__version__ < (2, 10)  # detaches once more in every backward
+
+
 def step(tokens: int, trainable: bool = False, guided: bool = False, **options: Any) -> list[str]:
     hidden, head, target = problem(tokens, trainable)
     guide = Guide(hidden.detach(), head.detach()) if guided else None
     weight = None if guided else empty(2, tokens // 2, dtype=torch.float32)
     with Calls() as calls:
         weighted_ce(hidden, head, target, weight, guide=guide, impl="triton", **options).backward()
-    return calls.names
+    return calls.names[:-1] if OLD_PYTORCH else calls.names
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_weights_of_any_kind_cost_no_chain_of_small_calls(tokens: int, launched:
     """A guide takes the launches of its own pass; other options none."""
     hidden, head, target = problem(tokens)
     transform = importlib.import_module("gift_kernels").WeightTransform(0.5, 0.1, 0.2)
-    plain = len(step(tokens))
+    plain = len(step(tokens)) + OLD_PYTORCH
     launches = len(launched)
     launched.clear()
     for more in ({"token_weight": "self"}, {}):
